@@ -1,0 +1,1 @@
+"""Drivers: what touches the host and the guest. ``base`` holds their Protocols, nothing else is shared."""

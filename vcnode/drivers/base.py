@@ -1,0 +1,351 @@
+"""The Protocols behind which all drivers stand.
+
+Promises that hold for every driver:
+
+- A failed or cancelled call that makes something leaves nothing of it behind.
+- A call that removes something succeeds when it is already gone, and can be repeated.
+- Every call takes ``timeout_s`` (seconds, keyword only) and honours it.
+- Only `vcnode.errors` come out, and ``CancelledError`` unwrapped.
+- What a driver cannot do it leaves out of ``info.capabilities`` and answers with `UnsupportedError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import StopOutcome
+from vcnode.models.vm import (
+    Disk,
+    GuestConfig,
+    GuestContainer,
+    GuestContainerState,
+    GuestInfo,
+    GuestProcess,
+    NetworkAttachment,
+    VmExit,
+    VmRecord,
+    VmSpec,
+)
+
+
+class Vm(Protocol):
+    """A VM that was launched or found again; its driver's handle."""
+
+    @property
+    def record(self) -> VmRecord:
+        """What finds it again after a restart of the node agent."""
+        ...
+
+    @property
+    def agent_socket(self) -> Path:
+        """UNIX socket that leads to the guest agent's serial port. One client at a time."""
+        ...
+
+    async def wait(self) -> VmExit:
+        """Wait until the VM is gone and say how it ended. May be awaited by several, and again."""
+        ...
+
+    async def attach_disk(self, disk: Disk, *, timeout_s: float) -> None:
+        """Plug *disk* into the running VM; the guest finds it by its serial, ``disk.disk_id``.
+
+        Raises:
+            HypervisorError: QEMU refused, or is gone; nothing stays attached.
+            NotFoundError: The file does not exist.
+        """
+        ...
+
+    async def detach_disk(self, disk_id: str, *, timeout_s: float) -> None:
+        """Unplug a disk; succeeds if it is not there. The guest must have let go of it before."""
+        ...
+
+    async def pause(self, *, timeout_s: float) -> None:
+        """Stop the vCPUs. Idempotent."""
+        ...
+
+    async def resume(self, *, timeout_s: float) -> None:
+        """Let the vCPUs run again. Idempotent."""
+        ...
+
+    async def stop(self, *, grace_s: float) -> StopOutcome:
+        """End the VM: wait up to *grace_s* for it to power off, then QMP quit, SIGTERM, SIGKILL, each bounded.
+
+        Idempotent. On return, and on any error, no process and no socket of this VM is left; its directory
+        stays. Cancellation: finishes the kill first, then propagates.
+
+        Raises:
+            HypervisorError: The process survived SIGKILL.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of the VM without ending it (the node agent is going down). Idempotent."""
+        ...
+
+
+class Hypervisor(Protocol):
+    """Launches VMs and finds them again."""
+
+    @property
+    def info(self) -> DriverInfo:
+        """Version, capabilities and findings; complete after ``open``."""
+        ...
+
+    @property
+    def accelerator(self) -> str | None:
+        """``kvm`` or ``tcg`` once probed; None for the mock."""
+        ...
+
+    async def open(self) -> None:
+        """Probe what the host can do. Raises HypervisorError when no VM could ever run, saying what to do."""
+        ...
+
+    async def launch(self, spec: VmSpec, *, timeout_s: float) -> Vm:
+        """Start a VM; returns once its process runs and QMP answers (the guest may still be booting).
+
+        Raises:
+            HypervisorError: It did not start; nothing of it is left but ``spec.directory``.
+        """
+        ...
+
+    async def recover(self, record: VmRecord, *, timeout_s: float) -> Vm | None:
+        """Take a VM over again after a restart; None when that very VM (pid, start time, uuid) is gone.
+
+        Raises:
+            HypervisorError: It is alive but does not answer.
+        """
+        ...
+
+    async def kill(self, record: VmRecord, *, timeout_s: float) -> bool:
+        """End the VM of *record* without a session, if it lives; True when something was killed.
+
+        Idempotent; never touches a process whose identity does not match.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free what the driver itself holds; VMs go on. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExit:
+    """How a process in the guest ended."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerExited:
+    """The main process of a container ended."""
+
+    container_id: str
+    exit_code: int
+    oom_killed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """The session with the guest agent ended without ``close``; always the last event."""
+
+    reason: str
+
+
+GuestEvent = ContainerExited | SessionLost
+
+
+class RunningProcess(Protocol):
+    """A process in the guest with its streams. Unread output stops the process, never the session."""
+
+    async def write_stdin(self, data: bytes) -> None:
+        """Write; waits while the process does not read. Data after the process's end is dropped silently."""
+        ...
+
+    async def close_stdin(self) -> None:
+        """Signal end of input. Idempotent."""
+        ...
+
+    def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
+        """Chunks as they come, until both streams have ended. To be iterated once."""
+        ...
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the process and what it started in its session; nothing if it has ended."""
+        ...
+
+    async def wait(self) -> ProcessExit:
+        """Wait for its end. 127: not found, 126: not executable, 128+n: signal n."""
+        ...
+
+    async def close(self) -> None:
+        """Kill it if it still runs, and free its streams. Idempotent."""
+        ...
+
+
+class GuestSession(Protocol):
+    """A live connection to one guest's agent. All calls raise AgentError once it is lost."""
+
+    @property
+    def info(self) -> GuestInfo:
+        """What the agent said of itself."""
+        ...
+
+    async def configure(self, config: GuestConfig, *, timeout_s: float) -> None:
+        """Give the guest its identity: clock, entropy, hostname, interfaces."""
+        ...
+
+    async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
+        """Make a container without starting its process: mounts and cgroup. Undone on failure.
+
+        Raises:
+            InvalidArgumentError: User, group or capability that does not exist, and the like.
+            AlreadyExistsError: The guest has a container of this id.
+        """
+        ...
+
+    async def start_container(self, container_id: str, *, timeout_s: float) -> int:
+        """Start the main process; returns its pid in the guest.
+
+        A program that cannot be executed makes a container that has exited with 127 or 126, not an error.
+        """
+        ...
+
+    async def signal_container(
+        self, container_id: str, number: int, *, everyone: bool, timeout_s: float
+    ) -> None:
+        """Send a signal to the main process, or to every process; nothing if it is not running."""
+        ...
+
+    async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
+        """Kill what is left of it, unmount, remove its cgroup. Succeeds when there is no such container."""
+        ...
+
+    async def list_containers(self, *, timeout_s: float) -> Sequence[GuestContainerState]:
+        """All containers that the guest has."""
+        ...
+
+    async def execute(
+        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+    ) -> RunningProcess:
+        """Start a process inside a running container, or in the guest itself (None).
+
+        *timeout_s* bounds the start only. A program that cannot be executed gives a process that has
+        already ended with 127 or 126 and a line on stderr.
+
+        Raises:
+            NotFoundError: The guest has no such container.
+            FailedPreconditionError: It does not run.
+            InvalidArgumentError: No such user or group, and the like.
+        """
+        ...
+
+    async def ping(self, *, timeout_s: float) -> None:
+        """Ask for a sign of life."""
+        ...
+
+    async def shutdown(self, *, timeout_s: float) -> None:
+        """Ask the guest to power off; returns when it has agreed, the session ends soon after."""
+        ...
+
+    def events(self) -> AsyncIterator[GuestEvent]:
+        """What happens in the guest, from the start of the session; ends after `SessionLost` or ``close``.
+
+        Containers that ended while no session was open are reported by ``list_containers`` only.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End the session; the guest and its containers go on, its execs are killed. Idempotent."""
+        ...
+
+
+class GuestAgent(Protocol):
+    """Opens sessions with the agents of guests."""
+
+    @property
+    def info(self) -> DriverInfo:
+        """Capabilities; ``containers`` and ``exec`` among them where it has those."""
+        ...
+
+    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+        """Wait for the guest's agent and open a session.
+
+        Raises:
+            AgentError: It did not answer in time, or speaks another protocol.
+        """
+        ...
+
+
+class Network(Protocol):
+    """Connects VMs."""
+
+    @property
+    def info(self) -> DriverInfo:
+        """Capabilities."""
+        ...
+
+    async def attach(self, pod_id: str, vm_id: str, *, timeout_s: float) -> NetworkAttachment:
+        """Make namespace, interfaces and addresses for one VM."""
+        ...
+
+    async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
+        """Open the taps of an attachment, one descriptor per endpoint; the caller closes them."""
+        ...
+
+    async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
+        """Remove all that ``attach`` made. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image as a file."""
+
+    digest: str
+    """``sha256:`` and 64 hex digits."""
+    path: Path
+    size_bytes: int
+
+
+class Storage(Protocol):
+    """Host directories and images, made reachable for VMs."""
+
+    async def make_vm_dir(self, vm_id: str) -> Path:
+        """Make the VM's own directory, with an empty ``shared`` in it."""
+        ...
+
+    async def remove_vm_dir(self, vm_id: str) -> None:
+        """Unmount whatever is shared there and remove the directory. Idempotent."""
+        ...
+
+    async def check_rootfs(self, path: str) -> None:
+        """See that *path* is a directory under the allowed roots, links resolved.
+
+        Raises:
+            InvalidArgumentError: Not a directory, or outside the allowed roots.
+            NotFoundError: It does not exist.
+        """
+        ...
+
+    async def share(self, vm_id: str, name: str, path: str) -> None:
+        """Make the host directory *path* appear as ``shared/<name>`` of the VM; checks as `check_rootfs`."""
+        ...
+
+    async def unshare(self, vm_id: str, name: str) -> None:
+        """Take it away again. Idempotent."""
+        ...
+
+    async def build_image(self, source: str, *, timeout_s: float) -> ImageFile:
+        """Make an erofs file of a directory or tar on the host. The same content gives the same digest."""
+        ...
+
+    async def image_file(self, digest: str) -> ImageFile:
+        """The file of an image. Raises NotFoundError when it is gone."""
+        ...
+
+    async def remove_image(self, digest: str) -> None:
+        """Delete an image's file. Idempotent."""
+        ...

@@ -1,0 +1,260 @@
+"""All commands on one screen: verb, request, reply, and whether it changes something.
+
+Handlers, bus, client, CLI and contracts are all derived from `COMMANDS`; a verb that is not here does
+not exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, PodId, Reply, Request
+from vcnode.models.node import ImageStatus, NodeInfo, NodePing
+from vcnode.models.pod import (
+    MAX_OUTPUT_BYTES,
+    Cmd,
+    ContainerSpec,
+    ContainerState,
+    ContainerStatus,
+    ExecResult,
+    PodSpec,
+    PodState,
+    PodStatus,
+    StopOutcome,
+)
+
+
+class Empty(Request):
+    """A request without fields; an empty body counts as ``{}``."""
+
+
+class PodCreate(Request):
+    """``pod.create`` and ``pod.run``."""
+
+    pod: PodSpec
+    """The pod."""
+
+
+class PodName(Request):
+    """A request that names a pod."""
+
+    pod_id: PodId
+
+
+class PodStop(Request):
+    """``pod.stop``."""
+
+    pod_id: PodId
+    grace_s: float | None = Field(default=None, ge=0, le=3600)
+    """Seconds that containers and guest may take; 0 kills at once. Default: the node's setting."""
+
+
+class PodDelete(Request):
+    """``pod.delete``."""
+
+    pod_id: PodId
+    force: bool = False
+    """Whether a running pod is stopped first; without it, deleting a running pod fails."""
+
+
+class PodList(Request):
+    """``pod.list``."""
+
+    labels: Labels = {}
+    """Only pods that carry all of these labels."""
+    states: tuple[PodState, ...] = ()
+    """Only pods in one of these states; empty means any."""
+
+
+class ExecOptions(Request):
+    """A command to run inside a pod, without a terminal."""
+
+    cmd: Cmd
+    """What to run; ``args`` must not be empty."""
+    stdin: Blob = Blob()
+    """Bytes for standard input, which is closed after them."""
+    timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+    """Seconds after which the command is killed; the reply then says ``timed_out``."""
+    max_output_bytes: int = Field(default=MAX_OUTPUT_BYTES, ge=0, le=MAX_OUTPUT_BYTES)
+    """Bytes kept of each output stream; the rest is read, counted and dropped."""
+
+
+class PodExec(ExecOptions):
+    """``pod.exec``: run in the guest itself, outside all containers."""
+
+    pod_id: PodId
+
+
+class ContainerExec(ExecOptions):
+    """``container.exec``: run inside a running container."""
+
+    pod_id: PodId
+    container_id: ContainerId
+
+
+class ContainerCreate(Request):
+    """``container.create``."""
+
+    pod_id: PodId
+    container: ContainerSpec
+    """The container."""
+
+
+class ContainerName(Request):
+    """A request that names a container."""
+
+    pod_id: PodId
+    container_id: ContainerId
+
+
+class ContainerStop(ContainerName):
+    """``container.stop``."""
+
+    grace_s: float | None = Field(default=None, ge=0, le=3600)
+    """Seconds between the stop signal and SIGKILL. Default: the container's ``stop_timeout_s``."""
+
+
+class ContainerKill(ContainerName):
+    """``container.kill``."""
+
+    signal: int = Field(default=9, ge=1, le=64)
+    """Signal number."""
+    all: bool = False
+    """Whether every process of the container gets it, not only the main one."""
+
+
+class ContainerDelete(ContainerName):
+    """``container.delete``."""
+
+    force: bool = False
+    """Whether a running container is killed first."""
+
+
+class ContainerList(Request):
+    """``container.list``."""
+
+    pod_id: PodId | None = None
+    """Only containers of this pod."""
+    states: tuple[ContainerState, ...] = ()
+    """Only containers in one of these states; empty means any."""
+
+
+class ImageImport(Request):
+    """``image.import``."""
+
+    name: ImageName
+    path: HostPath
+    """A directory (the root filesystem) or a tar file of one, on the node's host."""
+
+
+class ImageRef(Request):
+    """A request that names an image."""
+
+    name: ImageName
+
+
+class PodStopped(Reply):
+    """Reply of ``pod.stop``."""
+
+    pod: PodStatus
+    """The pod afterwards."""
+    outcome: StopOutcome
+    """``graceful``; ``forced`` when QEMU had to be killed; ``absent`` when nothing ran."""
+
+
+class PodDeleted(Reply):
+    """Reply of ``pod.delete``."""
+
+    pod_id: str
+    """The pod."""
+    existed: bool
+    """False when there was no such pod: deleting is idempotent."""
+
+
+class PodStatuses(Reply):
+    """Reply of ``pod.list``."""
+
+    pods: tuple[PodStatus, ...]
+    """Ordered by creation."""
+
+
+class ContainerDeleted(Reply):
+    """Reply of ``container.delete``."""
+
+    pod_id: str
+    """The pod."""
+    container_id: str
+    """The container."""
+    existed: bool
+    """False when there was no such container: deleting is idempotent."""
+
+
+class ContainerStatuses(Reply):
+    """Reply of ``container.list``."""
+
+    containers: tuple[ContainerStatus, ...]
+    """Ordered by pod, then by creation."""
+
+
+class ImageStatuses(Reply):
+    """Reply of ``image.list``."""
+
+    images: tuple[ImageStatus, ...]
+    """Ordered by name."""
+
+
+class ImageRemoved(Reply):
+    """Reply of ``image.remove``."""
+
+    name: str
+    """The image."""
+    existed: bool
+    """False when there was no such image: removing is idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One verb of the API."""
+
+    verb: str
+    request: type[Request]
+    reply: type[Reply]
+    mutates: bool
+    """Whether it changes something: then it has a command id and its reply is kept."""
+    summary: str
+    default_timeout_s: float = 30.0
+    """Limit when the caller sets no deadline."""
+
+
+_ALL = (
+    Command("pod.create", PodCreate, PodStatus, True, "Prepare a pod; its VM does not run yet."),
+    Command("pod.start", PodName, PodStatus, True, "Start a pod's VM and all its containers.", 120.0),
+    Command("pod.run", PodCreate, PodStatus, True, "Create and start a pod.", 120.0),
+    Command("pod.stop", PodStop, PodStopped, True, "Stop a pod's containers and VM.", 120.0),
+    Command("pod.delete", PodDelete, PodDeleted, True, "Free and forget a pod that is not running.", 120.0),
+    Command("pod.list", PodList, PodStatuses, False, "List pods."),
+    Command("pod.status", PodName, PodStatus, False, "Show one pod."),
+    Command("pod.exec", PodExec, ExecResult, True, "Run a command in a pod's guest.", 600.0),
+    Command("container.create", ContainerCreate, ContainerStatus, True, "Add a container to a pod."),
+    Command("container.start", ContainerName, ContainerStatus, True, "Start a container.", 60.0),
+    Command("container.stop", ContainerStop, ContainerStatus, True, "Stop a container.", 120.0),
+    Command("container.kill", ContainerKill, ContainerStatus, True, "Send a signal to a container."),
+    Command("container.delete", ContainerDelete, ContainerDeleted, True, "Remove a stopped container."),
+    Command("container.exec", ContainerExec, ExecResult, True, "Run a command in a container.", 600.0),
+    Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
+    Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
+    Command("image.import", ImageImport, ImageStatus, True, "Make an image of a directory or tar.", 600.0),
+    Command("image.list", Empty, ImageStatuses, False, "List images."),
+    Command("image.status", ImageRef, ImageStatus, False, "Show one image."),
+    Command("image.remove", ImageRef, ImageRemoved, True, "Remove an image that no container uses."),
+    Command("node.info", Empty, NodeInfo, False, "Show what the node is and has."),
+    Command("node.ping", Empty, NodePing, False, "Ask for a sign of life."),
+)
+
+COMMANDS: dict[str, Command] = {c.verb: c for c in _ALL}
+"""Every command by its verb."""
+
+BROADCAST = frozenset({"node.ping"})
+"""Verbs that every node also answers on the ``all`` subject."""

@@ -1,0 +1,76 @@
+"""Events: CloudEvents 1.0 in JSON, one kind per status change.
+
+Source: CloudEvents 1.0.2 core and JSON format; extension ``sequence``/``sequencetype`` after the
+CloudEvents *sequence* extension, ``traceparent`` after *distributed tracing*.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import ConfigDict
+
+from vcnode.models.base import JsonObject, Moment, Reply
+
+
+class EventKind(StrEnum):
+    """Every kind of event; also the middle of its subject."""
+
+    POD_CREATED = "pod.created"
+    POD_STARTING = "pod.starting"
+    POD_STARTED = "pod.started"
+    POD_PAUSED = "pod.paused"
+    POD_RESUMED = "pod.resumed"
+    POD_STOPPING = "pod.stopping"
+    POD_STOPPED = "pod.stopped"
+    POD_FAILED = "pod.failed"
+    POD_DELETED = "pod.deleted"
+    POD_SESSION_LOST = "pod.session_lost"
+    POD_SESSION_RESTORED = "pod.session_restored"
+    CONTAINER_CREATED = "container.created"
+    CONTAINER_STARTED = "container.started"
+    CONTAINER_EXITED = "container.exited"
+    CONTAINER_DELETED = "container.deleted"
+    IMAGE_IMPORTED = "image.imported"
+    IMAGE_REMOVED = "image.removed"
+    NODE_STARTED = "node.started"
+    NODE_STOPPING = "node.stopping"
+    NODE_RECOVERED = "node.recovered"
+
+
+class Event(Reply):
+    """One event as it is published."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    specversion: str = "1.0"
+    """CloudEvents version."""
+    id: str
+    """``<node>-<sequence>``: unique, and the ``Nats-Msg-Id`` that JetStream de-duplicates by."""
+    source: str
+    """``/vcnode/<node>``."""
+    type: str
+    """``vcnode.`` and the kind, such as ``vcnode.pod.started``."""
+    subject: str
+    """``<pod>``, ``<pod>/<container>``, ``image/<name>``, or the node's name."""
+    time: Moment
+    """When it happened (not when it was published)."""
+    datacontenttype: str = "application/json"
+    """Always JSON."""
+    sequence: str
+    """Position in this node's stream of events, without gaps, as a decimal number."""
+    sequencetype: str = "Integer"
+    """Always ``Integer``."""
+    epoch: int
+    """The node's epoch when it happened."""
+    mock: bool = False
+    """True when the node only pretends to run VMs."""
+    commandid: str | None = None
+    """The command that caused it, if one did."""
+    data: JsonObject
+    """The status after the change (``PodStatus``, ``ContainerStatus``, …) or the facts of the event."""
+
+    @property
+    def kind(self) -> str:
+        """The type without its prefix, such as ``pod.started``."""
+        return self.type.removeprefix("vcnode.")

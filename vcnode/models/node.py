@@ -1,0 +1,94 @@
+"""The node as it reports itself."""
+
+from __future__ import annotations
+
+from vcnode.models.base import Moment, Reply
+from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
+
+
+class DriverInfo(Reply):
+    """One driver that this node offers."""
+
+    type: str
+    """Name of the driver, as used in a pod's spec."""
+    version: str | None = None
+    """Version of what it drives, such as QEMU's."""
+    capabilities: tuple[str, ...] = ()
+    """What it can do beyond the minimum; anything else answers ``not_implemented``."""
+    mock: bool = False
+    """Whether it only pretends."""
+    notes: tuple[str, ...] = ()
+    """Findings that an operator should know, such as why KVM is not used."""
+
+
+class NodeInfo(Reply):
+    """What a node is and has."""
+
+    node: str
+    """Its name."""
+    epoch: int
+    """Grows with each start of the node agent on the same state directory."""
+    version: str
+    """Version of vcnode."""
+    started_at: Moment
+    """When this process became ready."""
+    state: str
+    """``ready`` or ``draining``."""
+    mock: bool
+    """True when the default hypervisor only pretends: no VM will run."""
+    accelerator: str | None
+    """``kvm`` or ``tcg``; None with the mock hypervisor."""
+    default_hypervisor: HypervisorType
+    """Used when a pod names none."""
+    default_agent: AgentType
+    """Used when a pod names none."""
+    default_network: NetworkModel
+    """Used when a pod names none."""
+    hypervisors: tuple[DriverInfo, ...]
+    """Hypervisor drivers on offer."""
+    agents: tuple[DriverInfo, ...]
+    """Agent drivers on offer."""
+    networks: tuple[DriverInfo, ...]
+    """Network drivers on offer."""
+    pod_count: int
+    """Pods known, in any state."""
+    running_pod_count: int
+    """Pods whose VM runs."""
+    cpu_count: int
+    """CPUs of the host."""
+    mem_total_mib: int
+    """Memory of the host in MiB."""
+    mem_available_mib: int
+    """Memory that the host could still give, in MiB."""
+    allowed_roots: tuple[str, ...]
+    """Directories under which host paths must lie."""
+
+
+class NodePing(Reply):
+    """A sign of life."""
+
+    node: str
+    """Its name."""
+    epoch: int
+    """Grows with each start of the node agent."""
+    version: str
+    """Version of vcnode."""
+    time: Moment
+    """The node's clock."""
+    mock: bool = False
+    """True when the node only pretends to run VMs."""
+
+
+class ImageStatus(Reply):
+    """An image on this node."""
+
+    name: str
+    """Its name."""
+    digest: str
+    """``sha256:`` digest of the erofs file."""
+    size_bytes: int
+    """Size of that file."""
+    imported_at: Moment
+    """When it was made."""
+    in_use: bool = False
+    """Whether a container names it."""

@@ -1,0 +1,355 @@
+"""Pods and containers as callers describe them, and as the node reports them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from vcnode.models.base import (
+    Blob,
+    ContainerId,
+    HostPath,
+    ImageName,
+    Labels,
+    Moment,
+    NoNul,
+    PodId,
+    Reply,
+    Request,
+)
+
+MIN_MEM_SIZE_MIB = 128
+"""The smallest guest that boots: kernel, initramfs and agent need about 100 MiB (docs/design.md)."""
+MAX_MEM_SIZE_MIB = 1024 * 1024
+MAX_VCPU_COUNT = 64
+MAX_CONTAINERS = 64
+MAX_OUTPUT_BYTES = 256 * 1024
+"""Most bytes of one output stream in an exec reply: two of them fit a NATS message of 1 MiB as base64."""
+
+
+class PodState(StrEnum):
+    """Where a pod is in its life; the transitions are in ``pods/lifecycle.py``."""
+
+    READY = "ready"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class ContainerState(StrEnum):
+    """Where a container is in its life."""
+
+    READY = "ready"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+class HypervisorType(StrEnum):
+    """Drivers that run VMs."""
+
+    QEMU = "qemu"
+    MOCK = "mock"
+
+
+class AgentType(StrEnum):
+    """Drivers that reach into a guest."""
+
+    NATIVE = "native"
+    NOOP = "noop"
+    MOCK = "mock"
+    HYPERSTART = "hyperstart"
+    SSHD = "sshd"
+
+
+class NetworkModel(StrEnum):
+    """Drivers that connect a pod."""
+
+    NOOP = "noop"
+    BRIDGE = "bridge"
+    CNI = "cni"
+    CNM = "cnm"
+
+
+class Resources(Request):
+    """What the VM of a pod has."""
+
+    vcpu_count: int = Field(default=1, ge=1, le=MAX_VCPU_COUNT)
+    """Virtual CPUs."""
+    mem_size_mib: int = Field(default=256, ge=MIN_MEM_SIZE_MIB, le=MAX_MEM_SIZE_MIB)
+    """Guest memory in MiB."""
+
+
+class EnvVar(Request):
+    """One environment variable."""
+
+    var: Annotated[str, StringConstraints(pattern=r"^[^=\x00]+$", max_length=4096)]
+    """Name."""
+    value: Annotated[NoNul, StringConstraints(max_length=131072)]
+    """Value."""
+
+
+class Rlimit(Request):
+    """One resource limit, as in setrlimit(2)."""
+
+    type: Annotated[str, StringConstraints(pattern=r"^[a-z]+$")]
+    """Name without RLIMIT_ in lower case: ``nofile``, ``nproc``, ``core``, …"""
+    soft: int = Field(ge=-1)
+    """Soft limit; -1 is unlimited."""
+    hard: int = Field(ge=-1)
+    """Hard limit; -1 is unlimited."""
+
+
+class Cmd(Request):
+    """A command and how it runs."""
+
+    args: tuple[Annotated[NoNul, StringConstraints(max_length=131072)], ...] = Field(
+        default=(), max_length=4096
+    )
+    """Program and arguments. In a container of an image, empty means the image's entrypoint and command."""
+    envs: tuple[EnvVar, ...] = Field(default=(), max_length=4096)
+    """Environment; a later entry of the same name wins."""
+    workdir: Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$", max_length=4096)] | None = None
+    """Working directory inside the container; made if it is missing. Default: the image's, else ``/``."""
+    user: Annotated[NoNul, StringConstraints(max_length=256)] | None = None
+    """User name or number inside the container, ``user:group`` allowed. Default: the image's, else 0."""
+    group: Annotated[NoNul, StringConstraints(max_length=256)] | None = None
+    """Group name or number. Default: the user's primary group."""
+    supplementary_groups: tuple[Annotated[NoNul, StringConstraints(max_length=256)], ...] = Field(
+        default=(), max_length=64
+    )
+    """Further groups, by name or number; the user's own from /etc/group come besides."""
+    rlimits: tuple[Rlimit, ...] = Field(default=(), max_length=16)
+    """Resource limits of the process."""
+    no_new_privileges: bool = True
+    """Whether setuid programs and file capabilities are without effect."""
+    capabilities: tuple[Annotated[str, StringConstraints(pattern=r"^CAP_[A-Z_]+$")], ...] | None = None
+    """Exactly these capabilities. Default: the OCI default set (docs/containers.md)."""
+
+
+class ContainerResources(Request):
+    """cgroup v2 limits inside the guest; unset means bounded by the VM only."""
+
+    cpu_quota_us: int | None = Field(default=None, ge=1000)
+    """Microseconds of CPU per period (``cpu.max``)."""
+    cpu_period_us: int = Field(default=100_000, ge=1000, le=1_000_000)
+    """Length of the period in microseconds."""
+    cpu_shares: int | None = Field(default=None, ge=2, le=262_144)
+    """Relative weight, in the old unit where 1024 is the default; converted to ``cpu.weight``."""
+    mem_limit_mib: int | None = Field(default=None, ge=4)
+    """Memory limit in MiB (``memory.max``); a process that exceeds it is killed."""
+    pids_limit: int | None = Field(default=None, ge=1)
+    """Most processes and threads (``pids.max``)."""
+
+
+class ContainerSpec(Request):
+    """A container as callers describe it. Exactly one of ``rootfs`` and ``image`` is given."""
+
+    id: ContainerId | None = None
+    """Unique within the pod; made by the node if absent."""
+    rootfs: HostPath | None = None
+    """Directory on the host that is the container's root; shared with the VM, changes reach the host."""
+    image: ImageName | None = None
+    """Image known to the node; attached read-only under a writable layer that ends with the VM."""
+    readonly_rootfs: bool = False
+    """Whether the root is mounted read-only."""
+    cmd: Cmd = Cmd()
+    """Main process."""
+    resources: ContainerResources = ContainerResources()
+    """Limits."""
+    stop_signal: int | None = Field(default=None, ge=1, le=64)
+    """Signal that asks the main process to end. Default: the image's, else 15 (SIGTERM)."""
+    stop_timeout_s: float = Field(default=10.0, ge=0, le=3600)
+    """Seconds between the stop signal and SIGKILL."""
+    labels: Labels = {}
+    """For selection."""
+    annotations: Labels = {}
+    """For people and other programs; the node ignores them."""
+
+    @model_validator(mode="after")
+    def _one_root(self) -> Self:
+        if (self.rootfs is None) == (self.image is None):
+            raise ValueError("give exactly one of 'rootfs' and 'image'")
+        if self.rootfs is not None and not self.cmd.args:
+            raise ValueError("'cmd.args' is required with 'rootfs' (only an image has a default command)")
+        return self
+
+
+class PodSpec(Request):
+    """A pod as callers describe it."""
+
+    id: PodId | None = None
+    """Made by the node if absent."""
+    hostname: (
+        Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?$")] | None
+    ) = None
+    """Hostname in the guest. Default: the pod id, '_' replaced by '-'."""
+    resources: Resources = Resources()
+    """Size of the VM."""
+    hypervisor_type: HypervisorType | None = None
+    """Driver that runs the VM. Default: the node's."""
+    agent_type: AgentType | None = None
+    """Driver that reaches into the guest. Default: the node's."""
+    network_model: NetworkModel | None = None
+    """Driver that connects the pod. Default: the node's."""
+    containers: tuple[ContainerSpec, ...] = Field(default=(), max_length=MAX_CONTAINERS)
+    """Containers that start with the pod; more can be added later."""
+    labels: Labels = {}
+    """For selection."""
+    annotations: Labels = {}
+    """For people and other programs; the node ignores them."""
+
+    @model_validator(mode="after")
+    def _distinct_ids(self) -> Self:
+        ids = [c.id for c in self.containers if c.id is not None]
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ValueError(f"container ids must be distinct; {', '.join(twice)} is used more than once")
+        return self
+
+
+class Endpoint(Reply):
+    """How one interface of the pod's network namespace reaches the VM."""
+
+    id: str
+    """Unique within the node."""
+    name: str
+    """Interface name in the namespace and in the guest, such as ``eth0``."""
+    tap_name: str | None = None
+    """The tap that QEMU holds."""
+    mac: str
+    """Hardware address of the guest's interface."""
+    addresses: tuple[str, ...] = ()
+    """Addresses with prefix length."""
+    mtu: int = 1500
+    """Maximum transmission unit in bytes."""
+
+
+class ContainerStatus(Reply):
+    """What the node knows of a container."""
+
+    pod_id: str
+    """Pod that holds it."""
+    container_id: str
+    """Its id."""
+    state: ContainerState
+    """``ready``, ``running``, ``paused`` or ``stopped``."""
+    pid: int | None = None
+    """Process id of the main process inside the guest, while it runs."""
+    exit_code: int | None = None
+    """Exit code once stopped: 127 not found, 126 not executable, 128+n ended by signal n."""
+    oom_killed: bool = False
+    """Whether the memory limit ended it."""
+    reason: str | None = None
+    """Why it stopped, where the exit code does not say it."""
+    rootfs: str | None = None
+    """Host directory, if its root is one."""
+    image: str | None = None
+    """Image name, if its root is an image."""
+    image_digest: str | None = None
+    """Digest of that image's file."""
+    created_at: Moment
+    """When it was created."""
+    started_at: Moment | None = None
+    """When the main process last started."""
+    finished_at: Moment | None = None
+    """When the main process last ended."""
+    labels: dict[str, str] = {}
+    """As given."""
+    annotations: dict[str, str] = {}
+    """As given."""
+
+
+class HypervisorStatus(Reply):
+    """The VM of a running pod."""
+
+    type: HypervisorType
+    """Driver."""
+    vm_id: str
+    """Id of the VM; it differs from the pod's and changes with each start."""
+    pid: int | None = None
+    """Process id on the host."""
+    uuid: str
+    """UUID given to the VM."""
+    accelerator: str | None = None
+    """``kvm`` or ``tcg``."""
+    mock: bool = False
+    """True when no VM exists (mock hypervisor)."""
+
+
+class PodStatus(Reply):
+    """What the node knows of a pod."""
+
+    pod_id: str
+    """Its id."""
+    node: str
+    """Node that holds it."""
+    state: PodState
+    """Where it is in its life."""
+    reason: str | None = None
+    """Why it failed, with the last words of the guest's console where they help."""
+    revision: int
+    """Counts the changes of this pod's record; usable in ``Vcnode-Expected-Revision``."""
+    created_at: Moment
+    """When it was created."""
+    started_at: Moment | None = None
+    """When it last became running."""
+    finished_at: Moment | None = None
+    """When it last stopped or failed."""
+    hostname: str
+    """Hostname in the guest."""
+    resources: Resources
+    """Size of the VM."""
+    hypervisor: HypervisorStatus | None = None
+    """The VM, while there is one."""
+    agent_type: AgentType
+    """Driver that reaches into the guest."""
+    network_model: NetworkModel
+    """Driver that connects the pod."""
+    netns_path: str | None = None
+    """The pod's network namespace, if it has one."""
+    endpoints: tuple[Endpoint, ...] = ()
+    """Its interfaces."""
+    containers: tuple[ContainerStatus, ...] = ()
+    """Its containers, in the order of creation."""
+    leftovers: tuple[str, ...] = ()
+    """What could not be freed on the host; ``pod.delete`` tries again."""
+    phases_ms: dict[str, float] = {}
+    """Milliseconds of each phase of the last start."""
+    labels: dict[str, str] = {}
+    """As given."""
+    annotations: dict[str, str] = {}
+    """As given."""
+    mock: bool = False
+    """True when no VM exists (mock hypervisor)."""
+
+
+class Output(Blob):
+    """One captured output stream."""
+
+    truncated: bool = False
+    """Whether more was written than is kept here (the first bytes are kept)."""
+    total_bytes: int = 0
+    """How many bytes were written in all."""
+
+
+class ExecResult(Reply):
+    """How a command inside a pod ended."""
+
+    exit_code: int
+    """Exit code: 127 not found, 126 not executable, 128+n ended by signal n."""
+    timed_out: bool = False
+    """Whether ``timeout_s`` passed and the command was killed."""
+    stdout: Output = Output()
+    """Captured standard output."""
+    stderr: Output = Output()
+    """Captured standard error."""
+    duration_ms: float
+    """Milliseconds from the request's arrival at the pod to the command's end."""
+
+
+StopOutcome = Literal["graceful", "forced", "absent"]

@@ -1,0 +1,77 @@
+"""What the node's database holds: the truth about pods, from which statuses are made."""
+
+from __future__ import annotations
+
+from vcnode.models.base import Moment
+from vcnode.models.pod import (
+    AgentType,
+    ContainerSpec,
+    ContainerState,
+    HypervisorType,
+    NetworkModel,
+    PodSpec,
+    PodState,
+)
+from vcnode.models.vm import Data, NetworkAttachment, VmRecord
+
+
+class ContainerRecord(Data):
+    """A container of a pod. ``spec.id`` is always set here."""
+
+    spec: ContainerSpec
+    """As given, with the id filled in."""
+    state: ContainerState = ContainerState.READY
+    """Where it is in its life."""
+    image_digest: str | None = None
+    """The image's file when it was created; a later import under the same name changes nothing here."""
+    pid: int | None = None
+    """Main process in the guest."""
+    exit_code: int | None = None
+    """Once stopped."""
+    oom_killed: bool = False
+    """Whether its memory limit ended it."""
+    reason: str | None = None
+    """Why it stopped, where the exit code does not say it."""
+    created_at: Moment
+    """When it was created."""
+    started_at: Moment | None = None
+    """When it last started."""
+    finished_at: Moment | None = None
+    """When it last stopped."""
+
+
+class PodRecord(Data):
+    """A pod. ``spec.id`` is always set here."""
+
+    pod_id: str
+    """Its id."""
+    spec: PodSpec
+    """As given, with the id filled in; its containers are those of the create."""
+    hypervisor_type: HypervisorType
+    """Chosen at create; a later change of the node's default changes nothing here."""
+    agent_type: AgentType
+    """Chosen at create."""
+    network_model: NetworkModel
+    """Chosen at create."""
+    state: PodState
+    """Where it is in its life."""
+    reason: str | None = None
+    """Why it failed."""
+    revision: int = 1
+    """Counts the changes."""
+    created_at: Moment
+    """When it was created."""
+    started_at: Moment | None = None
+    """When it last became running."""
+    finished_at: Moment | None = None
+    """When it last stopped or failed."""
+    vm: VmRecord | None = None
+    """Its VM, from just before the launch until all of it is gone."""
+    network: NetworkAttachment | None = None
+    """Its network, while it has one."""
+    containers: tuple[ContainerRecord, ...] = ()
+    """In the order of creation."""
+    leftovers: tuple[str, ...] = ()
+    """What could not be freed."""
+    phases_ms: dict[str, float] = {}
+    """Milliseconds of each phase of the last start."""

@@ -1,0 +1,191 @@
+"""VMs, guests and networks as the pod service and the drivers speak of them; nothing here is on the bus."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from vcnode.models.base import Moment
+from vcnode.models.pod import ContainerResources, Endpoint, HypervisorType, NetworkModel
+
+
+class Data(BaseModel):
+    """Base of internal values: frozen, strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class VmSpec(Data):
+    """A VM to launch."""
+
+    vm_id: str
+    """Unique on the host; names its directory, sockets and tap."""
+    uuid: str
+    """Given to QEMU as ``-uuid``; proves the identity of a process that was found again."""
+    vcpu_count: int
+    """Virtual CPUs."""
+    mem_size_mib: int
+    """Guest memory in MiB."""
+    directory: str
+    """Host directory of this VM (exists, empty): sockets, console log, ``shared/``."""
+    shared_dir: str
+    """Host directory that the guest sees as the 9p share ``shared``."""
+    netdevs: tuple[NetDev, ...] = ()
+    """Network devices."""
+
+
+class NetDev(Data):
+    """One network device of a VM."""
+
+    tap_fd: int
+    """Open tap, inherited by the VM's process."""
+    mac: str
+    """Hardware address."""
+
+
+class VmRecord(Data):
+    """What must be kept to find a VM again after the node agent has restarted."""
+
+    vm_id: str
+    """Id of the VM."""
+    uuid: str
+    """Its UUID."""
+    directory: str
+    """Its directory on the host."""
+    type: HypervisorType
+    """Driver that runs it."""
+    pid: int | None = None
+    """Process id; None before the launch and for the mock."""
+    pid_start_ticks: int | None = None
+    """Start time of that process (field 22 of /proc/PID/stat): a reused pid has another."""
+    accelerator: str | None = None
+    """``kvm`` or ``tcg``."""
+
+
+class VmExit(Data):
+    """How a VM ended."""
+
+    expected: bool
+    """Whether ``stop`` had been called."""
+    exit_code: int | None = None
+    """Exit code of the process (negative: signal), if it was our child."""
+    reason: str
+    """One sentence: what QEMU's events, exit code and the guest's console say."""
+    console_tail: str = ""
+    """Last lines of the serial console."""
+
+
+class Disk(Data):
+    """A disk to attach to a running VM."""
+
+    disk_id: str
+    """Unique within the VM; becomes the SCSI serial by which the guest finds it."""
+    path: str
+    """File on the host."""
+    read_only: bool = True
+    """Whether the guest may not write."""
+
+
+class ContainerRoot(Data):
+    """Where the guest finds a container's root. Exactly one of the two is set."""
+
+    shared_name: str | None = None
+    """Directory below the 9p share."""
+    disk_id: str | None = None
+    """Attached disk that holds an erofs image."""
+
+
+class GuestProcess(Data):
+    """A process as the guest agent starts it; users and groups are resolved inside the root."""
+
+    args: tuple[str, ...]
+    """Program and arguments."""
+    envs: tuple[tuple[str, str], ...] = ()
+    """Environment."""
+    workdir: str = "/"
+    """Working directory."""
+    user: str = "0"
+    """Name or number."""
+    group: str | None = None
+    """Name or number; None: the user's primary group."""
+    supplementary_groups: tuple[str, ...] = ()
+    """Names or numbers."""
+    rlimits: tuple[tuple[str, int, int], ...] = ()
+    """Name, soft, hard."""
+    no_new_privileges: bool = True
+    """PR_SET_NO_NEW_PRIVS."""
+    capabilities: tuple[str, ...] = ()
+    """Exactly these."""
+
+
+class GuestContainer(Data):
+    """A container as the guest agent makes it."""
+
+    container_id: str
+    """Its id."""
+    root: ContainerRoot
+    """Where its files are."""
+    readonly: bool = False
+    """Whether its root is mounted read-only."""
+    hostname: str
+    """In its UTS namespace."""
+    process: GuestProcess
+    """Main process."""
+    resources: ContainerResources = ContainerResources()
+    """cgroup limits."""
+
+
+class GuestConfig(Data):
+    """Identity of a guest, given once its agent answers."""
+
+    hostname: str
+    """Of the guest itself."""
+    time_ns: int
+    """Wall clock to set, in nanoseconds since 1970."""
+    entropy: bytes
+    """At least 32 fresh random bytes for the kernel's generator."""
+    machine_id: str
+    """32 hex digits."""
+    endpoints: tuple[Endpoint, ...] = ()
+    """Interfaces to set up."""
+
+
+class GuestContainerState(Data):
+    """A container as the guest agent sees it."""
+
+    container_id: str
+    """Its id."""
+    state: str
+    """``created``, ``running`` or ``stopped``."""
+    pid: int | None = None
+    """Main process in the guest."""
+    exit_code: int | None = None
+    """Set once stopped."""
+    oom_killed: bool = False
+    """Whether its memory limit ended it."""
+    finished_at: Moment | None = None
+    """By the guest's clock."""
+
+
+class GuestInfo(Data):
+    """A guest agent as it introduced itself."""
+
+    agent_version: str
+    """Version of the agent."""
+    boot_id: str
+    """The guest kernel's boot id."""
+    kernel: str
+    """The guest kernel's release."""
+
+
+class NetworkAttachment(Data):
+    """What a network driver made for one VM; kept in the pod's record."""
+
+    model: NetworkModel
+    """Driver."""
+    netns_path: str | None = None
+    """Network namespace in which the VM runs."""
+    endpoints: tuple[Endpoint, ...] = ()
+    """Interfaces, in guest order."""
+
+
+VmSpec.model_rebuild()

@@ -1,0 +1,193 @@
+"""All settings of a node agent, in one frozen model.
+
+Precedence, lowest first: defaults, the TOML file, ``VCNODE_*`` environment variables, flags. A group's
+setting is ``[nats] url = …`` in the file and ``VCNODE_NATS_URL`` in the environment.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from vcnode.models.base import NodeName
+from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
+
+
+def default_node_name() -> str:
+    """The host's name, made to fit the alphabet of ids."""
+    name = re.sub(r"[^a-z0-9_-]", "-", socket.gethostname().split(".")[0].lower()).strip("-_")
+    return name[:64] or "node"
+
+
+class Group(BaseModel):
+    """Base of a group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NatsSettings(Group):
+    """How to reach NATS."""
+
+    url: str = "nats://127.0.0.1:4222"
+    """Server URLs, separated by commas."""
+    prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")] = "vcnode"
+    """First token of every subject."""
+    creds_file: Path | None = None
+    """Credentials file (JWT and seed)."""
+    nkey_seed_file: Path | None = None
+    """File with an nkey seed."""
+    user: str | None = None
+    """User name."""
+    password_file: Path | None = None
+    """File with the user's password."""
+    token_file: Path | None = None
+    """File with a token."""
+    tls_ca_file: Path | None = None
+    """CA certificates to trust; turns TLS on."""
+    tls_cert_file: Path | None = None
+    """Client certificate."""
+    tls_key_file: Path | None = None
+    """Key of the client certificate."""
+    tls_hostname: str | None = None
+    """Name expected in the server's certificate, if it differs from the URL's host."""
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Limit of one attempt to connect."""
+    stream_replicas: int = Field(default=1, ge=1, le=5)
+    """Replicas of the event stream when this node is the one to create it."""
+    stream_max_age_s: float = Field(default=7 * 86_400, gt=0)
+    """Age in seconds at which the event stream forgets, when this node is the one to create it."""
+
+
+class QemuSettings(Group):
+    """How VMs are run."""
+
+    binary: str = "qemu-system-x86_64"
+    """QEMU, by name or path."""
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    """``auto`` boots a guest to see whether KVM really works, remembers the answer, and says so."""
+    probe_timeout_s: float = Field(default=10.0, gt=0)
+    """Limit of that test boot."""
+    boot_timeout_s: float = Field(default=60.0, gt=0)
+    """Limit from the launch of a VM to the first answer of its agent."""
+    console_max_bytes: int = Field(default=256 * 1024, ge=4096)
+    """Size at which a VM's console log is rotated; one older file is kept."""
+
+
+class LimitSettings(Group):
+    """Bounds that keep one caller from hurting the others."""
+
+    concurrent_commands: int = Field(default=64, ge=1)
+    """Commands in progress at once; more get ``resource_exhausted``."""
+    concurrent_starts: int = Field(default=4, ge=1)
+    """Pods starting at once; more wait."""
+    pods: int = Field(default=500, ge=1)
+    """Pods that the node holds, in any state."""
+    request_bytes: int = Field(default=512 * 1024, ge=1024)
+    """Largest request body."""
+    journal_entries: int = Field(default=100_000, ge=100)
+    """Stored replies kept; the oldest go first."""
+    journal_age_s: float = Field(default=7 * 86_400, gt=0)
+    """Age in seconds at which a stored reply is forgotten."""
+    outbox_events: int = Field(default=1_000_000, ge=100)
+    """Unpublished events kept; at the bound, commands that change something get ``resource_exhausted``."""
+    outbox_retention_s: float = Field(default=86_400, ge=0)
+    """Seconds for which published events stay in the local outbox."""
+
+
+class Settings(BaseSettings):
+    """Settings of one node agent."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="VCNODE_",
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        use_attribute_docstrings=True,
+    )
+
+    config_file: ClassVar[Path | None] = None
+
+    node_name: NodeName = Field(default_factory=default_node_name)
+    """Name of this node: a subject token, unique in the fleet."""
+    state_dir: Path = Path("/var/lib/vcnode")
+    """Database, images, accelerator probe: survives reboots."""
+    run_dir: Path = Path("/run/vcnode")
+    """Sockets and directories of running VMs; keep the path short (UNIX socket paths end at 107 bytes)."""
+    guest_dir: Path = Path("/var/lib/vcnode/guest")
+    """Guest image, as made by ``vcnode guest build``."""
+    allowed_roots: tuple[Path, ...] = (Path("/var/lib/vcnode/roots"), Path("/srv"))
+    """Host paths in commands must lie under one of these."""
+    hypervisor: HypervisorType = HypervisorType.QEMU
+    """Used when a pod names none."""
+    agent: AgentType | None = None
+    """Used when a pod names none. Default: ``native`` with QEMU, ``mock`` with the mock hypervisor."""
+    network: NetworkModel = NetworkModel.NOOP
+    """Used when a pod names none."""
+    stop_grace_s: float = Field(default=10.0, ge=0, le=3600)
+    """Default of ``pod.stop``: seconds that containers and guest may take."""
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+    """Seconds that running commands may take when the node agent stops."""
+    metrics_address: str = "127.0.0.1:9750"
+    """Where metrics and health are served; port 0 takes a free one, an empty string turns it off."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """``auto``: text on a terminal, JSON otherwise."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged."""
+    faults: str = ""
+    """Fault plan of the mock hypervisor, such as ``launch:2=fail`` (docs/mock.md)."""
+    nats: NatsSettings = NatsSettings()
+    qemu: QemuSettings = QemuSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @property
+    def agent_type(self) -> AgentType:
+        """The default agent driver, as set or as it follows from the hypervisor."""
+        if self.agent is not None:
+            return self.agent
+        return AgentType.MOCK if self.hypervisor is HypervisorType.MOCK else AgentType.NATIVE
+
+    @classmethod
+    def load(cls, file: Path | None = None, **flags: Any) -> Settings:
+        """Read file and environment, with *flags* on top (None values count as not given).
+
+        Raises:
+            pydantic.ValidationError: A value is wrong; the error names the setting.
+            OSError, tomllib.TOMLDecodeError: The file cannot be read.
+        """
+        given = {name: value for name, value in flags.items() if value is not None}
+        if file is None:
+            return cls(**given)
+
+        class FromFile(cls):  # type: ignore[misc, valid-type]
+            config_file: ClassVar[Path | None] = file
+
+        loaded: Settings = FromFile(**given)
+        return loaded
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags over environment over file."""
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if cls.config_file is not None:
+            if not cls.config_file.is_file():
+                raise FileNotFoundError(f"No settings file at {cls.config_file}.")
+            sources += (TomlConfigSettingsSource(settings_cls, toml_file=cls.config_file),)
+        return sources
