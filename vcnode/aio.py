@@ -154,7 +154,9 @@ class Interruptible:
             raise self._error
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> bool:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: object
+    ) -> bool:
         task, self._task = self._task, None
         self._ended.set()
         if self._error is None or task is None:

@@ -26,7 +26,9 @@ class Reply(BaseModel):
 
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 PodId = Annotated[Id, Field(description="Pod id: lower case letters, digits, '-' and '_', at most 64.")]
-ContainerId = Annotated[Id, Field(description="Container id, unique within its pod; same alphabet as pod ids.")]
+ContainerId = Annotated[
+    Id, Field(description="Container id, unique within its pod; same alphabet as pod ids.")
+]
 NodeName = Annotated[Id, Field(description="Node name; same alphabet as pod ids.")]
 ImageName = Annotated[
     str,
