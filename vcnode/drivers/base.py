@@ -71,7 +71,7 @@ class Vm(Protocol):
         ...
 
     async def stop(self, *, grace_s: float) -> StopOutcome:
-        """End the VM: wait up to *grace_s* for it to power off, then QMP quit, SIGTERM, SIGKILL, each bounded.
+        """End the VM: wait up to *grace_s* for its power-off, then QMP quit, SIGTERM, SIGKILL, each bounded.
 
         Idempotent. On return, and on any error, no process and no socket of this VM is left; its directory
         stays. Cancellation: finishes the kill first, then propagates.
