@@ -1,0 +1,188 @@
+"""The journal: every command that changes something, and what was answered.
+
+A command is committed here before its first side effect, and its reply before it is sent; so the same
+command, sent again, gets the same reply, also after a restart.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vcnode.errors import AbortedError, AlreadyExistsError, ResourceExhaustedError
+from vcnode.pods.store import Store, Tx
+
+PRUNE_EVERY = 256
+"""The journal is pruned once per so many finished commands; it may exceed its bound by as many."""
+RESTARTED = "The node restarted while this command ran; ask for the pod's status."
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A reply as it was sent."""
+
+    ok: bool
+    """Whether the command succeeded."""
+    body: bytes
+    """The reply's body, or the error's."""
+    code: str | None = None
+    """The error's code, such as ``not_found``; None if it succeeded."""
+    number: int | None = None
+    """The error's number, such as 404; None if it succeeded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A command that was begun and has no reply."""
+
+    command_id: str
+    verb: str
+    digest: str
+    started_at: float
+    """Seconds since 1970."""
+
+
+class Journal:
+    """Commands and their replies, in the node's database.
+
+    Args:
+        store: The database.
+        max_entries: Replies kept; the oldest go first.
+        max_age_s: Age in seconds at which a reply is forgotten.
+        max_unpublished: At so many unpublished events no command is begun.
+    """
+
+    def __init__(self, store: Store, *, max_entries: int, max_age_s: float, max_unpublished: int) -> None:
+        self._store = store
+        self._max_entries = max_entries
+        self._max_age_s = max_age_s
+        self._max_unpublished = max_unpublished
+        self._finished_count = 0
+
+    async def begin(self, command_id: str, verb: str, digest: str) -> Stored | None:
+        """Note a command, or find the reply that it got before.
+
+        Args:
+            command_id: Its idempotency key.
+            verb: What it is.
+            digest: Digest of its body.
+
+        Returns:
+            None: it is new, and committed as in progress. Otherwise its reply.
+
+        Raises:
+            AlreadyExistsError: The id was used for another verb or body.
+            AbortedError: This very command is in progress.
+            ResourceExhaustedError: Too many events wait for JetStream, or the disk is full; not begun.
+            StorageError: The database cannot be written; not begun.
+        """
+
+        def begin(tx: Tx) -> Stored | None:
+            row = tx.execute(
+                "SELECT verb, digest, finished_at, ok, body, code, number FROM journal WHERE command_id = ?",
+                (command_id,),
+            ).fetchone()
+            if row is not None:
+                return _earlier(command_id, verb, digest, row)
+            if tx.unpublished_count >= self._max_unpublished:
+                raise ResourceExhaustedError(
+                    f"{tx.unpublished_count} events wait to be published; is JetStream reachable?",
+                    unpublished=tx.unpublished_count,
+                )
+            tx.execute(
+                "INSERT INTO journal (command_id, verb, digest, started_at) VALUES (?, ?, ?, ?)",
+                (command_id, verb, digest, self._now()),
+            )
+            return None
+
+        return await self._store.write(begin)
+
+    async def finish(self, command_id: str, stored: Stored) -> None:
+        """Keep the reply of a command. Has no effect if it has one already.
+
+        Raises:
+            ResourceExhaustedError, StorageError: It could not be kept; after a restart the command counts
+                as unfinished.
+        """
+        self._finished_count += 1
+        prune = self._finished_count % PRUNE_EVERY == 0
+
+        def finish(tx: Tx) -> None:
+            self._finish(tx, command_id, stored)
+            if prune:
+                self._prune(tx)
+
+        await self._store.write(finish)
+
+    async def unfinished(self) -> Sequence[Unfinished]:
+        """Commands without a reply, oldest first."""
+
+        def query(connection: sqlite3.Connection) -> list[Unfinished]:
+            rows = connection.execute(
+                "SELECT command_id, verb, digest, started_at FROM journal WHERE finished_at IS NULL "
+                "ORDER BY started_at, rowid"
+            )
+            return [Unfinished(*row) for row in rows]
+
+        return await self._store.read(query)
+
+    async def fail_unfinished(self) -> Sequence[Unfinished]:
+        """Answer as failed what an earlier process left unfinished; call it before any command is taken."""
+        found = await self.unfinished()
+
+        def fail(tx: Tx) -> None:
+            for entry in found:
+                self._finish(tx, entry.command_id, _restarted(entry))
+            self._prune(tx)
+
+        await self._store.write(fail)
+        return found
+
+    def _finish(self, tx: Tx, command_id: str, stored: Stored) -> None:
+        tx.execute(
+            "UPDATE journal SET finished_at = ?, ok = ?, code = ?, number = ?, body = ? "
+            "WHERE command_id = ? AND finished_at IS NULL",
+            (self._now(), int(stored.ok), stored.code, stored.number, stored.body, command_id),
+        )
+
+    def _prune(self, tx: Tx) -> None:
+        tx.execute("DELETE FROM journal WHERE finished_at < ?", (self._now() - self._max_age_s,))
+        tx.execute(
+            "DELETE FROM journal WHERE rowid IN (SELECT rowid FROM journal WHERE finished_at IS NOT NULL "
+            "ORDER BY finished_at DESC, rowid DESC LIMIT -1 OFFSET ?)",
+            (self._max_entries,),
+        )
+
+    def _now(self) -> float:
+        return self._store.clock().timestamp()
+
+
+def _earlier(command_id: str, verb: str, digest: str, row: tuple[object, ...]) -> Stored:
+    old_verb, old_digest, finished_at, ok, body, code, number = row
+    if (old_verb, old_digest) != (verb, digest):
+        raise AlreadyExistsError(
+            f"Command id {command_id} was used for another {old_verb}; give each command its own id.",
+            command_id=command_id,
+            verb=old_verb,
+        )
+    if finished_at is None:
+        raise AbortedError(f"Command {command_id} is still in progress.", command_id=command_id)
+    return Stored(
+        ok=bool(ok),
+        body=body if isinstance(body, bytes) else b"",
+        code=code if isinstance(code, str) else None,
+        number=number if isinstance(number, int) else None,
+    )
+
+
+def _restarted(entry: Unfinished) -> Stored:
+    error = {
+        "code": "internal",
+        "message": RESTARTED,
+        "details": {"command_id": entry.command_id, "verb": entry.verb, "restarted": True},
+        "retryable": False,
+        "error_id": None,
+    }
+    return Stored(ok=False, body=json.dumps(error).encode(), code="internal", number=500)

@@ -1,0 +1,84 @@
+"""The outbox: events between the transaction that made them and JetStream's acknowledgement."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+from vcnode.models.events import Event
+from vcnode.pods.store import Store, Tx
+
+PRUNE_EVERY = 256
+"""Old events are removed once per so many acknowledgements."""
+
+
+class Outbox:
+    """Events that wait to be published, and those published lately.
+
+    Args:
+        store: The database.
+        retention_s: Seconds for which a published event is kept, in case JetStream loses it.
+    """
+
+    def __init__(self, store: Store, *, retention_s: float) -> None:
+        self._store = store
+        self._retention_s = retention_s
+        self._marks_count = 0
+
+    @property
+    def last_sequence(self) -> int:
+        """Sequence of the newest event, published or not; 0 before the first."""
+        return self._store.sequence
+
+    @property
+    def unpublished_count(self) -> int:
+        """How many events wait."""
+        return self._store.unpublished_count
+
+    async def unpublished(self, limit: int) -> Sequence[Event]:
+        """The oldest events that wait, in order, at most *limit*."""
+        return await self._events(
+            "SELECT event FROM outbox WHERE published_at IS NULL ORDER BY sequence LIMIT ?", (limit,)
+        )
+
+    async def since(self, sequence: int, limit: int) -> Sequence[Event]:
+        """Events after *sequence* that are still kept, published or not, in order, at most *limit*."""
+        return await self._events(
+            "SELECT event FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?", (sequence, limit)
+        )
+
+    async def mark_published(self, sequence: int) -> None:
+        """Note that JetStream has acknowledged every event up to and including *sequence*. Idempotent."""
+        self._marks_count += 1
+        prune = self._marks_count % PRUNE_EVERY == 0
+
+        def mark(tx: Tx) -> None:
+            now = self._store.clock().timestamp()
+            marked = tx.execute(
+                "UPDATE outbox SET published_at = ? WHERE sequence <= ? AND published_at IS NULL",
+                (now, sequence),
+            )
+            tx.unpublished_count -= marked.rowcount
+            if prune:
+                tx.execute("DELETE FROM outbox WHERE published_at < ?", (now - self._retention_s,))
+
+        await self._store.write(mark)
+
+    async def prune(self) -> None:
+        """Remove published events older than the retention time."""
+
+        def prune(tx: Tx) -> None:
+            oldest = self._store.clock().timestamp() - self._retention_s
+            tx.execute("DELETE FROM outbox WHERE published_at < ?", (oldest,))
+
+        await self._store.write(prune)
+
+    async def wait(self) -> None:
+        """Wait until there is an event to publish; returns at once if there is one."""
+        await self._store.has_unpublished.wait()
+
+    async def _events(self, sql: str, parameters: tuple[int, ...]) -> Sequence[Event]:
+        def query(connection: sqlite3.Connection) -> list[str]:
+            return [row[0] for row in connection.execute(sql, parameters)]
+
+        return [Event.model_validate_json(text) for text in await self._store.read(query)]

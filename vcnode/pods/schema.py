@@ -1,0 +1,68 @@
+"""The database's tables, and how an older database becomes a newer one."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from vcnode.errors import StorageError
+
+_VERSION_1 = (
+    """CREATE TABLE meta (
+        key TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    )""",
+    # rowid keeps the order of creation; state and revision are copies of what the record holds
+    """CREATE TABLE pods (
+        pod_id TEXT PRIMARY KEY,
+        state TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        record TEXT NOT NULL
+    )""",
+    """CREATE TABLE images (
+        name TEXT PRIMARY KEY,
+        digest TEXT NOT NULL,
+        status TEXT NOT NULL
+    )""",
+    # finished_at IS NULL: in progress. Times are seconds since 1970.
+    """CREATE TABLE journal (
+        command_id TEXT PRIMARY KEY,
+        verb TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        started_at REAL NOT NULL,
+        finished_at REAL,
+        ok INTEGER,
+        code TEXT,
+        number INTEGER,
+        body BLOB
+    )""",
+    "CREATE INDEX journal_finished ON journal (finished_at)",
+    # published_at IS NULL: still to be published
+    """CREATE TABLE outbox (
+        sequence INTEGER PRIMARY KEY,
+        event TEXT NOT NULL,
+        published_at REAL
+    )""",
+    "CREATE INDEX outbox_published ON outbox (published_at)",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+"""Statements that lead from version n to n + 1; only ever appended to."""
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to the newest version, inside the caller's transaction.
+
+    Raises:
+        StorageError: A newer vcnode has written it.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise StorageError(
+            f"The database has version {version}; this vcnode knows up to {len(MIGRATIONS)}. "
+            "Run the newer vcnode again, or give this one another state_dir.",
+            version=version,
+        )
+    for statements in MIGRATIONS[version:]:
+        for statement in statements:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS):d}")
