@@ -82,6 +82,10 @@ class LocalError(Exception):
     """The caller asked for something that the protocol does not allow now; nothing was sent."""
 
 
+class TooLargeError(LocalError):
+    """The message is larger than the protocol can carry."""
+
+
 class SessionStarted:
     """A session is open. ``hello`` is the peer's HELLO, checked; streams and requests start from nothing."""
 
@@ -230,11 +234,11 @@ def encode_object(content: Mapping[str, Any]) -> bytes:
     """Write a JSON object in ASCII.
 
     Raises:
-        LocalError: It is larger than a message may be.
+        TooLargeError: It is larger than a message may be.
     """
     encoded = _encode_json(content).encode("ascii")
     if len(encoded) > MAX_MESSAGE:
-        raise LocalError(f"A message of {len(encoded)} bytes is over the limit of {MAX_MESSAGE}.")
+        raise TooLargeError(f"A message of {len(encoded)} bytes is over the limit of {MAX_MESSAGE}.")
     return encoded
 
 
@@ -549,7 +553,8 @@ class Host(_End):
         """Ask the guest; returns the id that the reply will carry.
 
         Raises:
-            LocalError: No session, too many requests without a reply, or the message is too large.
+            TooLargeError: The message is too large.
+            LocalError: No session, or too many requests are without a reply.
         """
         if len(self._asked) >= MAX_REQUESTS:
             raise LocalError(f"{MAX_REQUESTS} requests are without a reply.")
@@ -691,7 +696,8 @@ class Guest(_End):
         """Answer *request*; dropped silently when its session is over.
 
         Raises:
-            LocalError: The reply is too large (send an error instead), or was sent already.
+            TooLargeError: The reply is too large; send an error instead.
+            LocalError: It was answered already.
         """
         if self._is_open(request):
             self._send_message(REPLY, {"id": request.id, "result": result})

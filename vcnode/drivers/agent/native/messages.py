@@ -1,0 +1,191 @@
+"""Params as the guest protocol wants them, and checks of everything that a guest says. Pure.
+
+The guest is hostile: each field that is used has its type and range checked here, and text from the guest
+loses its control characters and excess before anybody reads it.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from vcnode.drivers.base import ContainerExited
+from vcnode.errors import (
+    AgentError,
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnsupportedError,
+    VcnodeError,
+)
+from vcnode.models.base import ID_PATTERN
+from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+
+MAX_TEXT = 500
+"""Characters of a text from the guest that are kept."""
+MAX_LISTED = 1_024
+"""Most containers that a guest may list."""
+_MAX_PID = 1 << 22
+_MAX_TIME_NS = 253_402_300_799 * 10**9  # the end of the year 9999, the last that a datetime holds
+_IS_ID = re.compile(ID_PATTERN)
+
+
+class BadFieldError(Exception):
+    """The guest sent a field of a wrong type or out of range; the text names it and holds nothing of it."""
+
+
+def clean(text: str, limit: int = MAX_TEXT) -> str:
+    """Make text from a guest fit to be logged and shown: printable, one line, at most *limit* characters."""
+    kept = "".join(c if c.isprintable() else " " for c in text[:limit])
+    return kept + "…" if len(text) > limit else kept
+
+
+# -- what goes out -----------------------------------------------------------------------------------------
+
+
+def configure_params(config: GuestConfig) -> dict[str, Any]:
+    """Params of ``configure``."""
+    return {
+        "hostname": config.hostname,
+        "time_ns": config.time_ns,
+        "entropy": base64.b64encode(config.entropy).decode("ascii"),
+        "machine_id": config.machine_id,
+        "interfaces": [
+            {"name": e.name, "mac": e.mac, "addresses": list(e.addresses), "mtu": e.mtu}
+            for e in config.endpoints
+        ],
+    }
+
+
+def create_container_params(container: GuestContainer) -> dict[str, Any]:
+    """Params of ``create_container``."""
+    return {
+        "container_id": container.container_id,
+        "root": container.root.model_dump(exclude_none=True),
+        "readonly": container.readonly,
+        "hostname": container.hostname,
+        "process": container.process.model_dump(),
+        "resources": container.resources.model_dump(),
+    }
+
+
+def execute_params(
+    process: GuestProcess, container_id: str | None, *, stdin: int, stdout: int, stderr: int
+) -> dict[str, Any]:
+    """Params of ``execute``."""
+    return {
+        "container_id": container_id,
+        "process": process.model_dump(),
+        "streams": {"stdin": stdin, "stdout": stdout, "stderr": stderr},
+    }
+
+
+# -- what comes in -----------------------------------------------------------------------------------------
+
+
+def _int(fields: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    value = fields.get(name)
+    if type(value) is not int or not least <= value <= most:  # not isinstance: True is no number
+        raise BadFieldError(name)
+    return value
+
+
+def _optional_int(fields: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    return None if fields.get(name) is None else _int(fields, name, least, most)
+
+
+def _bool(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if type(value) is not bool:
+        raise BadFieldError(name)
+    return value
+
+
+def _id(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if type(value) is not str or not _IS_ID.fullmatch(value):
+        raise BadFieldError(name)
+    return value
+
+
+def guest_info(hello: Mapping[str, Any]) -> GuestInfo:
+    """What the guest's hello, already checked by the codec, says of it."""
+    return GuestInfo(
+        agent_version=clean(hello["agent_version"], 64),
+        boot_id=clean(hello["boot_id"], 64),
+        kernel=clean(hello["kernel"], 128),
+    )
+
+
+def pid(result: Mapping[str, Any]) -> int:
+    """Result of ``start_container``. Raises BadFieldError."""
+    return _int(result, "pid", 1, _MAX_PID)
+
+
+def process_id(fields: Mapping[str, Any]) -> int:
+    """Result of ``execute``, or the process that an event is about. Raises BadFieldError."""
+    return _int(fields, "process_id", 1, (1 << 53) - 1)
+
+
+def exit_code(fields: Mapping[str, Any]) -> int:
+    """Exit code in an event. Raises BadFieldError."""
+    return _int(fields, "exit_code", 0, 255)
+
+
+def container_exited(fields: Mapping[str, Any]) -> ContainerExited:
+    """The event ``container_exited``. Raises BadFieldError."""
+    return ContainerExited(
+        container_id=_id(fields, "container_id"),
+        exit_code=exit_code(fields),
+        oom_killed=_bool(fields, "oom_killed"),
+    )
+
+
+def container_states(result: Mapping[str, Any]) -> Sequence[GuestContainerState]:
+    """Result of ``list_containers``. Raises BadFieldError."""
+    entries = result.get("containers")
+    if type(entries) is not list or len(entries) > MAX_LISTED:
+        raise BadFieldError("containers")
+    return [_container_state(entry) for entry in entries]
+
+
+def _container_state(entry: object) -> GuestContainerState:
+    if type(entry) is not dict:
+        raise BadFieldError("containers")
+    state = entry.get("state")
+    if state not in ("created", "running", "stopped"):
+        raise BadFieldError("state")
+    code = _optional_int(entry, "exit_code", 0, 255)
+    if state == "stopped" and code is None:
+        raise BadFieldError("exit_code")
+    finished_at_ns = _optional_int(entry, "finished_at_ns", 0, _MAX_TIME_NS)
+    return GuestContainerState(
+        container_id=_id(entry, "container_id"),
+        state=state,
+        pid=_optional_int(entry, "pid", 1, _MAX_PID),
+        exit_code=code,
+        oom_killed=_bool(entry, "oom_killed"),
+        finished_at=None if finished_at_ns is None else datetime.fromtimestamp(finished_at_ns / 1e9, UTC),
+    )
+
+
+_ERRORS: Mapping[str, type[VcnodeError]] = {
+    "not_found": NotFoundError,
+    "already_exists": AlreadyExistsError,
+    "failed_precondition": FailedPreconditionError,
+    "not_implemented": UnsupportedError,
+}
+
+
+def error(method: str, code: str, message: str) -> VcnodeError:
+    """The error that stands for the guest's answer to *method*; `AgentError` for codes it should not use."""
+    text = clean(message) or "The guest gave no reason."
+    if code == "invalid_argument":
+        return InvalidArgumentError(text, violations=[{"field": "", "message": text}])
+    if (found := _ERRORS.get(code)) is not None:
+        return found(text)
+    return AgentError(f"The guest agent could not do {method}: {text}", method=method)

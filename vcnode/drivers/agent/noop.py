@@ -1,0 +1,102 @@
+"""The agent driver for guests that have none: a VM is started and stopped, and nothing is asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import NoReturn
+
+import vcnode
+from vcnode.drivers.base import GuestEvent, GuestSession, RunningProcess, Vm
+from vcnode.errors import AgentError, UnsupportedError
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import AgentType
+from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+
+
+class NoopAgent:
+    """The `GuestAgent` without capabilities; ``connect`` succeeds at once, whatever runs in the VM."""
+
+    @property
+    def info(self) -> DriverInfo:
+        """See `GuestAgent.info`: no capabilities."""
+        return DriverInfo(type=AgentType.NOOP, version=vcnode.__version__)
+
+    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+        """See `GuestAgent.connect`."""
+        return NoopSession()
+
+
+class NoopSession:
+    """A `GuestSession` with nobody at the other end.
+
+    What asks for nothing in return succeeds (``configure``, ``ping``, ``shutdown``, deleting and listing
+    containers, of which there are none); everything else is refused. It is never lost.
+    """
+
+    def __init__(self) -> None:
+        self._closed = asyncio.Event()
+
+    @property
+    def info(self) -> GuestInfo:
+        """See `GuestSession.info`."""
+        return GuestInfo(agent_version="none", boot_id="", kernel="")
+
+    async def configure(self, config: GuestConfig, *, timeout_s: float) -> None:
+        """Nothing is configured."""
+        self._check()
+
+    async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
+        """Refused."""
+        self._refuse("containers")
+
+    async def start_container(self, container_id: str, *, timeout_s: float) -> int:
+        """Refused."""
+        self._refuse("containers")
+
+    async def signal_container(
+        self, container_id: str, number: int, *, everyone: bool, timeout_s: float
+    ) -> None:
+        """Refused."""
+        self._refuse("containers")
+
+    async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
+        """There is none, so it is gone."""
+        self._check()
+
+    async def list_containers(self, *, timeout_s: float) -> Sequence[GuestContainerState]:
+        """There are none."""
+        self._check()
+        return ()
+
+    async def execute(
+        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+    ) -> RunningProcess:
+        """Refused."""
+        self._refuse("commands")
+
+    async def ping(self, *, timeout_s: float) -> None:
+        """Nobody is asked."""
+        self._check()
+
+    async def shutdown(self, *, timeout_s: float) -> None:
+        """Nobody is asked; the hypervisor ends the VM."""
+        self._check()
+
+    async def events(self) -> AsyncIterator[GuestEvent]:
+        """Nothing happens until ``close``."""
+        await self._closed.wait()
+        for event in ():
+            yield event
+
+    async def close(self) -> None:
+        """See `GuestSession.close`."""
+        self._closed.set()
+
+    def _check(self) -> None:
+        if self._closed.is_set():
+            raise AgentError("The session is closed.")
+
+    def _refuse(self, what: str) -> NoReturn:
+        self._check()
+        raise UnsupportedError(f"The agent type noop cannot run {what}; use the agent type native.")
