@@ -1,0 +1,314 @@
+"""How a record changes at each step of a life, and what is said about it. Pure.
+
+Each function makes an `Edit`: given the newest record, the one after the step, and the news of it. An edit
+runs inside the transaction, so it decides on the truth; a step that the state does not allow raises
+`FailedPreconditionError` there and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from vcnode.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
+from vcnode.models.base import JsonObject
+from vcnode.models.events import EventKind
+from vcnode.models.pod import MAX_CONTAINERS
+from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.models.vm import NetworkAttachment, VmRecord
+from vcnode.pods.lifecycle import (
+    CONTAINER_ALIVE,
+    POD_TAKES_CONTAINERS,
+    ContainerStep,
+    PodStep,
+    next_container_state,
+    next_pod_state,
+    require,
+)
+from vcnode.pods.statuses import container_id
+
+VM_ENDED = "The pod's VM ended."
+"""Why a container stopped when its exit code was not seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """An event to come out of a change."""
+
+    kind: EventKind
+    container_id: str | None = None
+    """Set: the event is about this container, and carries its status instead of the pod's."""
+    facts: JsonObject | None = None
+    """Set: the event carries these instead of a status."""
+
+
+Edit = Callable[[PodRecord], tuple[PodRecord, tuple[News, ...]]]
+
+
+def find_container(record: PodRecord, wanted: str) -> ContainerRecord:
+    """The container of that id.
+
+    Raises:
+        NotFoundError: The pod has none of that id.
+    """
+    for container in record.containers:
+        if container.spec.id == wanted:
+            return container
+    raise NotFoundError(
+        f"Pod {record.pod_id} has no container {wanted}.", pod_id=record.pod_id, container_id=wanted
+    )
+
+
+def starting(vm: VmRecord, verb: str) -> Edit:
+    """A start begins; *vm* is what it is going to make."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.START, verb)
+        if record.vm is not None or record.leftovers:
+            raise FailedPreconditionError(
+                f"Something of pod {record.pod_id}'s last VM is left on the host; stop or delete the pod first.",
+                leftovers=list(record.leftovers),
+            )
+        return _copy(record, state=state, reason=None, vm=vm, network=None, phases_ms={}), (
+            News(EventKind.POD_STARTING),
+        )
+
+    return edit
+
+
+def networked(network: NetworkAttachment) -> Edit:
+    """The pod's network was made."""
+    return lambda record: (_copy(record, network=network), ())
+
+
+def launched(vm: VmRecord) -> Edit:
+    """The VM's process runs; *vm* says which it is."""
+    return lambda record: (_copy(record, vm=vm), ())
+
+
+def started(pids: Mapping[str, int], phases_ms: Mapping[str, float], now: datetime, verb: str) -> Edit:
+    """A start is done: VM and agent answer, and the containers in *pids* run."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.STARTED, verb)
+        containers = tuple(
+            _started(record.pod_id, c, pids[container_id(c)], now, verb) if container_id(c) in pids else c
+            for c in record.containers
+        )
+        news = (
+            *(News(EventKind.CONTAINER_STARTED, cid) for cid in pids),
+            News(EventKind.POD_STARTED),
+        )
+        changed = _copy(
+            record,
+            state=state,
+            started_at=now,
+            finished_at=None,
+            containers=containers,
+            phases_ms=dict(phases_ms),
+        )
+        return changed, news
+
+    return edit
+
+
+def stopping(verb: str) -> Edit:
+    """A stop begins."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.STOP, verb)
+        return _copy(record, state=state), (News(EventKind.POD_STOPPING),)
+
+    return edit
+
+
+def stopped(reason: str | None, now: datetime, verb: str) -> Edit:
+    """The VM is gone as asked and everything is freed."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.STOPPED, verb)
+        containers, news = _containers_ended(record, now)
+        changed = _freed(record, state=state, reason=reason, finished_at=now, containers=containers)
+        return changed, (*news, News(EventKind.POD_STOPPED))
+
+    return edit
+
+
+def failed(reason: str, now: datetime) -> Edit:
+    """The pod cannot go on. What it holds on the host is still to be freed."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.FAIL, "fail")
+        containers, news = _containers_ended(record, now)
+        changed = _copy(record, state=state, reason=reason, finished_at=now, containers=containers)
+        return changed, (*news, News(EventKind.POD_FAILED))
+
+    return edit
+
+
+def failed_and_freed(reason: str, leftovers: tuple[str, ...], now: datetime) -> Edit:
+    """The pod cannot go on; what it held was freed, except for *leftovers*."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        changed, news = failed(reason, now)(record)
+        return freed(leftovers)(changed)[0], news
+
+    return edit
+
+
+def freed(leftovers: tuple[str, ...]) -> Edit:
+    """What a failed pod held on the host was freed, except for *leftovers*."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        if leftovers:
+            return _copy(record, leftovers=leftovers), (News(EventKind.POD_FAILED),)
+        return _freed(record), ()
+
+    return edit
+
+
+def session_news(kind: EventKind, reason: str | None = None) -> Edit:
+    """Nothing changed in the pod, but the session with its guest did."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        facts: JsonObject = {"pod_id": record.pod_id, "state": record.state.value}
+        if reason is not None:
+            facts["reason"] = reason
+        return record, (News(kind, facts=facts),)
+
+    return edit
+
+
+def container_added(container: ContainerRecord, verb: str) -> Edit:
+    """A container joins the pod; the same one again changes nothing."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        cid = container_id(container)
+        for other in record.containers:
+            if other.spec == container.spec:
+                return record, ()
+            if other.spec.id == cid:
+                raise AlreadyExistsError(
+                    f"Pod {record.pod_id} has another container {cid}; delete it first or choose another id.",
+                    pod_id=record.pod_id,
+                    container_id=cid,
+                )
+        require(f"Pod {record.pod_id}", record.state, POD_TAKES_CONTAINERS, verb)
+        if len(record.containers) >= MAX_CONTAINERS:
+            raise ResourceExhaustedError(
+                f"Pod {record.pod_id} has {MAX_CONTAINERS} containers, which is the most a pod may have.",
+                limit=MAX_CONTAINERS,
+            )
+        return _copy(record, containers=(*record.containers, container)), (
+            News(EventKind.CONTAINER_CREATED, cid),
+        )
+
+    return edit
+
+
+def container_started(cid: str, pid: int, now: datetime, verb: str) -> Edit:
+    """A container's main process runs."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        container = _started(record.pod_id, find_container(record, cid), pid, now, verb)
+        return _with(record, container), (News(EventKind.CONTAINER_STARTED, cid),)
+
+    return edit
+
+
+def container_exited(
+    cid: str, exit_code: int | None, *, oom_killed: bool, reason: str | None, now: datetime
+) -> Edit:
+    """A container's main process ended; changes nothing if it was not known to run."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        known = next((c for c in record.containers if c.spec.id == cid), None)
+        if known is None or known.state not in CONTAINER_ALIVE:
+            return record, ()
+        container = _ended(record.pod_id, known, exit_code, oom_killed=oom_killed, reason=reason, now=now)
+        return _with(record, container), (News(EventKind.CONTAINER_EXITED, cid),)
+
+    return edit
+
+
+def container_removed(cid: str) -> Edit:
+    """A container leaves the pod."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        gone = find_container(record, cid)
+        facts: JsonObject = {"pod_id": record.pod_id, "container_id": cid}
+        rest = tuple(c for c in record.containers if c is not gone)
+        return _copy(record, containers=rest), (News(EventKind.CONTAINER_DELETED, cid, facts),)
+
+    return edit
+
+
+def _copy(record: PodRecord, **changes: object) -> PodRecord:
+    return record.model_copy(update=changes)
+
+
+def _freed(record: PodRecord, **changes: object) -> PodRecord:
+    return _copy(record, vm=None, network=None, leftovers=(), **changes)
+
+
+def _with(record: PodRecord, changed: ContainerRecord) -> PodRecord:
+    return _copy(
+        record, containers=tuple(changed if c.spec.id == changed.spec.id else c for c in record.containers)
+    )
+
+
+def _started(pod_id: str, container: ContainerRecord, pid: int, now: datetime, verb: str) -> ContainerRecord:
+    name = f"{pod_id}/{container.spec.id}"
+    return container.model_copy(
+        update={
+            "state": next_container_state(name, container.state, ContainerStep.START, verb),
+            "pid": pid,
+            "exit_code": None,
+            "oom_killed": False,
+            "reason": None,
+            "started_at": now,
+            "finished_at": None,
+        }
+    )
+
+
+def _ended(
+    pod_id: str,
+    container: ContainerRecord,
+    exit_code: int | None,
+    *,
+    oom_killed: bool,
+    reason: str | None,
+    now: datetime,
+) -> ContainerRecord:
+    name = f"{pod_id}/{container.spec.id}"
+    return container.model_copy(
+        update={
+            "state": next_container_state(name, container.state, ContainerStep.EXIT, "exit"),
+            "pid": None,
+            "exit_code": exit_code,
+            "oom_killed": oom_killed,
+            "reason": reason,
+            "finished_at": now,
+        }
+    )
+
+
+def _containers_ended(
+    record: PodRecord, now: datetime
+) -> tuple[tuple[ContainerRecord, ...], tuple[News, ...]]:
+    """The containers once the VM is gone, and the news of those that ran until then."""
+    containers: list[ContainerRecord] = []
+    news: list[News] = []
+    for container in record.containers:
+        if container.state in CONTAINER_ALIVE:
+            container = _ended(record.pod_id, container, None, oom_killed=False, reason=VM_ENDED, now=now)
+            news.append(News(EventKind.CONTAINER_EXITED, container.spec.id))
+        containers.append(container)
+    return tuple(containers), tuple(news)

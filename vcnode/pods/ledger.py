@@ -1,0 +1,192 @@
+"""The truth about pods, and the one place where it changes.
+
+A change saves the record, counts its revision up, and puts its events into the outbox, in one transaction;
+then it is logged. Reads come from memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
+from vcnode.models.base import JsonObject
+from vcnode.models.call import Call
+from vcnode.models.events import EventKind
+from vcnode.models.pod import ContainerStatus, PodStatus
+from vcnode.models.records import PodRecord
+from vcnode.pods.edits import Edit, News, find_container
+from vcnode.pods.statuses import container_id, container_status, pod_status
+from vcnode.pods.store import Store, Tx
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Records of pods.
+
+    Args:
+        store: The database.
+        clock: Gives the current time, with its zone.
+        is_mock: Whether the hypervisor of a record only pretends.
+    """
+
+    def __init__(
+        self, store: Store, *, clock: Callable[[], datetime], is_mock: Callable[[PodRecord], bool]
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._is_mock = is_mock
+
+    @property
+    def records(self) -> Mapping[str, PodRecord]:
+        """All records by pod id, in the order of creation. A snapshot."""
+        return self._store.pods
+
+    def find(self, pod_id: str) -> PodRecord | None:
+        """The newest record of a pod, if there is one."""
+        return self._store.pods.get(pod_id)
+
+    def get(self, pod_id: str, call: Call | None = None) -> PodRecord:
+        """The newest record of a pod.
+
+        Raises:
+            NotFoundError: There is no such pod.
+            FailedPreconditionError: *call* expects another revision.
+        """
+        record = self.find(pod_id)
+        if record is None:
+            raise NotFoundError(f"There is no pod {pod_id} on node {self._store.node_name}.", pod_id=pod_id)
+        if call is not None:
+            check_revision(record, call)
+        return record
+
+    def status(self, record: PodRecord) -> PodStatus:
+        """The record as callers see it."""
+        return pod_status(record, node=self._store.node_name, mock=self._is_mock(record))
+
+    def container_status(self, record: PodRecord, wanted: str) -> ContainerStatus:
+        """A container of the record as callers see it. Raises NotFoundError when it has none of that id."""
+        return container_status(record.pod_id, find_container(record, wanted))
+
+    async def add(self, record: PodRecord, call: Call, *, limit: int) -> None:
+        """Commit a new pod, with its events.
+
+        Raises:
+            AlreadyExistsError: There is a pod of that id.
+            ResourceExhaustedError: The node holds *limit* pods.
+            FailedPreconditionError: An image of it was removed meanwhile.
+        """
+
+        def add(tx: Tx) -> None:
+            if record.pod_id in tx.pods:
+                raise AlreadyExistsError(f"Pod {record.pod_id} exists already.", pod_id=record.pod_id)
+            if len(tx.pods) >= limit:
+                raise ResourceExhaustedError(
+                    f"The node holds {limit} pods, which is its limit; delete some.", limit=limit
+                )
+            _check_images(tx, record)
+            tx.save_pod(record)
+            self._emit(tx, record, News(EventKind.POD_CREATED), call)
+            for container in record.containers:
+                self._emit(tx, record, News(EventKind.CONTAINER_CREATED, container_id(container)), call)
+
+        await self._store.write(add)
+        log.info("Pod %s: created", record.pod_id)
+
+    async def change(self, pod_id: str, edit: Edit, call: Call | None = None) -> PodRecord:
+        """Commit what *edit* makes of the newest record, with its events.
+
+        A cancellation is held back until the outcome is certain; the change may then have been committed.
+
+        Returns:
+            The record afterwards; the same object as before if nothing changed.
+
+        Raises:
+            NotFoundError: There is no such pod (any more).
+            VcnodeError: What *edit* raised; nothing is changed.
+            StorageError, ResourceExhaustedError: The database cannot be written; nothing is changed.
+        """
+
+        def change(tx: Tx) -> PodRecord:
+            before = tx.pods.get(pod_id)
+            if before is None:
+                raise NotFoundError(f"There is no pod {pod_id} any more.", pod_id=pod_id)
+            after, news = edit(before)
+            if after is not before:
+                if len(after.containers) > len(before.containers):
+                    _check_images(tx, after)
+                after = after.model_copy(update={"revision": before.revision + 1})
+                tx.save_pod(after)
+            for item in news:
+                self._emit(tx, after, item, call)
+            return after
+
+        before = self.find(pod_id)
+        after = await self._store.write(change)
+        if before is not None and after.state is not before.state:
+            log.info("Pod %s: %s -> %s (%s)", pod_id, before.state, after.state, after.reason or "")
+        return after
+
+    async def remove(self, pod_id: str, call: Call | None = None) -> None:
+        """Forget a pod, with its event. Nothing happens if there is no such pod."""
+
+        def remove(tx: Tx) -> None:
+            record = tx.pods.get(pod_id)
+            if record is not None:
+                tx.forget_pod(pod_id)
+                self._emit(tx, record, News(EventKind.POD_DELETED), call)
+
+        await self._store.write(remove)
+        log.info("Pod %s: deleted", pod_id)
+
+    async def announce(self, kind: EventKind, data: JsonObject, *, mock: bool) -> None:
+        """Commit an event of the node itself."""
+
+        def announce(tx: Tx) -> None:
+            tx.emit(kind, self._store.node_name, data, time=self._clock(), mock=mock)
+
+        await self._store.write(announce)
+
+    def _emit(self, tx: Tx, record: PodRecord, news: News, call: Call | None) -> None:
+        subject = record.pod_id if news.container_id is None else f"{record.pod_id}/{news.container_id}"
+        data = news.facts
+        if data is None:
+            status = (
+                self.status(record)
+                if news.container_id is None
+                else self.container_status(record, news.container_id)
+            )
+            data = status.model_dump(mode="json")
+        tx.emit(
+            news.kind,
+            subject,
+            data,
+            time=self._clock(),
+            mock=self._is_mock(record),
+            command_id=None if call is None else call.command_id,
+        )
+
+
+def check_revision(record: PodRecord, call: Call) -> None:
+    """See that the record has the revision that *call* expects, if it expects one.
+
+    Raises:
+        FailedPreconditionError: It has another; ``details`` has both.
+    """
+    if call.expected_revision is not None and call.expected_revision != record.revision:
+        raise FailedPreconditionError(
+            f"Pod {record.pod_id} has revision {record.revision}, not {call.expected_revision}.",
+            revision=record.revision,
+            expected=call.expected_revision,
+        )
+
+
+def _check_images(tx: Tx, record: PodRecord) -> None:
+    """See that no image of a container was removed between its look-up and now."""
+    known = {image.digest for image in tx.images.values()}
+    known.update(c.image_digest for pod in tx.pods.values() for c in pod.containers if c.image_digest)
+    for container in record.containers:
+        if container.image_digest is not None and container.image_digest not in known:
+            raise FailedPreconditionError(f"Image {container.spec.image} was removed meanwhile.")

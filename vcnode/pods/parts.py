@@ -1,0 +1,93 @@
+"""What the acts on pods work with: drivers, ledger, locks and notes, in one place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol, TypeVar
+
+from vcnode.aio import Spawner
+from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage
+from vcnode.errors import UnsupportedError
+from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
+from vcnode.models.records import PodRecord
+from vcnode.pods.host import HostMemory
+from vcnode.pods.images import ImageService
+from vcnode.pods.ledger import Ledger
+from vcnode.pods.live import LivePod
+from vcnode.pods.locks import PodLocks
+from vcnode.settings import Settings
+
+REQUEST_LIMIT_S = 30.0
+"""Seconds that one request to a guest, network or disk may take."""
+KILL_LIMIT_S = 20.0
+"""Seconds for a VM to be killed, and for a container to end after SIGKILL."""
+
+
+class Observer(Protocol):
+    """Whoever measures; the metrics of the node."""
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase of a start took so long."""
+        ...
+
+    def session_lost(self) -> None:
+        """A session with a guest was lost."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that start, stop, containers, exec, watch and recovery share."""
+
+    ledger: Ledger
+    locks: PodLocks
+    hypervisors: Mapping[HypervisorType, Hypervisor]
+    agents: Mapping[AgentType, GuestAgent]
+    networks: Mapping[NetworkModel, Network]
+    storage: Storage
+    images: ImageService
+    settings: Settings
+    tasks: Spawner
+    observer: Observer
+    clock: Callable[[], datetime]
+    memory: Callable[[], HostMemory]
+    starts: asyncio.Semaphore
+    """Bounds the pods that start at once."""
+    live: dict[str, LivePod] = field(default_factory=dict)
+    """Running VMs by pod id."""
+
+    def hypervisor(self, record: PodRecord) -> Hypervisor:
+        """The driver of the pod's VM. Raises UnsupportedError when the node no longer has it."""
+        return driver(self.hypervisors, record.hypervisor_type, "hypervisor_type")
+
+    def agent(self, record: PodRecord) -> GuestAgent:
+        """The driver that reaches into the pod's guest. Raises as `hypervisor`."""
+        return driver(self.agents, record.agent_type, "agent_type")
+
+    def network(self, record: PodRecord) -> Network:
+        """The driver of the pod's network. Raises as `hypervisor`."""
+        return driver(self.networks, record.network_model, "network_model")
+
+
+K = TypeVar("K", HypervisorType, AgentType, NetworkModel)
+D = TypeVar("D")
+
+
+def driver(offered: Mapping[K, D], wanted: K, field_name: str) -> D:
+    """The driver of that type.
+
+    Raises:
+        UnsupportedError: This node does not offer it; names those that it does.
+    """
+    found = offered.get(wanted)
+    if found is None:
+        names = sorted(t.value for t in offered)
+        raise UnsupportedError(
+            f"{field_name}: this node does not offer {wanted.value}; it has {', '.join(names) or 'none'}.",
+            field=field_name,
+            offered=names,
+        )
+    return found
