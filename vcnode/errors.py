@@ -192,5 +192,6 @@ def from_code(code: str, message: str, details: Mapping[str, Any]) -> VcnodeErro
     for cls in _leaves(VcnodeError):
         if cls not in (RequestError, NodeError, CleanupError) and not issubclass(cls, DriverError):
             by_code.setdefault(cls.code, cls)
-    found = by_code.get(code, NodeError)
-    return found(message, **dict(details))
+    error = by_code.get(code, NodeError)(message)
+    error.details.update(details)  # not as keywords: a peer may use any name
+    return error

@@ -116,6 +116,18 @@ class Journal:
 
         await self._store.write(finish)
 
+    async def forget(self, command_id: str) -> None:
+        """Drop a command that had no effect, so that it may be sent again. Its reply, if any, stays.
+
+        Raises:
+            ResourceExhaustedError, StorageError: The database cannot be written.
+        """
+
+        def forget(tx: Tx) -> None:
+            tx.execute("DELETE FROM journal WHERE command_id = ? AND finished_at IS NULL", (command_id,))
+
+        await self._store.write(forget)
+
     async def unfinished(self) -> Sequence[Unfinished]:
         """Commands without a reply, oldest first."""
 

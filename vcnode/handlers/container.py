@@ -1,0 +1,54 @@
+"""Commands about containers."""
+
+from __future__ import annotations
+
+from vcnode.handlers.services import Services
+from vcnode.models.call import Call
+from vcnode.models.commands import (
+    ContainerCreate,
+    ContainerDelete,
+    ContainerDeleted,
+    ContainerKill,
+    ContainerList,
+    ContainerName,
+    ContainerStatuses,
+    ContainerStop,
+)
+from vcnode.models.pod import ContainerStatus
+
+
+async def container_create(node: Services, call: Call, request: ContainerCreate) -> ContainerStatus:
+    """``container.create``."""
+    return await node.pods.create_container(request.pod_id, request.container, call)
+
+
+async def container_start(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
+    """``container.start``."""
+    return await node.pods.start_container(request.pod_id, request.container_id, call)
+
+
+async def container_stop(node: Services, call: Call, request: ContainerStop) -> ContainerStatus:
+    """``container.stop``."""
+    return await node.pods.stop_container(request.pod_id, request.container_id, request.grace_s, call)
+
+
+async def container_kill(node: Services, call: Call, request: ContainerKill) -> ContainerStatus:
+    """``container.kill``."""
+    return await node.pods.kill_container(
+        request.pod_id, request.container_id, request.signal, request.all, call
+    )
+
+
+async def container_delete(node: Services, call: Call, request: ContainerDelete) -> ContainerDeleted:
+    """``container.delete``."""
+    return await node.pods.delete_container(request.pod_id, request.container_id, request.force, call)
+
+
+async def container_list(node: Services, call: Call, request: ContainerList) -> ContainerStatuses:
+    """``container.list``."""
+    return node.pods.list_containers(request.pod_id, request.states)
+
+
+async def container_status(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
+    """``container.status``."""
+    return node.pods.container_status(request.pod_id, request.container_id)

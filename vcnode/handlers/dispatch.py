@@ -1,0 +1,481 @@
+"""From the bytes of one command to the bytes of its reply, whatever carried them.
+
+The order of things, for a command that changes something::
+
+    headers -> lane -> body -> deadline -> journal.begin -> handler -> journal.finish -> reply
+
+Nothing is done before ``journal.begin`` has been committed, and nothing is replied before
+``journal.finish`` has been. A reply is never an exception: whatever happens becomes an `Outcome`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum
+from typing import Any, Protocol
+
+import structlog
+
+from vcnode import aio
+from vcnode.errors import (
+    AlreadyExistsError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NodeError,
+    ResourceExhaustedError,
+    UnavailableError,
+    VcnodeError,
+)
+from vcnode.handlers import headers as meta_headers
+from vcnode.handlers.decode import decode
+from vcnode.handlers.routes import ROUTES
+from vcnode.handlers.services import Services
+from vcnode.models import wire
+from vcnode.models.base import Request
+from vcnode.models.call import Call
+from vcnode.models.commands import COMMANDS, Command
+from vcnode.pods.journal import Stored
+
+log = logging.getLogger(__name__)
+
+JOURNAL_TIMEOUT_S = 30.0
+"""Limit of one write to the journal; a disk that takes longer counts as failed."""
+MAX_HEADER_CHARS = 512
+"""Longest error message in a header; the body has it whole."""
+ENDING = frozenset({"pod.stop", "pod.delete", "container.stop", "container.kill", "container.delete"})
+"""Verbs that end things; a node full of hanging commands must still take these."""
+
+EXECUTING = frozenset({"pod.exec", "container.exec"})
+"""Verbs whose effect the node cannot undo."""
+
+
+class Lane(Enum):
+    """Commands are bounded per lane, so that one kind cannot keep the others out."""
+
+    READ = "read"
+    WORK = "work"
+    END = "end"
+
+    @classmethod
+    def of(cls, command: Command) -> Lane:
+        """The lane of *command*."""
+        if not command.mutates:
+            return cls.READ
+        return cls.END if command.verb in ENDING else cls.WORK
+
+
+class Journal(Protocol):
+    """What dispatch needs of `vcnode.pods.journal.Journal`."""
+
+    async def begin(self, command_id: str, verb: str, digest: str) -> Stored | None:
+        """Note a command as in progress (None), or find the reply that it got before."""
+        ...
+
+    async def finish(self, command_id: str, stored: Stored) -> None:
+        """Keep the reply of a command."""
+        ...
+
+    async def forget(self, command_id: str) -> None:
+        """Drop a command that had no effect and may be sent again."""
+        ...
+
+
+class Observer(Protocol):
+    """Hears how commands end."""
+
+    def command_done(self, verb: str, code: str, seconds: float) -> None:
+        """*verb* was answered with *code* (``ok`` or an error's) after *seconds*."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A reply, ready to be sent."""
+
+    body: bytes
+    headers: dict[str, str]
+    code: str = "ok"
+    """``ok``, or the error's code."""
+    number: int | None = None
+    """The error's number; None when the command succeeded."""
+    retryable: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command succeeded."""
+        return self.number is None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A command that has passed every check that needs no service."""
+
+    command: Command
+    request: Request
+    call: Call
+    seconds: float
+    """How long the handler may take."""
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A command in progress, for others with the same id to join."""
+
+    verb: str
+    digest: str
+    outcome: asyncio.Future[Outcome]
+
+
+class Slot:
+    """A place in a lane. Free it exactly when the command has been answered; freeing twice is harmless."""
+
+    def __init__(self, free: Callable[[], None]) -> None:
+        self._free: Callable[[], None] | None = free
+
+    def free(self) -> None:
+        """Give the place back."""
+        free, self._free = self._free, None
+        if free is not None:
+            free()
+
+
+class Dispatcher:
+    """Runs commands.
+
+    Args:
+        services: What the handlers work with.
+        journal: Where commands and their replies are kept.
+        max_concurrent: Commands in progress at once, in each lane.
+        max_request_bytes: Largest body.
+        observer: Hears how each command ended.
+        clock: The time of day, with zone.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        journal: Journal,
+        *,
+        max_concurrent: int,
+        max_request_bytes: int,
+        observer: Observer,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._services = services
+        self._journal = journal
+        self._max_concurrent = max_concurrent
+        self._max_request_bytes = max_request_bytes
+        self._observer = observer
+        self._clock = clock
+        self._taken = dict.fromkeys(Lane, 0)
+        self._running: dict[str, _Running] = {}
+        self._draining = False
+
+    @property
+    def in_progress(self) -> int:
+        """How many slots are taken, over all lanes."""
+        return sum(self._taken.values())
+
+    def drain(self) -> None:
+        """From now on answer commands that change something with ``unavailable``; reads go on."""
+        self._draining = True
+        self._services.node.drain()
+
+    def take_slot(self, verb: str) -> Slot:
+        """Take a place for one command.
+
+        Raises:
+            ResourceExhaustedError: As many commands as the node takes are in progress.
+            InvalidArgumentError: No such verb.
+        """
+        lane = Lane.of(_command(verb))
+        if self._taken[lane] >= self._max_concurrent:
+            raise ResourceExhaustedError(
+                f"{self._max_concurrent} commands are in progress; try again later.",
+                limit=self._max_concurrent,
+                lane=lane.value,
+            )
+        self._taken[lane] += 1
+
+        def free() -> None:
+            self._taken[lane] -= 1
+
+        return Slot(free)
+
+    def refuse(self, verb: str, headers: Mapping[str, str], error: VcnodeError) -> Outcome:
+        """The reply to a command that is not even begun."""
+        try:
+            command_id = meta_headers.parse(headers).command_id
+        except InvalidArgumentError:
+            command_id = None
+        outcome = _with_id(error_outcome(error, verb), command_id or new_command_id())
+        self._observer.command_done(verb, outcome.code, 0.0)
+        return outcome
+
+    async def dispatch(self, verb: str, headers: Mapping[str, str], body: bytes) -> Outcome:
+        """Carry out one command.
+
+        Args:
+            verb: Such as ``pod.create``.
+            headers: As received.
+            body: As received.
+
+        Returns:
+            The reply, for errors of every kind too. A cancellation (the node stops) is answered with
+            ``unavailable`` after the command's undo; it does not propagate.
+        """
+        started = time.monotonic()
+        command_id = new_command_id()
+
+        async def work() -> Outcome:
+            nonlocal command_id
+            meta = meta_headers.parse(headers)
+            command_id = meta.command_id or command_id
+            with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
+                return await self._run(self._prepare(verb, meta, command_id, body))
+
+        outcome = await _settled(verb, work())
+        self._observer.command_done(verb, outcome.code, time.monotonic() - started)
+        return _with_id(outcome, command_id)
+
+    def _prepare(self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes) -> _Prepared:
+        command = _command(verb)
+        if self._draining and command.mutates:
+            raise UnavailableError("The node is stopping and takes no new commands.")
+        if len(body) > self._max_request_bytes:
+            raise InvalidArgumentError(
+                f"The body has {len(body)} bytes; at most {self._max_request_bytes} are taken.",
+                size_bytes=len(body),
+                limit_bytes=self._max_request_bytes,
+                violations=[{"field": "", "message": f"at most {self._max_request_bytes} bytes"}],
+            )
+        request = decode(command.request, body)
+        seconds = command.default_timeout_s
+        if meta.deadline is not None:
+            now = self._clock()
+            seconds = (meta.deadline - now).total_seconds()
+            if seconds <= 0:
+                raise DeadlineExceededError(
+                    "By this node's clock the deadline had passed on arrival; nothing was done.",
+                    deadline=meta.deadline.isoformat(),
+                    now=now.isoformat(),
+                    begun=False,
+                )
+        call = Call(
+            command_id=command_id,
+            verb=verb,
+            deadline=asyncio.get_running_loop().time() + seconds,
+            expected_revision=meta.expected_revision,
+            traceparent=meta.traceparent,
+        )
+        return _Prepared(command, request, call, seconds, digest_of(request))
+
+    async def _run(self, prepared: _Prepared) -> Outcome:
+        if not prepared.command.mutates:
+            return await self._handle(prepared)
+        command_id = prepared.call.command_id
+        if (first := self._running.get(command_id)) is not None:
+            return await self._join(prepared, first)
+        running = _Running(prepared.call.verb, prepared.digest, asyncio.get_running_loop().create_future())
+        self._running[command_id] = running
+        try:
+            outcome = await _settled(prepared.call.verb, self._run_once(prepared))
+            running.outcome.set_result(outcome)
+            return outcome
+        finally:
+            del self._running[command_id]
+            running.outcome.cancel()  # has no effect on a result; frees who waits when the process ends
+
+    async def _join(self, prepared: _Prepared, running: _Running) -> Outcome:
+        """Wait for the first of two equal commands and give its reply to the second as well."""
+        if (running.verb, running.digest) != (prepared.call.verb, prepared.digest):
+            raise AlreadyExistsError(
+                f"Command id {prepared.call.command_id} is in use by another {running.verb}; "
+                "give each command its own id.",
+                command_id=prepared.call.command_id,
+                verb=running.verb,
+            )
+        async with aio.deadline_as(prepared.seconds, lambda: _too_late(prepared)):
+            return _as_duplicate(await asyncio.shield(running.outcome))
+
+    async def _run_once(self, prepared: _Prepared) -> Outcome:
+        """Run a command between its two journal entries."""
+        stored = await self._begin(prepared)
+        if stored is not None:
+            return _as_duplicate(_from_stored(stored))
+        outcome = await _settled(prepared.call.verb, self._handle(prepared))
+        await self._conclude(prepared.call.command_id, outcome)
+        return outcome
+
+    async def _begin(self, prepared: _Prepared) -> Stored | None:
+        command_id = prepared.call.command_id
+        begin = self._journal.begin(command_id, prepared.call.verb, prepared.digest)
+        try:
+            return await aio.finish(begin, timeout_s=JOURNAL_TIMEOUT_S)
+        except TimeoutError as exc:
+            raise NodeError(
+                f"The journal did not take the command within {JOURNAL_TIMEOUT_S:g} s; nothing was done."
+            ) from exc
+        except asyncio.CancelledError:
+            await aio.finish(self._journal.forget(command_id), timeout_s=JOURNAL_TIMEOUT_S)
+            raise
+
+    async def _conclude(self, command_id: str, outcome: Outcome) -> None:
+        """Keep the reply; what had no effect and may be tried again is forgotten instead.
+
+        A journal that cannot be written does not turn a success into a failure: the caller still gets the
+        reply, and after a restart the command counts as unfinished.
+        """
+        if outcome.retryable:
+            work = self._journal.forget(command_id)
+        else:
+            stored = Stored(
+                ok=outcome.ok,
+                body=outcome.body,
+                code=None if outcome.ok else outcome.code,
+                number=outcome.number,
+            )
+            work = self._journal.finish(command_id, stored)
+        try:
+            await aio.finish(work, timeout_s=JOURNAL_TIMEOUT_S)
+        except (VcnodeError, TimeoutError):
+            log.exception("The reply of command %s could not be kept", command_id)
+        except asyncio.CancelledError as exc:
+            _cancelled(exc)  # the entry is written and the reply is at hand: give it
+
+    async def _handle(self, prepared: _Prepared) -> Outcome:
+        handler = ROUTES[prepared.command.verb]
+        async with aio.deadline_as(prepared.seconds, lambda: _too_late(prepared)):
+            reply = await handler(self._services, prepared.call, prepared.request)
+        return Outcome(body=reply.model_dump_json().encode(), headers={})
+
+
+async def _settled(verb: str, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """Await *work*; whatever it raises becomes a reply."""
+    try:
+        return await work
+    except asyncio.CancelledError as exc:
+        return error_outcome(_cancelled(exc), verb)
+    except Exception as exc:
+        return error_outcome(exc, verb)
+
+
+def new_command_id() -> str:
+    """An id for a command that came without one."""
+    return f"c-{uuid.uuid4().hex}"
+
+
+def digest_of(request: Request) -> str:
+    """Digest of what the caller asked for, the same however it was spelled in JSON."""
+    fields = request.model_dump(mode="json", exclude_unset=True)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def error_outcome(error: BaseException, verb: str) -> Outcome:
+    """Turn any error into a reply, and log it under the reply's error id.
+
+    Errors of vcnode say by their own promise nothing that the caller must not see; of any other the caller
+    learns the error id only.
+    """
+    error_id = uuid.uuid4().hex[:16]
+    if isinstance(error, VcnodeError):
+        known = error
+    else:
+        known = NodeError("The node failed in an unexpected way; its log has the details under the error id.")
+    unexpected = known.number >= 500 and not isinstance(known, (UnavailableError, DeadlineExceededError))
+    log.log(
+        logging.ERROR if unexpected else logging.INFO,
+        "%s failed: %s",
+        verb,
+        known.message,
+        exc_info=error if unexpected else None,
+        extra={"error_id": error_id, "code": known.code},
+    )
+    # A command that ran inside a guest may have done anything before it was given up: not to be repeated.
+    retryable = known.retryable and not (verb in EXECUTING and isinstance(known, UnavailableError))
+    reply = wire.ErrorReply(
+        code=known.code,
+        message=known.message,
+        details=_plain(known.details),
+        retryable=retryable,
+        error_id=error_id,
+    )
+    return Outcome(
+        body=reply.model_dump_json().encode(),
+        headers=_error_headers(known.message, known.number),
+        code=known.code,
+        number=known.number,
+        retryable=retryable,
+    )
+
+
+def _plain(details: Mapping[str, object]) -> dict[str, object]:
+    """*details* as JSON data, whatever is in them."""
+    plain: dict[str, object] = json.loads(json.dumps(details, default=str, skipkeys=True))
+    return plain
+
+
+def _error_headers(message: str, number: int) -> dict[str, str]:
+    line = " ".join(message.split())
+    if len(line) > MAX_HEADER_CHARS:
+        line = f"{line[: MAX_HEADER_CHARS - 1]}…"
+    return {wire.SERVICE_ERROR: line, wire.SERVICE_ERROR_CODE: str(number)}
+
+
+def _from_stored(stored: Stored) -> Outcome:
+    if stored.ok:
+        return Outcome(body=stored.body, headers={})
+    number = stored.number or NodeError.number
+    message = wire.ErrorReply.model_validate_json(stored.body).message
+    return Outcome(
+        body=stored.body,
+        headers=_error_headers(message, number),
+        code=stored.code or NodeError.code,
+        number=number,
+    )
+
+
+def _as_duplicate(outcome: Outcome) -> Outcome:
+    return replace(outcome, headers={**outcome.headers, wire.DUPLICATE: "true"})
+
+
+def _with_id(outcome: Outcome, command_id: str) -> Outcome:
+    return replace(outcome, headers={**outcome.headers, wire.COMMAND_ID: command_id})
+
+
+def _command(verb: str) -> Command:
+    try:
+        return COMMANDS[verb]
+    except KeyError as exc:
+        raise InvalidArgumentError(
+            f"There is no command {verb[:64]!r}.", violations=[{"field": "", "message": "unknown command"}]
+        ) from exc
+
+
+def _too_late(prepared: _Prepared) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"{prepared.command.verb} was not done within {prepared.seconds:.3g} s; ask for the status.",
+        begun=True,
+    )
+
+
+def _cancelled(exc: BaseException) -> BaseException:
+    """What to answer to a cancellation: the node stops, or (nobody cancelled this task) there is a bug.
+
+    The cancellation counts as taken care of afterwards, so that the reply can still be sent.
+    """
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        return exc
+    while task.cancelling():
+        task.uncancel()
+    return UnavailableError("The node is stopping; the command was given up and undone.")

@@ -1,0 +1,18 @@
+"""Commands about the node itself."""
+
+from __future__ import annotations
+
+from vcnode.handlers.services import Services
+from vcnode.models.call import Call
+from vcnode.models.commands import Empty
+from vcnode.models.node import NodeInfo, NodePing
+
+
+async def node_info(node: Services, call: Call, request: Empty) -> NodeInfo:
+    """``node.info``."""
+    return node.node.info()
+
+
+async def node_ping(node: Services, call: Call, request: Empty) -> NodePing:
+    """``node.ping``."""
+    return node.node.ping()

@@ -1,0 +1,52 @@
+"""Commands about pods."""
+
+from __future__ import annotations
+
+from vcnode.handlers.services import Services
+from vcnode.models.call import Call
+from vcnode.models.commands import (
+    PodCreate,
+    PodDelete,
+    PodDeleted,
+    PodList,
+    PodName,
+    PodStatuses,
+    PodStop,
+    PodStopped,
+)
+from vcnode.models.pod import PodStatus
+
+
+async def pod_create(node: Services, call: Call, request: PodCreate) -> PodStatus:
+    """``pod.create``."""
+    return await node.pods.create(request.pod, call)
+
+
+async def pod_start(node: Services, call: Call, request: PodName) -> PodStatus:
+    """``pod.start``."""
+    return await node.pods.start(request.pod_id, call)
+
+
+async def pod_run(node: Services, call: Call, request: PodCreate) -> PodStatus:
+    """``pod.run``."""
+    return await node.pods.run(request.pod, call)
+
+
+async def pod_stop(node: Services, call: Call, request: PodStop) -> PodStopped:
+    """``pod.stop``."""
+    return await node.pods.stop(request.pod_id, request.grace_s, call)
+
+
+async def pod_delete(node: Services, call: Call, request: PodDelete) -> PodDeleted:
+    """``pod.delete``."""
+    return await node.pods.delete(request.pod_id, request.force, call)
+
+
+async def pod_list(node: Services, call: Call, request: PodList) -> PodStatuses:
+    """``pod.list``."""
+    return node.pods.list(request.labels, request.states)
+
+
+async def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:
+    """``pod.status``."""
+    return node.pods.status(request.pod_id)

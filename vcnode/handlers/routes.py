@@ -1,0 +1,59 @@
+"""All commands and who carries them out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from vcnode.handlers.container import (
+    container_create,
+    container_delete,
+    container_kill,
+    container_list,
+    container_start,
+    container_status,
+    container_stop,
+)
+from vcnode.handlers.exec import container_exec, pod_exec
+from vcnode.handlers.image import image_import, image_list, image_remove, image_status
+from vcnode.handlers.node import node_info, node_ping
+from vcnode.handlers.pod import (
+    pod_create,
+    pod_delete,
+    pod_list,
+    pod_run,
+    pod_start,
+    pod_status,
+    pod_stop,
+)
+from vcnode.handlers.services import Services
+from vcnode.models.base import Reply
+from vcnode.models.call import Call
+
+Handler = Callable[[Services, Call, Any], Awaitable[Reply]]
+"""Given the services, what came with the command, and the request (of the model that COMMANDS names)."""
+
+ROUTES: dict[str, Handler] = {
+    "pod.create": pod_create,
+    "pod.start": pod_start,
+    "pod.run": pod_run,
+    "pod.stop": pod_stop,
+    "pod.delete": pod_delete,
+    "pod.list": pod_list,
+    "pod.status": pod_status,
+    "pod.exec": pod_exec,
+    "container.create": container_create,
+    "container.start": container_start,
+    "container.stop": container_stop,
+    "container.kill": container_kill,
+    "container.delete": container_delete,
+    "container.exec": container_exec,
+    "container.list": container_list,
+    "container.status": container_status,
+    "image.import": image_import,
+    "image.list": image_list,
+    "image.status": image_status,
+    "image.remove": image_remove,
+    "node.info": node_info,
+    "node.ping": node_ping,
+}

@@ -1,0 +1,174 @@
+"""Every NATS subject, stream and bucket name: built here, parsed here, written out nowhere else.
+
+::
+
+    P.rpc.N.pod.create                    immediate commands, request/reply
+    P.cmd.N.pod.create                    the same commands, durable
+    P.all.node.ping                       every node answers
+    P.evt.N.pod.started.<pod>             events; container events end <pod>.<container>,
+                                          node events end with their kind, image events too
+    P.io.N.S.stdin                        streams of session S
+
+``P`` is the prefix (setting ``nats.prefix``), ``N`` the node's name. Ids hold no dots, so each is exactly
+one token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from vcnode.models.base import ID_PATTERN
+from vcnode.models.events import Event, EventKind
+
+_TOKEN = re.compile(ID_PATTERN)
+_PREFIX = re.compile(r"[A-Za-z0-9_-]+")
+
+IoChannel = Literal["stdin", "stdout", "stderr", "control"]
+
+
+@dataclass(frozen=True, slots=True)
+class EventAddress:
+    """What the subject of an event tells without its body."""
+
+    node: str
+    kind: str
+    pod_id: str | None = None
+    container_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """The names under one prefix."""
+
+    prefix: str = "vcnode"
+
+    def __post_init__(self) -> None:
+        if not _PREFIX.fullmatch(self.prefix):
+            raise ValueError(f"Subject prefix {self.prefix!r} is not one token of letters, digits, '_', '-'.")
+
+    def rpc(self, node: str, verb: str) -> str:
+        """Where *node* takes the immediate command *verb*."""
+        return f"{self.prefix}.rpc.{_token(node)}.{verb}"
+
+    def cmd(self, node: str, verb: str) -> str:
+        """Where *node* takes the durable command *verb*."""
+        return f"{self.prefix}.cmd.{_token(node)}.{verb}"
+
+    def everyone(self, verb: str) -> str:
+        """Where all nodes answer *verb*."""
+        return f"{self.prefix}.all.{verb}"
+
+    def io(self, node: str, session: str, channel: IoChannel) -> str:
+        """One stream of a session."""
+        return f"{self.prefix}.io.{_token(node)}.{_token(session)}.{channel}"
+
+    def event(self, node: str, event: Event) -> str:
+        """Where *event* of *node* is published."""
+        kind = event.kind
+        base = f"{self.prefix}.evt.{_token(node)}.{kind}"
+        if kind.startswith(("pod.", "container.")):
+            return ".".join([base, *(_token(part) for part in event.subject.split("/"))])
+        return base
+
+    @property
+    def every_event(self) -> str:
+        """All events of all nodes."""
+        return f"{self.prefix}.evt.>"
+
+    def node_events(self, node: str) -> str:
+        """All events of one node."""
+        return f"{self.prefix}.evt.{_token(node)}.>"
+
+    def event_filters(
+        self, *, node: str | None = None, pod_id: str | None = None, kinds: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
+        """Subjects that together match exactly the events asked for (None and empty mean any).
+
+        Args:
+            node: Only events of this node.
+            pod_id: Only events of this pod and of its containers.
+            kinds: Only these kinds; ``pod.*`` stands for all kinds about pods.
+
+        Returns:
+            Filters of which no two match the same subject, as JetStream demands.
+
+        Raises:
+            ValueError: A kind that does not exist or that no pod has, or an id that cannot be one.
+        """
+        who = "*" if node is None else _token(node)
+        base = f"{self.prefix}.evt.{who}"
+        wanted = _distinct(tuple(_kind(kind) for kind in kinds))
+        if pod_id is None:
+            if not wanted:
+                return (f"{base}.>",)
+            # ">" does not match an empty rest: kinds of node and image end with the kind itself.
+            return tuple(
+                f"{base}.{kind}.>" if kind.startswith(("pod.", "container.")) else f"{base}.{kind}"
+                for kind in wanted
+            )
+        pod = _token(pod_id)
+        about_pods = [kind for kind in wanted or ("pod.*", "container.*") if kind.startswith("pod.")]
+        about_containers = [
+            kind for kind in wanted or ("pod.*", "container.*") if kind.startswith("container.")
+        ]
+        if not about_pods and not about_containers:
+            raise ValueError(f"No event of kind {', '.join(wanted)} is about a pod.")
+        return (
+            *(f"{base}.{kind}.{pod}" for kind in about_pods),
+            *(f"{base}.{kind}.{pod}.*" for kind in about_containers),
+        )
+
+    def parse_event(self, subject: str) -> EventAddress:
+        """Take an event's subject apart.
+
+        Raises:
+            ValueError: It is not the subject of an event under this prefix.
+        """
+        tokens = subject.split(".")
+        if len(tokens) < 5 or tokens[:2] != [self.prefix, "evt"]:
+            raise ValueError(f"{subject!r} is not the subject of an event under {self.prefix!r}.")
+        node, kind, rest = tokens[2], f"{tokens[3]}.{tokens[4]}", tokens[5:]
+        expected = {"pod": 1, "container": 2}.get(tokens[3], 0)
+        if len(rest) != expected:
+            raise ValueError(f"{subject!r} should have {expected} tokens after the kind.")
+        return EventAddress(node, kind, *rest)
+
+    @property
+    def event_stream(self) -> str:
+        """JetStream stream that keeps the events."""
+        return f"{self.prefix}-events"
+
+    @property
+    def node_bucket(self) -> str:
+        """KV bucket of the nodes' leases."""
+        return f"{self.prefix}-nodes"
+
+    @property
+    def pod_bucket(self) -> str:
+        """KV bucket of the pods' last status."""
+        return f"{self.prefix}-pods"
+
+
+def _token(text: str) -> str:
+    if not _TOKEN.fullmatch(text):
+        raise ValueError(f"{text!r} cannot be one token of a subject.")
+    return text
+
+
+def _kind(kind: str) -> str:
+    group, _, rest = kind.partition(".")
+    if kind in set(EventKind) or (rest == "*" and any(k.startswith(f"{group}.") for k in EventKind)):
+        return kind
+    raise ValueError(f"There are no events of kind {kind!r}; kinds are {', '.join(EventKind)}.")
+
+
+def _distinct(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Without repetitions, and without kinds that a wildcard among them covers."""
+    whole_groups = {kind.partition(".")[0] for kind in kinds if kind.endswith(".*")}
+    return tuple(
+        kind
+        for kind in dict.fromkeys(kinds)
+        if kind.endswith(".*") or kind.partition(".")[0] not in whole_groups
+    )
