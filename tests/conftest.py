@@ -1,0 +1,112 @@
+"""Fixtures for all tests, and the check that no test leaves anything behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import leaks, nats
+
+StartNats = Callable[..., Awaitable[nats.NatsServer]]
+
+_before = pytest.StashKey[leaks.Held]()
+
+
+def pytest_report_header() -> str:
+    """Say which kind of NATS server the tests run on."""
+    return f"nats: {nats.kind()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this host cannot run."""
+    if os.geteuid() != 0:
+        needs_root = pytest.mark.skip(reason="needs root; run dev/test, which asks sudo")
+        for item in items:
+            if item.get_closest_marker("root") or item.get_closest_marker("vm"):
+                item.add_marker(needs_root)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Remember what was held before the test's fixtures."""
+    item.stash[_before] = leaks.Held()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail the test when something is left after its fixtures were torn down."""
+    result = yield
+    if left := leaks.since(item.stash[_before]):
+        pytest.fail("left behind:\n  " + "\n  ".join(left), pytrace=False)
+    return result
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory whose path is short enough for UNIX sockets in it (pytest's own is not)."""
+    path = Path(tempfile.mkdtemp(prefix="vc-", dir="/tmp"))
+    yield path
+    remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete *path* and all in it, unless something is mounted there: that belongs to somebody."""
+    if mounted := [point for point in leaks.mounts() if Path(point).is_relative_to(path)]:
+        pytest.fail(f"still mounted, so not deleted: {', '.join(mounted)}", pytrace=False)
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def vm_dir(short_dir: Path) -> Path:
+    """An empty directory for one VM, named after it, with its ``shared`` directory."""
+    directory = short_dir / "vms" / f"vm-{uuid.uuid4().hex[:12]}"
+    (directory / "shared").mkdir(parents=True)
+    return directory
+
+
+@pytest.fixture
+async def start_nats(short_dir: Path) -> AsyncIterator[StartNats]:
+    """Starts servers, ``await start_nats(config="…", jetstream=True)``; all of them end with the test."""
+    servers: list[nats.NatsServer] = []
+
+    async def start(
+        *, config: str = "", jetstream: bool = True, directory: Path | None = None
+    ) -> nats.NatsServer:
+        place = directory or short_dir / f"nats{len(servers)}"
+        server = nats.make(place, config=config, jetstream=jetstream)
+        servers.append(server)
+        await server.start()
+        return server
+
+    yield start
+    for server in servers:
+        await server.stop()
+
+
+@pytest.fixture
+async def nats_server(start_nats: StartNats) -> nats.NatsServer:
+    """A server of this test's own, with JetStream and without authentication."""
+    return await start_nats()
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> Path:
+    """Directory of the guest image, built if it is not there or out of date.
+
+    ``VCNODE_GUEST_DIR`` names another directory. A host on which it cannot be built fails the tests that
+    need it: they must not pass for want of a guest.
+    """
+    from vcnode.guest import image
+
+    default = "/var/lib/vcnode/guest" if os.geteuid() == 0 else ".cache/guest"
+    out_dir = Path(os.environ.get("VCNODE_GUEST_DIR", default)).absolute()
+    cache_dir = Path(os.environ.get("VCNODE_GUEST_CACHE_DIR", out_dir.parent / "guest-cache")).absolute()
+    image.build(out_dir, cache_dir=cache_dir, progress=lambda _: None)
+    return out_dir

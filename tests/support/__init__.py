@@ -1,0 +1,1 @@
+"""What tests share: a NATS server of either kind, leak checks, safe temporary directories."""
