@@ -1,0 +1,187 @@
+"""Protocol Hypervisor over a `MockWorld`, with a fault plan in front of each call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from vcnode.aio import deadline_as
+from vcnode.drivers.faults import FaultPlan
+from vcnode.drivers.hypervisor.mock.world import MockMachine, MockWorld
+from vcnode.errors import HypervisorError
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import HypervisorType, StopOutcome
+from vcnode.models.vm import Disk, VmExit, VmRecord, VmSpec
+
+STOP_LIMIT_S = 5.0
+"""Most that a fault may hold ``stop`` beyond its grace: the real ladder is bounded as well."""
+
+
+class MockVm:
+    """Handle of one pretended VM."""
+
+    def __init__(self, machine: MockMachine, plan: FaultPlan) -> None:
+        self._machine = machine
+        self._plan = plan
+
+    @property
+    def record(self) -> VmRecord:
+        """The same at any time: a pretended VM has no process."""
+        return make_record(self._machine.spec)
+
+    @property
+    def agent_socket(self) -> Path:
+        """A path as QEMU's driver would give; nobody listens there."""
+        return Path(self._machine.spec.directory, "agent.sock")
+
+    async def wait(self) -> VmExit:
+        """See Protocol Vm."""
+        await self._machine.ended()
+        return _exit_of(self._machine)
+
+    async def attach_disk(self, disk: Disk, *, timeout_s: float) -> None:
+        """See Protocol Vm. Looks at no file."""
+        async with self._operation("attach_disk", timeout_s):
+            self._need_alive("attach_disk")
+            if disk.disk_id in self._machine.disks:
+                raise HypervisorError(f"VM {self._id} has a disk {disk.disk_id} already.")
+            self._machine.disks[disk.disk_id] = disk
+
+    async def detach_disk(self, disk_id: str, *, timeout_s: float) -> None:
+        """See Protocol Vm."""
+        async with self._operation("detach_disk", timeout_s):
+            self._machine.disks.pop(disk_id, None)
+
+    async def pause(self, *, timeout_s: float) -> None:
+        """See Protocol Vm."""
+        async with self._operation("pause", timeout_s):
+            self._need_alive("pause")
+            self._machine.running = False
+
+    async def resume(self, *, timeout_s: float) -> None:
+        """See Protocol Vm."""
+        async with self._operation("resume", timeout_s):
+            self._need_alive("resume")
+            self._machine.running = True
+
+    async def stop(self, *, grace_s: float) -> StopOutcome:
+        """See Protocol Vm. The pretended guest powers off within any grace but 0, unless it is paused."""
+        if not self._machine.alive:
+            return "absent"
+        async with self._operation("stop", grace_s + STOP_LIMIT_S):
+            if not self._machine.alive:  # the plan let it die meanwhile
+                return "absent"
+            graceful = grace_s > 0 and self._machine.running
+            reason = "The guest powered off." if graceful else "The VM was ended by its node."
+            self._machine.end(VmExit(expected=True, exit_code=0, reason=reason))
+            return "graceful" if graceful else "forced"
+
+    async def close(self) -> None:
+        """See Protocol Vm."""
+
+    @property
+    def _id(self) -> str:
+        return self._machine.spec.vm_id
+
+    def _need_alive(self, verb: str) -> None:
+        if not self._machine.alive:
+            raise HypervisorError(f"VM {self._id} has ended; {verb} needs it to run.")
+
+    @contextlib.asynccontextmanager
+    async def _operation(self, verb: str, timeout_s: float) -> AsyncIterator[None]:
+        async with _bounded(f"vm.{verb}", self._id, timeout_s):
+            await self._plan.hit(f"vm.{verb}", vm_id=self._id)
+            yield
+
+
+class MockHypervisor:
+    """Protocol Hypervisor without VMs.
+
+    Args:
+        plan: Faults; an empty plan if None.
+        world: Where the VMs live; a new one if None. Two drivers on one world are one node, restarted.
+    """
+
+    def __init__(self, plan: FaultPlan | None = None, *, world: MockWorld | None = None) -> None:
+        self.world = MockWorld() if world is None else world
+        self._plan = FaultPlan() if plan is None else plan
+        self._plan.on_die(self._die)
+
+    @property
+    def info(self) -> DriverInfo:
+        """Marked as a mock."""
+        return DriverInfo(
+            type=HypervisorType.MOCK,
+            capabilities=("disks", "pause", "share"),
+            mock=True,
+            notes=("No VM runs here: the mock hypervisor only pretends.",),
+        )
+
+    @property
+    def accelerator(self) -> str | None:
+        """None: nothing runs."""
+        return None
+
+    async def open(self) -> None:
+        """Nothing to probe."""
+
+    async def launch(self, spec: VmSpec, *, timeout_s: float) -> MockVm:
+        """See Protocol Hypervisor."""
+        async with _bounded("hypervisor.launch", spec.vm_id, timeout_s):
+            await self._plan.hit("hypervisor.launch", vm_id=spec.vm_id)
+        if spec.vm_id in self.world.machines:
+            raise HypervisorError(f"VM {spec.vm_id} exists already.")
+        machine = self.world.machines[spec.vm_id] = MockMachine(spec)
+        await self._plan.hit("vm", vm_id=spec.vm_id)
+        return MockVm(machine, self._plan)
+
+    async def recover(self, record: VmRecord, *, timeout_s: float) -> MockVm | None:
+        """See Protocol Hypervisor."""
+        async with _bounded("hypervisor.recover", record.vm_id, timeout_s):
+            await self._plan.hit("hypervisor.recover", vm_id=record.vm_id)
+        machine = self._find(record)
+        return MockVm(machine, self._plan) if machine else None
+
+    async def kill(self, record: VmRecord, *, timeout_s: float) -> bool:
+        """See Protocol Hypervisor."""
+        async with _bounded("hypervisor.kill", record.vm_id, timeout_s):
+            await self._plan.hit("hypervisor.kill", vm_id=record.vm_id)
+        machine = self._find(record)
+        if machine is None:
+            return False
+        machine.end(VmExit(expected=True, exit_code=-9, reason="The VM was ended by its node."))
+        return True
+
+    async def close(self) -> None:
+        """Nothing to free; the world stays."""
+
+    def _find(self, record: VmRecord) -> MockMachine | None:
+        machine = self.world.machines.get(record.vm_id)
+        return machine if machine and machine.alive and machine.spec.uuid == record.uuid else None
+
+    def _die(self, vm_id: str, seconds: float) -> None:
+        reason = "The fault plan let the VM die."
+        if seconds:
+            asyncio.get_running_loop().call_later(seconds, self.world.die, vm_id, reason)
+        else:
+            self.world.die(vm_id, reason)
+
+
+def make_record(spec: VmSpec) -> VmRecord:
+    """The record of a pretended VM: no process, no accelerator."""
+    return VmRecord(vm_id=spec.vm_id, uuid=spec.uuid, directory=spec.directory, type=HypervisorType.MOCK)
+
+
+def _bounded(operation: str, vm_id: str, timeout_s: float) -> contextlib.AbstractAsyncContextManager[None]:
+    return deadline_as(
+        timeout_s,
+        lambda: HypervisorError(f"{operation} of VM {vm_id} did not end within {timeout_s:g} s."),
+    )
+
+
+def _exit_of(machine: MockMachine) -> VmExit:
+    if machine.exit is None:  # `ended` has just returned, and nothing brings a machine back
+        raise HypervisorError(f"VM {machine.spec.vm_id} has no exit.")
+    return machine.exit
