@@ -86,7 +86,8 @@ class NoopSession:
     async def events(self) -> AsyncIterator[GuestEvent]:
         """Nothing happens until ``close``."""
         await self._closed.wait()
-        for event in ():
+        nothing: tuple[GuestEvent, ...] = ()
+        for event in nothing:
             yield event
 
     async def close(self) -> None:

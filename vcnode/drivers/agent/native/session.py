@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from vcnode.aio import deadline_as
+from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.native import messages
 from vcnode.drivers.agent.native.link import Link
 from vcnode.drivers.agent.native.messages import BadFieldError
 from vcnode.drivers.agent.native.process import SIGKILL, NativeProcess
-from vcnode.drivers.base import ContainerExited, GuestEvent, SessionLost
+from vcnode.drivers.base import GuestEvent, SessionLost
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 T = TypeVar("T")
 
-MAX_EVENTS = 1_024
-"""Events that may wait to be read; a guest that sends more loses its session."""
 MAX_STRAYS = 1_000
 """Events that this version does not know, or about processes it does not know, in one session."""
 SIGNAL_LIMIT_S = 10.0
@@ -50,8 +48,7 @@ class NativeSession:
         """Containers whose creation was given up but not answered; calls about them wait."""
         self._by_stream: dict[int, NativeProcess] = {}
         self._by_id: dict[int, NativeProcess] = {}
-        self._events: deque[GuestEvent] = deque()
-        self._happened = asyncio.Event()
+        self._events = EventQueue()
         self._strays = 0
 
     # -- GuestSession ------------------------------------------------------------------------------
@@ -158,20 +155,15 @@ class NativeSession:
         """See `GuestSession.shutdown`."""
         await self._call("shutdown", {}, timeout_s)
 
-    async def events(self) -> AsyncIterator[GuestEvent]:
+    def events(self) -> AsyncIterator[GuestEvent]:
         """See `GuestSession.events`. For one reader: an event goes to whoever asks first."""
-        while True:
-            while self._events:
-                yield self._events.popleft()
-            if self._closed or self._lost is not None:
-                return
-            self._happened.clear()
-            await self._happened.wait()
+        return self._events.read()
 
     async def close(self) -> None:
         """See `GuestSession.close`."""
         if not self._closed:
             self._closed = True
+            self._events.end()
             self._wake_all()
         self.link.abort()
         async with asyncio.timeout(CLOSE_LIMIT_S):
@@ -345,7 +337,8 @@ class NativeSession:
 
     def _on_guest_event(self, name: str, fields: dict[str, Any]) -> None:
         if name == "container_exited":
-            self._push(messages.container_exited(fields))
+            if not self._events.push(messages.container_exited(fields)):
+                self.link.fail("The guest sends events faster than they are read.")
             return
         if name == "process_exited":
             exit_code = messages.exit_code(fields)
@@ -357,13 +350,6 @@ class NativeSession:
         self._strays += 1
         if self._strays > MAX_STRAYS:
             self.link.fail("The guest floods the node with events that mean nothing.")
-
-    def _push(self, event: ContainerExited) -> None:
-        if len(self._events) >= MAX_EVENTS:
-            self.link.fail("The guest sends events faster than they are read.")
-            return
-        self._events.append(event)
-        self._happened.set()
 
     def _forget_streams(self, running: NativeProcess) -> None:
         """Undo the opening of streams that the guest never learned of, or refused."""
@@ -381,12 +367,11 @@ class NativeSession:
 
     def _on_lost(self, reason: str) -> None:
         self._lost = reason
-        self._events.append(SessionLost(reason))
+        self._events.end(SessionLost(reason))
         self._wake_all()
 
     def _wake_all(self) -> None:
         self._open()
-        self._happened.set()
         for waiter in self._waiting.values():
             if not waiter.done():
                 waiter.set_result(None)

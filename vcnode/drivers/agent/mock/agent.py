@@ -1,0 +1,198 @@
+"""Opens sessions with mock guests, with a fault plan in front of each call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+import vcnode
+from vcnode.aio import Spawner, deadline_as
+from vcnode.drivers.agent.events import EventQueue
+from vcnode.drivers.agent.mock.guest import MockGuest, MockGuests
+from vcnode.drivers.agent.mock.process import MockProcess, check_signal
+from vcnode.drivers.base import ContainerExited, GuestEvent, GuestSession, RunningProcess, SessionLost, Vm
+from vcnode.drivers.faults import FaultPlan
+from vcnode.errors import AgentError, DeadlineExceededError
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import AgentType
+from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+
+
+class MockAgent:
+    """The `GuestAgent` of nodes that only pretend.
+
+    Args:
+        plan: Faults, by operations such as ``agent.execute``; an empty plan if None.
+        tasks: Owner of the one task for each session, which waits for the end of the VM.
+        guests: Where the guests live; new ones if None. Two agents on the same are one node, restarted.
+    """
+
+    def __init__(
+        self, plan: FaultPlan | None = None, *, tasks: Spawner, guests: MockGuests | None = None
+    ) -> None:
+        self.guests = MockGuests() if guests is None else guests
+        self._plan = FaultPlan() if plan is None else plan
+        self._tasks = tasks
+        self._sessions: dict[str, MockSession] = {}
+
+    @property
+    def info(self) -> DriverInfo:
+        """See `GuestAgent.info`: those of the native agent, and marked as a mock."""
+        return DriverInfo(
+            type=AgentType.MOCK,
+            version=vcnode.__version__,
+            capabilities=("configure", "containers", "exec"),
+            mock=True,
+        )
+
+    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+        """See `GuestAgent.connect`. A session that the guest has already is lost."""
+        vm_id = vm.record.vm_id
+        async with deadline_as(
+            timeout_s,
+            lambda: AgentError(f"The guest agent of {vm_id} did not answer within {timeout_s:g} s."),
+        ):
+            await self._plan.hit("agent.connect", vm_id=vm_id)
+        if (earlier := self._sessions.pop(vm_id, None)) is not None:
+            earlier.lose("Another session was opened.")
+        guest = self.guests.by_vm_id.setdefault(vm_id, MockGuest())
+        session = MockSession(vm_id, guest, self._plan)
+        watcher = self._tasks.spawn(self._watch(vm, session), name=f"mock agent session of {vm_id}")
+        session.watcher = watcher
+        self._sessions[vm_id] = session
+        await asyncio.sleep(0)  # lets the watcher look: a VM that is gone already is noticed here
+        session.check()
+        return session
+
+    async def _watch(self, vm: Vm, session: MockSession) -> None:
+        """When the VM ends, so does its guest, and with it the session."""
+        await vm.wait()
+        vm_id = vm.record.vm_id
+        if (guest := self.guests.by_vm_id.pop(vm_id, None)) is not None:
+            guest.power_off()
+        self._sessions.pop(vm_id, None)
+        session.lose("The VM has ended.")
+
+
+class MockSession:
+    """A `GuestSession` with a `MockGuest`."""
+
+    def __init__(self, vm_id: str, guest: MockGuest, plan: FaultPlan) -> None:
+        self._vm_id = vm_id
+        self._guest = guest
+        self._plan = plan
+        self._over: str | None = None
+        self._processes: set[MockProcess] = set()
+        self._events = EventQueue()
+        self.watcher: asyncio.Task[None] | None = None
+        """Ends the session with the VM; cancelled when the session ends otherwise."""
+        guest.on_exit = self._on_exit
+
+    @property
+    def info(self) -> GuestInfo:
+        """See `GuestSession.info`."""
+        return GuestInfo(agent_version=vcnode.__version__, boot_id=f"mock-{self._vm_id}", kernel="mock")
+
+    async def configure(self, config: GuestConfig, *, timeout_s: float) -> None:
+        """See `GuestSession.configure`."""
+        async with self._operation("configure", timeout_s):
+            self._guest.config = config
+
+    async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
+        """See `GuestSession.create_container`. No file is looked at."""
+        async with self._operation("create_container", timeout_s):
+            self._guest.create(container)
+
+    async def start_container(self, container_id: str, *, timeout_s: float) -> int:
+        """See `GuestSession.start_container`."""
+        async with self._operation("start_container", timeout_s):
+            return self._guest.start(container_id)
+
+    async def signal_container(
+        self, container_id: str, number: int, *, everyone: bool, timeout_s: float
+    ) -> None:
+        """See `GuestSession.signal_container`."""
+        async with self._operation("signal_container", timeout_s):
+            check_signal(number)
+            self._guest.signal(container_id, number, everyone=everyone)
+
+    async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
+        """See `GuestSession.delete_container`."""
+        async with self._operation("delete_container", timeout_s):
+            self._guest.delete(container_id)
+
+    async def list_containers(self, *, timeout_s: float) -> Sequence[GuestContainerState]:
+        """See `GuestSession.list_containers`."""
+        async with self._operation("list_containers", timeout_s):
+            return [container.state for container in self._guest.containers.values()]
+
+    async def execute(
+        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+    ) -> RunningProcess:
+        """See `GuestSession.execute`."""
+        async with self._operation("execute", timeout_s):
+            running = self._guest.execute(process, container_id)
+            self._processes = {p for p in self._processes if not p.has_ended} | {running}
+            return running
+
+    async def ping(self, *, timeout_s: float) -> None:
+        """See `GuestSession.ping`."""
+        async with self._operation("ping", timeout_s):
+            pass
+
+    async def shutdown(self, *, timeout_s: float) -> None:
+        """See `GuestSession.shutdown`. The mock VM powers off when it is stopped, and not by itself."""
+        async with self._operation("shutdown", timeout_s):
+            pass
+
+    def events(self) -> AsyncIterator[GuestEvent]:
+        """See `GuestSession.events`."""
+        return self._events.read()
+
+    async def close(self) -> None:
+        """See `GuestSession.close`."""
+        self._end("It was closed.", None)
+
+    # -- for the agent -----------------------------------------------------------------------------
+
+    def lose(self, reason: str) -> None:
+        """The session ends without being closed. Idempotent."""
+        self._end(reason, SessionLost(reason))
+
+    def check(self) -> None:
+        """Raise AgentError when the session is over."""
+        if self._over is not None:
+            raise AgentError(f"The session with the guest agent of {self._vm_id} is over: {self._over}")
+
+    def _end(self, reason: str, event: SessionLost | None) -> None:
+        if self._over is not None:
+            return
+        self._over = reason
+        if self._guest.on_exit == self._on_exit:
+            self._guest.on_exit = None
+        for process in self._processes:
+            process.lose(reason)
+        self._events.end(event)
+        if self.watcher is not None and self.watcher is not asyncio.current_task():
+            self.watcher.cancel()
+
+    def _on_exit(self, event: ContainerExited) -> None:
+        if not self._events.push(event):
+            self.lose("Events are not read.")
+
+    @contextlib.asynccontextmanager
+    async def _operation(self, verb: str, timeout_s: float) -> AsyncIterator[None]:
+        """What comes before each call: is the session open, and what has the fault plan for it?"""
+        self.check()
+        async with deadline_as(
+            timeout_s,
+            lambda: DeadlineExceededError(
+                f"The guest agent of {self._vm_id} did not answer {verb} within {timeout_s:g} s.",
+                method=verb,
+            ),
+        ):
+            await self._plan.hit(f"agent.{verb}", vm_id=self._vm_id)
+            await asyncio.sleep(0)  # lets the watcher notice a VM that the plan has let die
+        self.check()
+        yield

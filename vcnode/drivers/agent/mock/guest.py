@@ -1,0 +1,151 @@
+"""The simulated guests: what is in them outlives every session, and ends with the VM."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess
+from vcnode.drivers.agent.mock.shell import Program, Sleep, compile_process
+from vcnode.drivers.base import ContainerExited
+from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestProcess
+
+FIRST_PID = 100
+
+
+class MockContainer:
+    """One container: its main process is a timer at most, with /dev/null for a stdin."""
+
+    def __init__(self, spec: GuestContainer, program: Program) -> None:
+        self.spec = spec
+        self.program = program
+        self.pid: int | None = None
+        self.exit_code: int | None = None
+        self.finished_at: datetime | None = None
+        self.execs: set[MockProcess] = set()
+        self.timer: asyncio.Handle | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the main process lives."""
+        return self.pid is not None
+
+    @property
+    def state(self) -> GuestContainerState:
+        """As ``list_containers`` tells it."""
+        stopped = "created" if self.exit_code is None else "stopped"
+        return GuestContainerState(
+            container_id=self.spec.container_id,
+            state="running" if self.is_running else stopped,
+            pid=self.pid,
+            exit_code=None if self.is_running else self.exit_code,
+            finished_at=None if self.is_running else self.finished_at,
+        )
+
+
+class MockGuest:
+    """One guest.
+
+    Attributes:
+        config: What ``configure`` gave it last.
+        containers: By id.
+        on_exit: Where the open session wants to hear of ended containers; None while there is none.
+    """
+
+    def __init__(self) -> None:
+        self.config: GuestConfig | None = None
+        self.containers: dict[str, MockContainer] = {}
+        self.on_exit: Callable[[ContainerExited], None] | None = None
+        self._next_pid = FIRST_PID
+
+    def find(self, container_id: str) -> MockContainer:
+        """The container of this id. Raises NotFoundError."""
+        if (container := self.containers.get(container_id)) is None:
+            raise NotFoundError(f"The guest has no container {container_id}.")
+        return container
+
+    def create(self, spec: GuestContainer) -> None:
+        """See `GuestSession.create_container`."""
+        if spec.container_id in self.containers:
+            raise AlreadyExistsError(f"The guest has a container {spec.container_id} already.")
+        program = compile_process(spec.process, spec.hostname)
+        self.containers[spec.container_id] = MockContainer(spec, program)
+
+    def start(self, container_id: str) -> int:
+        """See `GuestSession.start_container`."""
+        container = self.find(container_id)
+        if container.is_running:
+            raise FailedPreconditionError.state(
+                f"Container {container_id}", "running", ["created", "stopped"], "start"
+            )
+        container.pid = pid = self._next_pid
+        self._next_pid += 1
+        # Reading from /dev/null and writing to nowhere takes no time: only sleeping does.
+        seconds = sum(step.seconds for step in container.program.steps if isinstance(step, Sleep))
+        loop = asyncio.get_running_loop()
+        if not math.isinf(seconds):
+            code = container.program.exit_code
+            container.timer = (
+                loop.call_later(seconds, self._end, container, code)
+                if seconds
+                else loop.call_soon(self._end, container, code)
+            )
+        return pid
+
+    def signal(self, container_id: str, number: int, *, everyone: bool) -> None:
+        """See `GuestSession.signal_container`."""
+        container = self.find(container_id)
+        if everyone:
+            for process in list(container.execs):
+                process.kill(number)
+        if container.is_running and number not in HARMLESS_SIGNALS:
+            self._end(container, 128 + number)
+
+    def delete(self, container_id: str) -> None:
+        """See `GuestSession.delete_container`."""
+        if (container := self.containers.get(container_id)) is not None:
+            if container.is_running:
+                self._end(container, 128 + SIGKILL)
+            del self.containers[container_id]
+
+    def execute(self, process: GuestProcess, container_id: str | None) -> MockProcess:
+        """See `GuestSession.execute`."""
+        if container_id is None:
+            return MockProcess(compile_process(process, self.config.hostname if self.config else "mock"))
+        container = self.find(container_id)
+        if not container.is_running:
+            raise FailedPreconditionError.state(
+                f"Container {container_id}", container.state.state, ["running"], "execute"
+            )
+        running = MockProcess(compile_process(process, container.spec.hostname))
+        container.execs = {p for p in container.execs if not p.has_ended} | {running}
+        return running
+
+    def power_off(self) -> None:
+        """The VM is gone, with all that ran in it; nobody hears of its containers."""
+        self.on_exit = None
+        for container in self.containers.values():
+            if container.is_running:
+                self._end(container, 128 + SIGKILL)
+
+    def _end(self, container: MockContainer, exit_code: int) -> None:
+        """The main process ends, and the rest of its pid namespace with it."""
+        if container.timer is not None:
+            container.timer.cancel()
+            container.timer = None
+        for process in container.execs:
+            process.kill(SIGKILL)
+        container.execs.clear()
+        container.pid, container.exit_code, container.finished_at = None, exit_code, datetime.now(UTC)
+        if self.on_exit is not None:
+            self.on_exit(ContainerExited(container.spec.container_id, exit_code, oom_killed=False))
+
+
+class MockGuests:
+    """All mock guests, by VM id. Give them to a new `MockAgent` to restart the node agent."""
+
+    def __init__(self) -> None:
+        self.by_vm_id: dict[str, MockGuest] = {}
