@@ -1,0 +1,1 @@
+"""Networks for VMs: ``noop`` leaves the guest without one."""

@@ -1,0 +1,108 @@
+"""Storage on the node's own disk: bind mounts for directories, erofs files for images. Needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from vcnode.drivers.base import ImageFile
+from vcnode.drivers.storage.images import ImageStore
+from vcnode.drivers.storage.paths import AllowedRoots
+from vcnode.drivers.storage.threads import in_thread, make_in_thread
+from vcnode.drivers.storage.vmdirs import VmDirs
+from vcnode.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def _translated(what: str) -> AsyncIterator[None]:
+    """Turn what the host says into a StorageError; *what* names the operation and its object."""
+    try:
+        yield
+    except PermissionError as exc:
+        raise StorageError(f"{what} was not permitted: the node agent must run as root.") from exc
+    except TimeoutError as exc:
+        raise StorageError(f"{what} took too long: a filesystem of the host does not answer.") from exc
+    except OSError as exc:
+        raise StorageError(f"{what} failed; the node's log says why.") from exc
+
+
+class LocalStorage:
+    """`vcnode.drivers.base.Storage` on this host. It keeps nothing in memory: the mounts are the truth.
+
+    Args:
+        state_dir: Holds ``images/``.
+        run_dir: Holds ``vms/<vm_id>/``.
+        allowed_roots: Directories under which shared directories and image sources must lie.
+    """
+
+    def __init__(self, state_dir: Path, run_dir: Path, allowed_roots: Sequence[Path]) -> None:
+        roots = AllowedRoots(allowed_roots, private=(state_dir, run_dir))
+        self._roots = roots
+        self._dirs = VmDirs(run_dir, roots)
+        self._images = ImageStore(state_dir, roots)
+
+    async def open(self) -> None:
+        """Remove what interrupted image builds left. To be called once, before anything else.
+
+        Raises:
+            StorageError: The state directory cannot be used.
+        """
+        async with _translated("Sweeping the image directory"):
+            await in_thread(self._images.sweep)
+
+    async def vm_ids(self) -> Sequence[str]:
+        """VMs that have a directory here, so that recovery can find those that no record knows."""
+        async with _translated("Listing the directories of VMs"):
+            return await in_thread(self._dirs.ids)
+
+    async def make_vm_dir(self, vm_id: str) -> Path:
+        """See `vcnode.drivers.base.Storage`. AlreadyExistsError when the VM has one."""
+        async with _translated(f"Making the directory of VM {vm_id}"):
+            return await make_in_thread(self._dirs.make, vm_id)
+
+    async def remove_vm_dir(self, vm_id: str) -> None:
+        """See `vcnode.drivers.base.Storage`. Never deletes what is shared, even if that cannot be unmounted.
+
+        Raises:
+            StorageError: Something stays; may be tried again.
+        """
+        async with _translated(f"Removing the directory of VM {vm_id}"):
+            await in_thread(self._dirs.remove, vm_id)
+
+    async def check_rootfs(self, path: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Looking at {path!r}"):
+            await in_thread(self._roots.check_directory, path)
+
+    async def share(self, vm_id: str, name: str, path: str) -> None:
+        """See `vcnode.drivers.base.Storage`. AlreadyExistsError when *name* is taken."""
+        async with _translated(f"Sharing {path!r} with VM {vm_id}"):
+            await make_in_thread(self._dirs.share, vm_id, name, path)
+
+    async def unshare(self, vm_id: str, name: str) -> None:
+        """See `vcnode.drivers.base.Storage`.
+
+        Raises:
+            StorageError: It stays mounted; may be tried again.
+        """
+        async with _translated(f"Taking the share {name} away from VM {vm_id}"):
+            await in_thread(self._dirs.unshare, vm_id, name)
+
+    async def build_image(self, source: str, *, timeout_s: float) -> ImageFile:
+        """See `vcnode.drivers.base.Storage` and `ImageStore.build`."""
+        async with _translated(f"Making an image of {source!r}"):
+            return await self._images.build(source, timeout_s=timeout_s)
+
+    async def image_file(self, digest: str) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Looking for image {digest}"):
+            return await in_thread(self._images.file, digest)
+
+    async def remove_image(self, digest: str) -> None:
+        """See `vcnode.drivers.base.Storage`. VMs that have it attached go on reading it."""
+        async with _translated(f"Removing image {digest}"):
+            await in_thread(self._images.remove, digest)

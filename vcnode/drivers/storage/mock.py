@@ -1,0 +1,142 @@
+"""Storage that only pretends: no root, nothing on disk. Its small world is there for tests to inspect."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from vcnode.drivers.base import ImageFile
+from vcnode.drivers.storage.paths import AllowedRoots
+from vcnode.drivers.storage.vmdirs import check_name
+from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
+
+
+class Faults(Protocol):
+    """A plan of failures; see ``vcnode/drivers/faults.py``."""
+
+    async def hit(self, op: str) -> None:
+        """Do to operation *op* what the plan says: nothing, wait, or raise."""
+        ...
+
+
+@dataclass
+class MockWorld:
+    """What a real host would hold. Give the same world to a new driver to play a restart of the node."""
+
+    vm_dirs: set[str] = field(default_factory=set)
+    """VMs that have a directory."""
+    shares: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(VM, name) -> host path."""
+    images: dict[str, ImageFile] = field(default_factory=dict)
+    """By digest."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether no VM holds anything (images stay, as they do in life)."""
+        return not self.vm_dirs and not self.shares
+
+
+class MockStorage:
+    """`vcnode.drivers.base.Storage` without a disk.
+
+    Any path below the allowed roots counts as a directory, whether it exists or not, except where a
+    component is ``missing``: that is not found, so that schedulers can test this answer. The digest of an
+    image is that of its source's path.
+
+    Args:
+        allowed_roots: As of the real driver; judged by name.
+        faults: Operations are ``storage.make_vm_dir``, ``storage.share`` and so on.
+        world: What is there already.
+    """
+
+    def __init__(
+        self,
+        allowed_roots: Sequence[Path],
+        *,
+        run_dir: Path = Path("/run/vcnode"),
+        faults: Faults | None = None,
+        world: MockWorld | None = None,
+    ) -> None:
+        self._roots = AllowedRoots(allowed_roots, private=())
+        self._run_dir = run_dir
+        self._faults = faults
+        self.world = world if world is not None else MockWorld()
+
+    async def _hit(self, op: str) -> None:
+        if self._faults is not None:
+            await self._faults.hit(f"storage.{op}")
+
+    def _check(self, path: str) -> None:
+        self._roots.judge(path)
+        if "missing" in Path(path).parts:
+            raise NotFoundError(f"Host path {path!r} does not exist.", path=path)
+
+    async def open(self) -> None:
+        """Nothing to do."""
+
+    async def vm_ids(self) -> Sequence[str]:
+        """VMs that have a directory."""
+        return sorted(self.world.vm_dirs)
+
+    async def make_vm_dir(self, vm_id: str) -> Path:
+        """See `vcnode.drivers.base.Storage`; the path that is returned does not exist."""
+        check_name(vm_id)
+        await self._hit("make_vm_dir")
+        if vm_id in self.world.vm_dirs:
+            raise AlreadyExistsError(f"VM {vm_id} has a directory already.", vm_id=vm_id)
+        self.world.vm_dirs.add(vm_id)
+        return self._run_dir / "vms" / vm_id
+
+    async def remove_vm_dir(self, vm_id: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        check_name(vm_id)
+        await self._hit("remove_vm_dir")
+        self.world.vm_dirs.discard(vm_id)
+        for key in [key for key in self.world.shares if key[0] == vm_id]:
+            del self.world.shares[key]
+
+    async def check_rootfs(self, path: str) -> None:
+        """See `vcnode.drivers.base.Storage`; nothing is looked at."""
+        await self._hit("check_rootfs")
+        self._check(path)
+
+    async def share(self, vm_id: str, name: str, path: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        check_name(name)
+        await self._hit("share")
+        self._check(path)
+        if vm_id not in self.world.vm_dirs:
+            raise StorageError(f"VM {vm_id} has no directory on this node.", vm_id=vm_id)
+        if (vm_id, name) in self.world.shares:
+            raise AlreadyExistsError(f"VM {vm_id} has a share {name} already.", vm_id=vm_id, name=name)
+        self.world.shares[vm_id, name] = path
+
+    async def unshare(self, vm_id: str, name: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        check_name(name)
+        await self._hit("unshare")
+        self.world.shares.pop((vm_id, name), None)
+
+    async def build_image(self, source: str, *, timeout_s: float) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`; nothing is read."""
+        await self._hit("build_image")
+        self._check(source)
+        name = hashlib.sha256(source.encode()).hexdigest()
+        image = ImageFile(f"sha256:{name}", Path(f"/nonexistent/sha256-{name}.erofs"), 4096)
+        return self.world.images.setdefault(image.digest, image)
+
+    async def image_file(self, digest: str) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`."""
+        await self._hit("image_file")
+        try:
+            return self.world.images[digest]
+        except KeyError as exc:
+            raise NotFoundError(f"This node has no image file {digest}.", digest=digest) from exc
+
+    async def remove_image(self, digest: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        await self._hit("remove_image")
+        self.world.images.pop(digest, None)

@@ -1,0 +1,82 @@
+"""Runs one helper program to its end, bounded in time, memory, file size and output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vcnode.aio import finish
+
+_TAIL_BYTES = 4096
+_KILL_WAIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolExit:
+    """How a helper ended."""
+
+    returncode: int
+    """Negative: the signal that ended it. ``-SIGXFSZ``: it hit the limit on file size."""
+    output: str
+    """The last 4 KiB of standard output."""
+    errors: str
+    """The last 4 KiB of standard error."""
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    file_bytes: int,
+    memory_bytes: int | None = None,
+    pass_fds: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
+) -> ToolExit:
+    """Run *argv* and wait for it.
+
+    Args:
+        argv: Program and arguments.
+        file_bytes: Largest file that it may write.
+        memory_bytes: Most address space; None: no limit.
+        pass_fds: Descriptors that it inherits under the same numbers.
+        env: Added to PATH and a plain locale, which is all of the environment that it gets.
+
+    Raises:
+        OSError: The program cannot be started.
+        asyncio.CancelledError: The caller was cancelled; the program and all that it started are gone.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        pass_fds=tuple(pass_fds),
+        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", **(env or {})},
+        start_new_session=True,
+    )
+    try:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+            if memory_bytes is not None:
+                resource.prlimit(process.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        output, errors = await asyncio.gather(_tail(process.stdout), _tail(process.stderr))
+        code = await process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await finish(process.wait(), timeout_s=_KILL_WAIT_S)
+        raise
+    return ToolExit(code, output, errors)
+
+
+async def _tail(stream: asyncio.StreamReader | None) -> str:
+    """Read *stream* to its end, keeping the last bytes only."""
+    kept = b""
+    while stream is not None and (chunk := await stream.read(_TAIL_BYTES)):
+        kept = (kept + chunk)[-_TAIL_BYTES:]
+    return kept.decode("utf-8", "replace").strip()
