@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -16,6 +17,13 @@ from tests.support import leaks, nats
 StartNats = Callable[..., Awaitable[nats.NatsServer]]
 
 _before = pytest.StashKey[leaks.Held]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End in good order on SIGTERM, fixtures included; forgive testcontainers its unclosed connections."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if nats.kind() == "testcontainers":
+        config.addinivalue_line("filterwarnings", r"ignore:unclosed .*docker\.sock:ResourceWarning")
 
 
 def pytest_report_header() -> str:

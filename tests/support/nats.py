@@ -178,15 +178,17 @@ class ContainerNats:
     """The server in a container, through testcontainers."""
 
     def __init__(self, config: Path) -> None:
-        from testcontainers.community.nats import NatsContainer
+        from testcontainers.core.container import DockerContainer
+        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
         self._port = _free_port()
         directory = str(config.parent)
         self._container: Any = (
-            NatsContainer(os.environ.get("VCNODE_TEST_NATS_IMAGE", "nats:2"))
+            DockerContainer(os.environ.get("VCNODE_TEST_NATS_IMAGE", "nats:2"))
             .with_volume_mapping(directory, directory, "rw")
             .with_bind_ports(4222, self._port)
             .with_command(f"-c {config} -a 0.0.0.0")
+            .waiting_for(LogMessageWaitStrategy("Server is ready").with_startup_timeout(START_TIMEOUT_S))
         )
         self._started = False
 
@@ -225,7 +227,11 @@ class ContainerNats:
     async def stop(self) -> None:
         if self._started:
             self._started = False
-            await asyncio.to_thread(self._container.stop)
+            await asyncio.to_thread(self._stop)
+
+    def _stop(self) -> None:
+        self._container.stop()
+        self._container.get_docker_client().client.close()
 
 
 def _free_port() -> int:
