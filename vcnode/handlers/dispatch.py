@@ -380,11 +380,25 @@ def digest_of(request: Request) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def error_outcome(error: BaseException, verb: str) -> Outcome:
+def oversized(verb: str, outcome: Outcome, *, limit_bytes: int) -> Outcome:
+    """What to reply instead of *outcome*, whose body does not fit into a message.
+
+    The command itself has succeeded or failed as *outcome* says.
+    """
+    error = ResourceExhaustedError(
+        f"{verb} is done, but its reply of {len(outcome.body)} bytes exceeds the {limit_bytes} that NATS "
+        "takes here; ask for less.",
+        size_bytes=len(outcome.body),
+        limit_bytes=limit_bytes,
+    )
+    return _with_id(error_outcome(error, verb, retryable=False), outcome.headers[wire.COMMAND_ID])
+
+
+def error_outcome(error: BaseException, verb: str, *, retryable: bool | None = None) -> Outcome:
     """Turn any error into a reply, and log it under the reply's error id.
 
     Errors of vcnode say by their own promise nothing that the caller must not see; of any other the caller
-    learns the error id only.
+    learns the error id only. *retryable* overrides what the error says of itself.
     """
     error_id = uuid.uuid4().hex[:16]
     if isinstance(error, VcnodeError):
@@ -401,7 +415,8 @@ def error_outcome(error: BaseException, verb: str) -> Outcome:
         extra={"error_id": error_id, "code": known.code},
     )
     # A command that ran inside a guest may have done anything before it was given up: not to be repeated.
-    retryable = known.retryable and not (verb in EXECUTING and isinstance(known, UnavailableError))
+    if retryable is None:
+        retryable = known.retryable and not (verb in EXECUTING and isinstance(known, UnavailableError))
     reply = wire.ErrorReply(
         code=known.code,
         message=known.message,

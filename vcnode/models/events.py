@@ -46,7 +46,8 @@ class Event(Reply):
     specversion: str = "1.0"
     """CloudEvents version."""
     id: str
-    """``<node>-<sequence>``: unique, and the ``Nats-Msg-Id`` that JetStream de-duplicates by."""
+    """``<node>-<sequence>``: unique as long as the node keeps its state directory. With the time behind it,
+    the ``Nats-Msg-Id`` that JetStream de-duplicates by."""
     source: str
     """``/vcnode/<node>``."""
     type: str

@@ -1,0 +1,259 @@
+"""From the outbox to JetStream: every event, in order, until it is acknowledged.
+
+Events stay in the outbox while JetStream cannot be reached, has no such stream, or refuses. They are sent
+in windows: a window is published without waiting, then acknowledged in order; what comes after the first
+failure is sent again, and JetStream drops what it has already by ``Nats-Msg-Id``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import nats.errors
+import nats.js.errors
+from nats.js.api import RetentionPolicy, StorageType, StreamConfig
+
+from vcnode.bus.connection import Connection
+from vcnode.bus.library import uncancelled
+from vcnode.errors import UnavailableError
+from vcnode.models.events import Event
+from vcnode.models.subjects import Subjects
+from vcnode.settings import NatsSettings
+
+if TYPE_CHECKING:
+    from nats.js import JetStreamContext
+    from nats.js.api import PubAck
+
+log = logging.getLogger(__name__)
+
+WINDOW = 64
+"""Events on their way at once."""
+ACK_TIMEOUT_S = 10.0
+RETRY_FIRST_S, RETRY_MAX_S = 0.25, 10.0
+DUPLICATE_WINDOW_S = 600.0
+"""How long JetStream remembers message ids; longer outages are bridged by `EventPublisher._skip_known`."""
+HEADER_RESERVE_BYTES = 4096
+CONTENT_TYPE = "application/cloudevents+json"
+
+
+class Outbox(Protocol):
+    """What the publisher needs of `vcnode.pods.outbox.Outbox`."""
+
+    async def unpublished(self, limit: int) -> Sequence[Event]:
+        """The oldest events that wait, in order."""
+        ...
+
+    async def mark_published(self, sequence: int) -> None:
+        """Note that everything up to and including *sequence* is acknowledged."""
+        ...
+
+    async def wait(self) -> None:
+        """Wait until there is an event to publish."""
+        ...
+
+
+class EventObserver(Protocol):
+    """Hears of published events."""
+
+    def events_published(self, count: int) -> None:
+        """JetStream acknowledged so many more events."""
+        ...
+
+
+class EventPublisher:
+    """Publishes the outbox.
+
+    Args:
+        connection: To NATS.
+        outbox: Where events wait.
+        node_name: The node's name.
+        subjects: Names under the prefix.
+        settings: For a stream that does not exist yet; one that exists is never changed.
+        observer: Hears of each window.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        outbox: Outbox,
+        *,
+        node_name: str,
+        subjects: Subjects,
+        settings: NatsSettings,
+        observer: EventObserver,
+    ) -> None:
+        self._connection = connection
+        self._outbox = outbox
+        self._node_name = node_name
+        self._subjects = subjects
+        self._settings = settings
+        self._observer = observer
+        self._last_complaint = ""
+
+    async def run(self) -> None:
+        """Publish for ever; ends by cancellation only."""
+        retry_s = RETRY_FIRST_S
+        while True:
+            await self._connection.wait_connected()
+            try:
+                await self._session()
+            except (nats.errors.Error, OSError, TimeoutError, UnavailableError) as exc:
+                self._complain(exc)
+                await self._pause(retry_s)
+                retry_s = min(2 * retry_s, RETRY_MAX_S)
+            else:
+                retry_s = RETRY_FIRST_S
+
+    async def flush(self, *, timeout_s: float) -> bool:
+        """Publish what waits now, at most *timeout_s* seconds; `run` must have ended. True: nothing waits.
+
+        What is left is published after the next start.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connection.wait_connected()
+                js = await self._open()
+                while events := await self._outbox.unpublished(WINDOW):
+                    await self._publish(js, events)
+        except (nats.errors.Error, OSError, TimeoutError, UnavailableError) as exc:
+            self._complain(exc)
+        return not await self._outbox.unpublished(1)
+
+    async def _session(self) -> None:
+        """Publish until the connection changes."""
+        changed = self._connection.changed
+        js = await self._open()
+        while not changed.is_set():
+            while events := await self._outbox.unpublished(WINDOW):
+                await self._publish(js, events)
+            self._last_complaint = ""
+            await self._outbox.wait()
+
+    async def _open(self) -> JetStreamContext:
+        """Make sure that the stream is there, and find out what it has of ours."""
+        js = self._connection.client.jetstream(timeout=ACK_TIMEOUT_S)
+        await uncancelled(self._ensure_stream(js))
+        await self._skip_known(js)
+        return js
+
+    async def _ensure_stream(self, js: JetStreamContext) -> None:
+        name = self._subjects.event_stream
+        try:
+            await js.stream_info(name)
+        except nats.js.errors.NotFoundError:
+            pass
+        else:
+            return
+        config = StreamConfig(
+            name=name,
+            description="Status changes of all vcnode nodes",
+            subjects=[self._subjects.every_event],
+            retention=RetentionPolicy.LIMITS,
+            storage=StorageType.FILE,
+            num_replicas=self._settings.stream_replicas,
+            max_age=self._settings.stream_max_age_s,
+            duplicate_window=min(DUPLICATE_WINDOW_S, self._settings.stream_max_age_s),
+        )
+        try:
+            await js.add_stream(config)
+        except nats.js.errors.BadRequestError as exc:
+            # Another node made it meanwhile, with other settings: its stream is as good.
+            await js.stream_info(name)
+            log.info("The event stream was made by somebody else", extra={"reason": str(exc)})
+        else:
+            log.info("Made the event stream", extra={"stream": name})
+
+    async def _skip_known(self, js: JetStreamContext) -> None:
+        """Mark what the stream has already: acknowledgements lost in an outage longer than its memory."""
+        events = await self._outbox.unpublished(WINDOW)
+        if not events:
+            return
+        try:
+            last = await uncancelled(
+                js.get_last_msg(self._subjects.event_stream, self._subjects.node_events(self._node_name))
+            )
+        except nats.js.errors.NotFoundError:
+            return
+        identity = (last.headers or {}).get("Nats-Msg-Id")
+        for event in events:
+            if message_id(event) == identity:
+                await self._outbox.mark_published(int(event.sequence))
+
+    async def _publish(self, js: JetStreamContext, events: Sequence[Event]) -> None:
+        """Send a window and mark what is acknowledged, up to the first failure, which is raised."""
+        acks: list[asyncio.Future[PubAck]] = []
+        acknowledged: Event | None = None
+        count = 0
+        try:
+            for event in events:
+                acks.append(await self._send(js, event))  # noqa: PERF401 -- kept when a later one fails
+            async with asyncio.timeout(ACK_TIMEOUT_S):
+                for event, ack in zip(events, acks, strict=True):
+                    await ack
+                    acknowledged, count = event, count + 1
+        finally:
+            for ack in acks:
+                _let_go(ack)
+            if acknowledged is not None:
+                await self._outbox.mark_published(int(acknowledged.sequence))
+                self._observer.events_published(count)
+
+    async def _send(self, js: JetStreamContext, event: Event) -> asyncio.Future[PubAck]:
+        headers = {"Nats-Msg-Id": message_id(event), "Content-Type": CONTENT_TYPE}
+        body = event_body(event, limit_bytes=self._connection.max_payload - HEADER_RESERVE_BYTES)
+        return await uncancelled(
+            js.publish_async(
+                self._subjects.event(self._node_name, event),
+                body,
+                wait_stall=ACK_TIMEOUT_S,
+                stream=self._subjects.event_stream,
+                headers=headers,
+            )
+        )
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before the next attempt; a change of the connection ends it early."""
+        changed = self._connection.changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds * random.uniform(0.75, 1.25)):  # noqa: S311 -- spreading
+                await changed.wait()
+
+    def _complain(self, exc: Exception) -> None:
+        """Log what is wrong, once per cause rather than at each of endless attempts."""
+        text = f"{type(exc).__name__}: {exc}"
+        if isinstance(exc, nats.js.errors.ServiceUnavailableError):
+            text = "the server has no JetStream, or none for this account; events wait until it has"
+        level = logging.DEBUG if text == self._last_complaint else logging.WARNING
+        self._last_complaint = text
+        log.log(level, "Events cannot be published: %s", text)
+
+
+def message_id(event: Event) -> str:
+    """What JetStream knows *event* by. The time tells it from one of an earlier state directory."""
+    return f"{event.id}@{event.time.isoformat()}"
+
+
+def event_body(event: Event, *, limit_bytes: int) -> bytes:
+    """The event as CloudEvents JSON; without its data where that exceeds what NATS takes.
+
+    An event that can never be sent would hold up all that follow, and leaving it out would be a gap.
+    """
+    fields = {name: value for name, value in event.model_dump(mode="json").items() if value is not None}
+    body = json.dumps(fields, separators=(",", ":")).encode()
+    if len(body) <= limit_bytes:
+        return body
+    log.warning("Event %s of %d bytes is sent without its data", event.id, len(body))
+    fields["data"] = {"oversized_bytes": len(body)}
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def _let_go(ack: asyncio.Future[PubAck]) -> None:
+    """Free what nats-py keeps for an acknowledgement, whether or not somebody waited for it."""
+    if not ack.cancel() and not ack.cancelled():
+        ack.exception()  # counts as looked at

@@ -1,0 +1,86 @@
+"""nats-py as it must be for a process that runs for months next to strangers.
+
+`SturdyClient` mends four behaviours of nats-py (read at 2.16.0, nats/aio/client.py):
+
+- A message whose subject, reply subject or status line is not UTF-8 raises in ``_process_msg``; the read
+  loop logs that and ends, and the connection is deaf from then on. Anybody who may publish can do this.
+- An unexpected exception in ``_attempt_reconnect`` ends that task, and the client is RECONNECTING for ever.
+- A ``tls=`` context is used only if the server asks for TLS, so credentials go out in the clear to whoever
+  answers without asking.
+- ``_flush_pending`` swallows ``CancelledError``, so a cancelled publisher goes on (see `uncancelled`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import nats.errors
+from nats.aio.client import Client
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class TlsRefusedError(nats.errors.Error):
+    """The server offers no TLS, though the settings ask for it."""
+
+    def __str__(self) -> str:
+        return "the server offers no TLS, and the settings ask for it"
+
+
+class SturdyClient(Client):
+    """A client that survives hostile messages and never connects without the TLS that was asked for."""
+
+    def __init__(self, *, require_tls: bool) -> None:
+        super().__init__()
+        self._require_tls = require_tls
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except Exception:
+            log.warning("Dropped a malformed message on %r", bytes(subject[:128]), exc_info=True)
+
+    async def _attempt_reconnect(self) -> None:
+        try:
+            await super()._attempt_reconnect()
+        except Exception:
+            # Whoever owns this client hears it by closed_cb, and makes a new one.
+            log.exception("Reconnecting failed in an unexpected way")
+            await self.close()
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # Called before CONNECT, with its credentials, is sent. A server that merely allows TLS is upgraded,
+        # as the reference client does (nats.go, checkForSecure).
+        if initial_connection and self._require_tls and not info.get("tls_required"):
+            if not info.get("tls_available"):
+                raise TlsRefusedError
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+
+async def uncancelled(work: Awaitable[T]) -> T:
+    """Await a call of nats-py that may swallow a cancellation or replace it by an error; raise it after all.
+
+    Raises:
+        asyncio.CancelledError: This task was cancelled meanwhile.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+
+    def cancelled() -> bool:
+        return task is not None and task.cancelling() > before
+
+    try:
+        result = await work
+    except Exception as exc:
+        if cancelled():
+            raise asyncio.CancelledError from exc
+        raise
+    if cancelled():
+        raise asyncio.CancelledError
+    return result
