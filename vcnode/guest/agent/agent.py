@@ -1,0 +1,94 @@
+"""The agent's process: everything put together, and served until the guest ends."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+
+from vcnode.guest.agent import cgroups, devices, limits, port
+from vcnode.guest.agent.containers import Container, Containers
+from vcnode.guest.agent.disks import Disks
+from vcnode.guest.agent.execs import Execs
+from vcnode.guest.agent.loop import Loop
+from vcnode.guest.agent.mounts import RUN, Mounts
+from vcnode.guest.agent.service import Service
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+IMAGE_FILE = "/etc/vcnode/image.json"
+GOODBYE_S = 0.2
+"""How long the reply to ``shutdown`` may take to leave before the guest ends all the same."""
+
+
+def identity(image_file: str = IMAGE_FILE) -> dict[str, str]:
+    """What the agent says of itself in its hello."""
+    with open(image_file, encoding="utf-8") as file:
+        image = json.load(file)
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot_id = file.read().strip()
+    return {
+        "agent_version": str(image["agent_version"]),
+        "boot_id": boot_id,
+        "kernel": os.uname().release,
+    }
+
+
+class Agent:
+    """One agent on one open port.
+
+    Args:
+        port_fd: The port, non-blocking; the caller keeps it.
+        introduction: See `identity`.
+        power_off: Called once when the host has asked for shutdown, with its reply sent.
+        run: Directory for mounts.
+        cgroup_root: Where cgroup v2 is mounted; `cgroups.set_up` was called for it.
+    """
+
+    def __init__(
+        self,
+        port_fd: int,
+        introduction: dict[str, str],
+        power_off: Callable[[], None],
+        *,
+        run: str = RUN,
+        cgroup_root: str = cgroups.ROOT,
+    ) -> None:
+        self.loop = Loop()
+        self._power_off = power_off
+        self._pidns_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self._port = port.Port(self.loop, port_fd, introduction)
+        disks = Disks(self.loop, f"{run}/disks")
+        self.containers = Containers(
+            self.loop, Mounts(run), disks, self._pidns_fd, self._container_exited, cgroup_root
+        )
+        execs = Execs(self.loop, self._port, self._pidns_fd)
+        self._service = Service(self._port, self.containers, execs, self._shut_down)
+        self._port.listener = self._service
+
+    def _container_exited(self, container: Container) -> None:
+        self._service.container_exited(container)
+
+    def _shut_down(self) -> None:
+        self.containers.kill_all()
+        self._port.when_sent(self.loop.stop, timeout_s=GOODBYE_S)
+
+    def serve(self) -> None:
+        """Serve until the host asks for shutdown, then call *power_off*."""
+        self._port.open()
+        # What is here now stays for ever: do not look through it again, nor touch its pages in each child.
+        gc.collect()
+        gc.freeze()
+        self.loop.run()
+        self._power_off()
+
+
+def main(power_off: Callable[[], None]) -> None:
+    """Run the agent in a guest that `init` has set up. Returns after `power_off`; raises what went wrong."""
+    limits.raise_own()
+    cgroups.set_up()
+    devices.restrict(f"{cgroups.ROOT}/{cgroups.PARENT}")
+    port_fd = os.open(port.wait_for(), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    Agent(port_fd, identity(), power_off).serve()

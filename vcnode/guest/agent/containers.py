@@ -1,0 +1,424 @@
+"""The containers of this guest.
+
+::
+
+    create           start            main process ends
+    ------> created ------> starting ------> running ------> stopped ---+
+               ^               |  could not be set up           |       |
+               +---------------+--------------------------------+       | start: again on the same root
+                               ^----------------------------------------+
+
+``starting`` lasts from the fork until the program runs; to the host it is ``created`` or ``stopped``, as
+before. `delete` is possible in every state and kills first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from vcnode.guest.agent import process
+from vcnode.guest.agent.cgroups import ROOT as CGROUP_ROOT
+from vcnode.guest.agent.cgroups import Cgroup
+from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
+from vcnode.guest.agent.loop import IN
+from vcnode.guest.agent.ring import Ring
+from vcnode.guest.agent.rootfs import JoinEntry, MainEntry
+from vcnode.guest.agent.undo import Undo
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vcnode.guest.agent.disks import Disks
+    from vcnode.guest.agent.loop import Loop
+    from vcnode.guest.agent.mounts import Mounts
+    from vcnode.guest.agent.process import ProcessSpec, Spawned
+
+    Done = Callable[[Failure | None], None]
+
+CREATED, STARTING, RUNNING, STOPPED = "created", "starting", "running", "stopped"
+RING_BYTES = 64 * 1024
+"""How much of the main process's output is kept, for each of stdout and stderr."""
+_READ_BYTES = 32 * 1024
+
+
+class ContainerSpec:
+    """What a container is to be; see contracts/guest-protocol.md, ``create_container``."""
+
+    __slots__ = ("container_id", "disk_id", "hostname", "limits", "process", "readonly", "shared_name")
+
+    def __init__(
+        self,
+        *,
+        container_id: str,
+        shared_name: str | None,
+        disk_id: str | None,
+        readonly: bool,
+        hostname: str,
+        process: ProcessSpec,
+        limits: dict[str, str],
+    ) -> None:
+        self.container_id = container_id
+        self.shared_name = shared_name
+        self.disk_id = disk_id
+        self.readonly = readonly
+        self.hostname = hostname
+        self.process = process
+        self.limits = limits
+
+
+class Container:
+    """One container. Only `Containers` changes it."""
+
+    def __init__(self, spec: ContainerSpec, cgroup: Cgroup) -> None:
+        self.spec = spec
+        self.cgroup = cgroup
+        self.state = CREATED
+        self.undo = Undo()
+        self.main: Spawned | None = None
+        self.exit_code: int | None = None
+        self.oom_killed = False
+        self.finished_at_ns: int | None = None
+        self.output = (Ring(RING_BYTES), Ring(RING_BYTES))
+        """The last bytes of stdout and stderr."""
+        self.creating = True
+        """Its root is not complete yet."""
+        self.stop_waiting: Callable[[], None] | None = None
+        """Gives up waiting for its disk, which fails its creation."""
+        self.on_started: Callable[[Failure | int], None] | None = None
+        """The request that waits for its start."""
+        self.start_failure: Failure | None = None
+        """Why the main process was not set up; the request is told when the process has ended."""
+        self.on_deleted: list[Done] = []
+        """The requests that wait for its end, to delete it."""
+
+    def status(self) -> dict[str, Any]:
+        """Its entry in the reply of ``list_containers``."""
+        running = self.state == RUNNING
+        return {
+            "container_id": self.spec.container_id,
+            "state": self.public_state,
+            "pid": self.main.pid if running and self.main else None,
+            "exit_code": self.exit_code,
+            "oom_killed": self.oom_killed,
+            "finished_at_ns": self.finished_at_ns,
+        }
+
+    @property
+    def public_state(self) -> str:
+        """The state as the host knows it."""
+        if self.state == STARTING:
+            return CREATED if self.exit_code is None else STOPPED
+        return self.state
+
+
+class Containers:
+    """All containers; every method returns at once, what takes longer is told to the callback it was given.
+
+    Args:
+        loop: Where to wait.
+        mounts: Prepares roots.
+        disks: Finds disks.
+        own_pidns_fd: The agent's own pid namespace.
+        exited: Called with a container whose main process has ended.
+        cgroup_root: Where cgroup v2 is mounted.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        mounts: Mounts,
+        disks: Disks,
+        own_pidns_fd: int,
+        exited: Callable[[Container], None],
+        cgroup_root: str = CGROUP_ROOT,
+    ) -> None:
+        self._loop = loop
+        self._mounts = mounts
+        self._disks = disks
+        self._own_pidns_fd = own_pidns_fd
+        self._exited = exited
+        self._cgroup_root = cgroup_root
+        self._all: dict[str, Container] = {}
+
+    def get(self, container_id: str) -> Container:
+        """The container of this id.
+
+        Raises:
+            Failure: ``not_found``.
+        """
+        container = self._all.get(container_id)
+        if container is None or container.creating:
+            raise Failure(NOT_FOUND, f"There is no container {container_id!r} in this guest.")
+        return container
+
+    def states(self) -> list[dict[str, Any]]:
+        """The state of each container."""
+        return [container.status() for container in self._all.values() if not container.creating]
+
+    # -- create ------------------------------------------------------------------------------------
+
+    def create(self, spec: ContainerSpec, done: Done) -> None:
+        """Make a container's group, mounts and root; on failure nothing of it is left."""
+        if spec.container_id in self._all:
+            done(Failure(ALREADY_EXISTS, f"The guest has a container {spec.container_id!r} already."))
+            return
+        container = Container(spec, Cgroup(spec.container_id, self._cgroup_root))
+        self._all[spec.container_id] = container
+
+        def failed(failure: Failure) -> None:
+            self._remove(container)
+            done(failure)
+
+        def prepare(disk_name: str | None) -> None:
+            container.stop_waiting = None
+            try:
+                self._prepare(container, disk_name)
+            except OSError as exc:
+                failed(Failure.of(exc, f"make container {spec.container_id!r}"))
+            except Failure as failure:
+                failed(failure)
+            else:
+                container.creating = False
+                done(None)
+
+        if spec.disk_id is None:
+            prepare(None)
+        else:
+            container.stop_waiting = self._disks.when_there(spec.disk_id, prepare, failed)
+
+    def _prepare(self, container: Container, disk_name: str | None) -> None:
+        spec, undo = container.spec, container.undo
+        undo.push(f"remove {container.cgroup.path}", container.cgroup.remove)
+        container.cgroup.create(spec.limits)
+        if spec.disk_id is None or disk_name is None:
+            self._mounts.make_container(spec.container_id, undo)
+            self._mounts.bind_shared(spec.container_id, spec.shared_name or "")
+            return
+        disk_id = spec.disk_id
+        undo.push(f"release disk {disk_id}", lambda: self._disks.release(disk_id))
+        self._disks.acquire(disk_id, disk_name)
+        self._mounts.make_container(spec.container_id, undo)
+        self._mounts.overlay(spec.container_id, self._disks.path(disk_id))
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def start(self, container_id: str, started: Callable[[Failure | int], None]) -> None:
+        """Start the main process; *started* gets its pid once the program runs, or why it does not.
+
+        Raises:
+            Failure: ``not_found``, ``failed_precondition``, ``internal``.
+        """
+        container = self.get(container_id)
+        if container.state not in (CREATED, STOPPED) or container.on_deleted:
+            state = container.state if not container.on_deleted else "being deleted"
+            raise Failure(FAILED_PRECONDITION, f"Container {container_id!r} is {state}.")
+        container.cgroup.mark_oom()
+        container.main = self._spawn_main(container)
+        container.state = STARTING
+        container.on_started, container.start_failure = started, None
+        self._loop.watch(container.main.status_fd, IN, lambda _: self._on_status(container))
+        self._loop.watch(container.main.pidfd, IN, lambda _: self._on_end(container))
+
+    def _spawn_main(self, container: Container) -> Spawned:
+        """Fork; afterwards the agent holds the reading ends of the output pipes only."""
+        spec = container.spec
+        opened: list[int] = []
+        reading: list[int] = []
+        try:
+            opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            for _ in container.output:
+                read_end, write_end = os.pipe()
+                reading.append(read_end)
+                opened.append(write_end)
+                os.set_blocking(read_end, False)
+            procs_fd = container.cgroup.open_procs()
+            opened.append(procs_fd)
+            entry = MainEntry(
+                self._mounts.root(spec.container_id),
+                readonly=spec.readonly,
+                hostname=spec.hostname,
+                cgroup_procs_fd=procs_fd,
+            )
+            stdio = (opened[0], opened[1], opened[2])
+            spawned = process.spawn(spec.process, stdio, entry, self._own_pidns_fd)
+        except (OSError, Failure) as exc:
+            for fd in reading:
+                os.close(fd)
+            if isinstance(exc, Failure):
+                raise
+            raise Failure.of(exc, f"start container {spec.container_id!r}") from exc
+        finally:
+            for fd in opened:
+                os.close(fd)
+        for fd, ring in zip(reading, container.output, strict=True):
+            self._loop.watch(fd, IN, self._output_reader(fd, ring))
+        return spawned
+
+    def _output_reader(self, fd: int, ring: Ring) -> Callable[[int], None]:
+        """Keeps what the container writes. The pipe may outlive the main process and the container."""
+
+        def read(_events: int) -> None:
+            try:
+                data = os.read(fd, _READ_BYTES)
+            except BlockingIOError:
+                return
+            if data:
+                ring.add(data)
+                return
+            self._loop.unwatch(fd)
+            os.close(fd)
+
+        return read
+
+    def _on_status(self, container: Container) -> None:
+        if container.state != STARTING or container.main is None:
+            return
+        outcome = process.read_status(container.main.status_fd)
+        if outcome is False:
+            return
+        self._close_status(container)
+        if outcome is True:
+            container.state = RUNNING
+            container.exit_code, container.oom_killed, container.finished_at_ns = None, False, None
+            self._answer_start(container, container.main.pid)
+            return
+        # The child is ending, and until it has, its mounts are in use: `_on_end` tells the request.
+        container.start_failure = outcome if isinstance(outcome, Failure) else None
+
+    def _answer_start(self, container: Container, outcome: Failure | int) -> None:
+        container.on_started, started = None, container.on_started
+        if started is not None:
+            started(outcome)
+
+    def _close_status(self, container: Container) -> None:
+        if container.main is not None and container.main.status_fd >= 0:
+            self._loop.unwatch(container.main.status_fd)
+            os.close(container.main.status_fd)
+            container.main.status_fd = -1
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    def _on_end(self, container: Container) -> None:
+        """The main process ended, and with it, being process 1 of its namespace, every other one."""
+        main = container.main
+        if main is None:
+            return
+        if container.state == STARTING and main.status_fd >= 0:
+            # Both are ready at once when the program was short: hear first whether it ran at all.
+            self._on_status(container)
+        pid, status = os.waitpid(main.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        self._close_status(container)
+        self._loop.unwatch(main.pidfd)
+        os.close(main.pidfd)
+        container.main = None
+        if container.state == RUNNING:
+            container.exit_code = process.exit_code(status)
+            container.oom_killed = container.cgroup.oom_killed() and container.exit_code != 0
+            container.finished_at_ns = time.time_ns()
+            container.state = STOPPED
+            self._exited(container)
+        else:
+            container.state = CREATED if container.exit_code is None else STOPPED
+            unexplained = Failure(INTERNAL, "The main process ended before it was set up.")
+            self._answer_start(container, container.start_failure or unexplained)
+        self._finish_delete(container)
+
+    def signal(self, container_id: str, number: int, *, everyone: bool) -> None:
+        """Signal the main process, or every process; nothing when it does not run.
+
+        Raises:
+            Failure: ``not_found``.
+        """
+        container = self.get(container_id)
+        if container.main is None or container.state != RUNNING:
+            return
+        if not everyone:
+            _signal_pidfd(container.main.pidfd, number)
+        elif number == signal.SIGKILL:
+            container.cgroup.kill()
+        else:
+            for pid in container.cgroup.pids():
+                _signal_pid(pid, number)
+
+    # -- delete ------------------------------------------------------------------------------------
+
+    def delete(self, container_id: str, done: Done) -> None:
+        """Kill what runs, then unmount and remove everything. Succeeds when there is no such container."""
+        container = self._all.get(container_id)
+        if container is None:
+            done(None)
+            return
+        if container.stop_waiting is not None:
+            container.stop_waiting()
+            done(None)
+            return
+        container.on_deleted.append(done)
+        if container.main is not None:
+            # `_on_end` goes on. The status pipe says nothing after this, so a start that waits ends here.
+            _signal_pidfd(container.main.pidfd, signal.SIGKILL)
+            return
+        self._finish_delete(container)
+
+    def _finish_delete(self, container: Container) -> None:
+        waiting, container.on_deleted = container.on_deleted, []
+        if not waiting:
+            return
+        problems = self._remove(container)
+        name = container.spec.container_id
+        failure = Failure(INTERNAL, f"Container {name!r}: {'; '.join(problems)}.") if problems else None
+        for done in waiting:
+            done(failure)
+
+    def _remove(self, container: Container) -> list[str]:
+        """Take everything back; the container is forgotten unless something could not be."""
+        problems = container.undo.run()
+        if problems:
+            container.creating = False
+        else:
+            del self._all[container.spec.container_id]
+        return problems
+
+    def kill_all(self) -> None:
+        """Send SIGKILL to every container: the guest goes down."""
+        for container in self._all.values():
+            if container.main is not None:
+                _signal_pidfd(container.main.pidfd, signal.SIGKILL)
+
+    # -- execute -----------------------------------------------------------------------------------
+
+    def join_entry(self, container_id: str) -> JoinEntry:
+        """How a further process gets into a running container. To be closed after the fork.
+
+        Raises:
+            Failure: ``not_found``, ``failed_precondition``, ``internal``.
+        """
+        container = self.get(container_id)
+        if container.state != RUNNING or container.main is None:
+            raise Failure(
+                FAILED_PRECONDITION, f"Container {container_id!r} is {container.public_state}, not running."
+            )
+        try:
+            procs_fd = container.cgroup.open_procs()
+        except OSError as exc:
+            raise Failure.of(exc, f"join container {container_id!r}") from exc
+        return JoinEntry(container.main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
+
+
+def _signal_pidfd(pidfd: int, number: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return  # it has ended and only waits to be reaped
+
+
+def _signal_pid(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

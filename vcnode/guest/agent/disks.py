@@ -1,0 +1,174 @@
+"""SCSI disks that the host plugs in: found by their serial, used read-only as erofs, let go again.
+
+A disk appears some milliseconds after the host has asked for it. The kernel announces it by a uevent, so
+nobody polls; the socket for these exists only while somebody waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vcnode.guest.agent import syscalls, uevents
+from vcnode.guest.agent.failures import NOT_FOUND, Failure
+from vcnode.guest.agent.loop import IN
+from vcnode.guest.agent.syscalls import MS_NODEV, MS_RDONLY
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vcnode.guest.agent.loop import Loop, Timer
+
+SYS_BLOCK = "/sys/block"
+APPEARS_WITHIN_S = 10.0
+"""How long a disk may take to appear after a request has named it."""
+
+
+def serial_of(page: bytes) -> str:
+    """The serial in a "unit serial number" page (SPC-4, 7.8.15): 4 bytes of header, then text."""
+    return page[4 : 4 + int.from_bytes(page[2:4], "big")].decode("ascii", "replace").strip()
+
+
+def find(disk_id: str, sys_block: str = SYS_BLOCK) -> str | None:
+    """The kernel's name (``sda``) of the disk with this serial; None when there is none."""
+    for name in sorted(os.listdir(sys_block)):
+        if not name.startswith("sd"):
+            continue
+        try:
+            with open(f"{sys_block}/{name}/device/vpd_pg80", "rb") as file:
+                page = file.read(256)
+        except OSError:
+            continue  # unplugged meanwhile, or a disk without a serial: not ours in either case
+        if serial_of(page) == disk_id:
+            return name
+    return None
+
+
+class Disks:
+    """The mounted disks, each shared by all containers that use it."""
+
+    def __init__(self, loop: Loop, directory: str, sys_block: str = SYS_BLOCK) -> None:
+        self._loop = loop
+        self._directory = directory
+        self._sys_block = sys_block
+        self._users: dict[str, int] = {}
+        self._waiting: list[_Waiting] = []
+        self._uevents = -1
+
+    def when_there(
+        self, disk_id: str, found: Callable[[str], None], missing: Callable[[Failure], None]
+    ) -> Callable[[], None] | None:
+        """Call ``found(name)`` once the disk is there, or *missing* after the time limit.
+
+        Returns:
+            None when one of the two was called already, else a function that gives up now (calls *missing*).
+        """
+        waiting = _Waiting(disk_id, found)
+        # The socket is opened before the first look: what appears between the two is not missed.
+        self._waiting.append(waiting)
+        try:
+            self._listen()
+            name = find(disk_id, self._sys_block)
+        except OSError as exc:
+            self._stop_waiting(waiting)
+            missing(Failure.of(exc, "wait for a disk"))
+            return None
+        if name is not None:
+            self._stop_waiting(waiting)
+            found(name)
+            return None
+
+        def give_up(why: str) -> None:
+            self._stop_waiting(waiting)
+            missing(Failure(NOT_FOUND, f"No disk {disk_id!r} appeared {why}."))
+
+        late = f"within {APPEARS_WITHIN_S:g} s"
+        waiting.timer = self._loop.call_later(APPEARS_WITHIN_S, lambda: give_up(late))
+        return lambda: give_up("before its container was deleted")
+
+    def _listen(self) -> None:
+        if self._uevents < 0:
+            self._uevents = uevents.listen()
+            self._loop.watch(self._uevents, IN, self._on_uevent)
+
+    def _stop_waiting(self, waiting: _Waiting) -> None:
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        self._waiting.remove(waiting)
+        if not self._waiting and self._uevents >= 0:
+            self._loop.unwatch(self._uevents)
+            os.close(self._uevents)
+            self._uevents = -1
+
+    def _on_uevent(self, _events: int) -> None:
+        """Something was plugged in or out."""
+        uevents.drain(self._uevents)
+        for waiting in list(self._waiting):
+            # Serving one may have ended another's wait (its container was deleted).
+            if waiting in self._waiting and (name := find(waiting.disk_id, self._sys_block)) is not None:
+                self._stop_waiting(waiting)
+                waiting.found(name)
+
+    def path(self, disk_id: str) -> str:
+        """Where a disk is mounted."""
+        return f"{self._directory}/{disk_id}"
+
+    def acquire(self, disk_id: str, name: str) -> None:
+        """Mount disk *name* unless it is mounted already. Whoever acquires releases, also after a failure."""
+        count = self._users.get(disk_id, 0)
+        self._users[disk_id] = count + 1
+        if count == 0:
+            os.makedirs(self.path(disk_id), exist_ok=True)
+            syscalls.mount(f"/dev/{name}", self.path(disk_id), "erofs", MS_RDONLY | MS_NODEV)
+
+    def release(self, disk_id: str) -> None:
+        """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it.
+
+        Can be repeated when it raised OSError.
+        """
+        count = self._users.get(disk_id, 0)
+        if count > 1:
+            self._users[disk_id] = count - 1
+            return
+        if count == 1:
+            unmount_directory(self.path(disk_id))
+            if (name := find(disk_id, self._sys_block)) is not None:
+                _delete_device(f"{self._sys_block}/{name}/device/delete")
+            del self._users[disk_id]
+
+
+class _Waiting:
+    __slots__ = ("disk_id", "found", "timer")
+
+    def __init__(self, disk_id: str, found: Callable[[str], None]) -> None:
+        self.disk_id = disk_id
+        self.found = found
+        self.timer: Timer | None = None
+
+
+def _delete_device(path: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"1")
+    finally:
+        os.close(fd)
+
+
+def unmount_directory(path: str) -> None:
+    """Unmount *path* and remove the directory; nothing when neither is there.
+
+    A process that the guest itself runs (``execute`` without a container) may sit below it: then the mount
+    goes when the process does, and is out of everybody's way until then.
+    """
+    try:
+        syscalls.umount(path)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            syscalls.umount(path, syscalls.MNT_DETACH)
+        elif exc.errno not in (errno.EINVAL, errno.ENOENT):  # not a mount point; not there
+            raise
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,442 @@
+"""Processes of ``execute`` and their streams.
+
+Each leads a session of its own and belongs to the protocol session that started it. The agent never blocks
+on one: its pipes are non-blocking, output is read only as far as the host has granted credit, and input is
+bounded by the credit that the agent has granted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import termios
+
+from vcnode.guest.agent import process
+from vcnode.guest.agent.failures import INTERNAL, Failure
+from vcnode.guest.agent.loop import IN, OUT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vcnode.guest.agent.loop import Loop
+    from vcnode.guest.agent.port import Port
+    from vcnode.guest.agent.process import Entry, ProcessSpec, Spawned
+
+_READ_BYTES = 32 * 1024
+_KILL_ROUNDS = 16
+
+
+class Output:
+    """One output pipe on its way to the host."""
+
+    def __init__(self, loop: Loop, port: Port, stream: int, fd: int, finished: Callable[[], None]) -> None:
+        self.stream = stream
+        self._loop = loop
+        self._port = port
+        self._fd = fd
+        self._finished = finished
+        self._left: int | None = None
+        self._watched = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more may come."""
+        return self._fd >= 0
+
+    def resume(self) -> None:
+        """Read as soon as there is something, if the host takes it. To be called whenever that may be so."""
+        wanted = self.is_open and self._room() > 0
+        if wanted and not self._watched:
+            self._loop.watch(self._fd, IN, self._on_ready)
+        elif not wanted and self._watched:
+            # A pipe whose writers are gone is always ready: it must not be watched while it cannot be read.
+            self._loop.unwatch(self._fd)
+        self._watched = wanted
+
+    def _room(self) -> int:
+        room = min(self._port.room(self.stream), _READ_BYTES)
+        return room if self._left is None else min(room, self._left)
+
+    def _on_ready(self, _events: int) -> None:
+        if (room := self._room()) > 0:
+            try:
+                data = os.read(self._fd, room)
+            except BlockingIOError:
+                return
+            if not data:
+                self.finish()
+                return
+            self._port.send_data(self.stream, data)
+            if self._left is not None:
+                self._left -= len(data)
+                if not self._left:
+                    self.finish()
+                    return
+        self.resume()
+
+    def process_ended(self) -> None:
+        """Send what is in the pipe by now, and no more: others may hold it open and go on writing."""
+        if not self.is_open:
+            return
+        count = bytearray(4)
+        fcntl.ioctl(self._fd, termios.FIONREAD, count)
+        self._left = int.from_bytes(count, "little")
+        if self._left:
+            self.resume()
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """End the stream. Idempotent."""
+        if self.is_open:
+            self.close()
+            self._port.send_eof(self.stream)
+            self._finished()
+
+    def close(self) -> None:
+        """Let go of the pipe, silently. Idempotent."""
+        if self.is_open:
+            self._loop.unwatch(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            self._watched = False
+
+
+class Input:
+    """The input pipe: what the host sent and the process has not read yet waits here, at most one window."""
+
+    def __init__(self, loop: Loop, port: Port, stream: int, fd: int) -> None:
+        self.stream = stream
+        self._loop = loop
+        self._port = port
+        self._fd = fd
+        self._pending = bytearray()
+        self._eof = False
+        self._watched = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the process can still be written to."""
+        return self._fd >= 0
+
+    def data(self, data: bytes) -> None:
+        """The host sent *data*."""
+        if self.is_open:
+            self._pending += data
+            self._write()
+
+    def eof(self) -> None:
+        """The host will send no more."""
+        self._eof = True
+        self._write()
+
+    def _on_ready(self, _events: int) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if not self.is_open:
+            return
+        try:
+            while self._pending:
+                count = os.write(self._fd, self._pending)
+                del self._pending[:count]
+                self._port.consumed(self.stream, count)
+        except BlockingIOError:
+            pass  # goes on when the process has read
+        except BrokenPipeError:
+            self.close()
+            return
+        if not self._pending and self._eof:
+            self.close()
+        elif bool(self._pending) != self._watched:
+            self._watched = not self._watched
+            if self._watched:
+                self._loop.watch(self._fd, OUT, self._on_ready)
+            else:
+                self._loop.unwatch(self._fd)
+
+    def close(self) -> None:
+        """Let go of the pipe and tell the host, unless it has finished itself. Idempotent."""
+        if self.is_open:
+            self._loop.unwatch(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            self._pending.clear()
+            self._port.send_reset(self.stream)
+
+
+class Exec:
+    """One process of ``execute``."""
+
+    def __init__(self, process_id: int, spawned: Spawned, started: Callable[[Failure | None], None]) -> None:
+        self.process_id = process_id
+        self.spawned = spawned
+        self.started: Callable[[Failure | None], None] | None = started
+        self.failure: Failure | None = None
+        self.running = False
+        self.exit_code: int | None = None
+        self.input: Input | None = None
+        self.outputs: list[Output] = []
+
+
+class Execs:
+    """All processes of the present protocol session, and those of earlier ones that are still dying."""
+
+    def __init__(self, loop: Loop, port: Port, own_pidns_fd: int) -> None:
+        self._loop = loop
+        self._port = port
+        self._own_pidns_fd = own_pidns_fd
+        self._last_id = 0
+        self._all: dict[int, Exec] = {}
+        self._dying: set[Exec] = set()
+        self._by_stream: dict[int, Exec] = {}
+
+    def start(
+        self,
+        spec: ProcessSpec,
+        entry: Entry,
+        streams: tuple[int | None, int | None, int | None],
+        started: Callable[[Failure | int], None],
+    ) -> None:
+        """Start a process; *started* gets its id once its program runs, or why it does not.
+
+        Args:
+            spec: What to run.
+            entry: Where.
+            streams: Of stdin, stdout and stderr; None: /dev/null.
+            started: Called once.
+
+        Raises:
+            Failure: ``internal``, ``invalid_argument`` (a stream that cannot be opened); nothing is left.
+        """
+        ours: list[int | None] = [None, None, None]
+        theirs: list[int] = []
+        opened: list[int] = []
+        try:
+            for number, stream in enumerate(streams):
+                their_end, our_end = _pipe_for(number, stream)
+                theirs.append(their_end)
+                ours[number] = our_end
+                if stream is not None:
+                    self._port.open_stream(stream, sending=number > 0)
+                    opened.append(stream)
+            spawned = process.spawn(spec, (theirs[0], theirs[1], theirs[2]), entry, self._own_pidns_fd)
+        except (OSError, Failure) as exc:
+            for stream in opened:
+                self._port.forget_stream(stream)
+            for fd in ours:
+                if fd is not None:
+                    os.close(fd)
+            if isinstance(exc, Failure):
+                raise
+            raise Failure.of(exc, "start a process") from exc
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        self._last_id += 1
+        self._add(Exec(self._last_id, spawned, started=lambda _: None), streams, ours, started)
+
+    def _add(
+        self,
+        found: Exec,
+        streams: tuple[int | None, int | None, int | None],
+        fds: list[int | None],
+        started: Callable[[Failure | int], None],
+    ) -> None:
+        def answer(failure: Failure | None) -> None:
+            started(failure or found.process_id)
+
+        found.started = answer
+        self._all[found.process_id] = found
+        for number, (stream, fd) in enumerate(zip(streams, fds, strict=True)):
+            if stream is None or fd is None:
+                continue
+            self._by_stream[stream] = found
+            if number == 0:
+                found.input = Input(self._loop, self._port, stream, fd)
+            else:
+                output = Output(self._loop, self._port, stream, fd, lambda: self._maybe_finish(found))
+                found.outputs.append(output)
+        self._loop.watch(found.spawned.status_fd, IN, lambda _: self._on_status(found))
+        self._loop.watch(found.spawned.pidfd, IN, lambda _: self._on_end(found))
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def _on_status(self, found: Exec) -> None:
+        if found.spawned.status_fd < 0:
+            return
+        outcome = process.read_status(found.spawned.status_fd)
+        if outcome is False:
+            return
+        self._close_status(found)
+        if isinstance(outcome, Failure):
+            found.failure = outcome  # told when the process has ended
+            return
+        found.running = True
+        self._answer(found, None)
+        for output in found.outputs:
+            output.resume()
+
+    def _answer(self, found: Exec, failure: Failure | None) -> None:
+        found.started, started = None, found.started
+        if started is not None:
+            started(failure)
+
+    def _close_status(self, found: Exec) -> None:
+        if found.spawned.status_fd >= 0:
+            self._loop.unwatch(found.spawned.status_fd)
+            os.close(found.spawned.status_fd)
+            found.spawned.status_fd = -1
+
+    def _on_end(self, found: Exec) -> None:
+        if found.exit_code is not None:
+            return
+        # A short program: hear first that it ran, the reply comes before the exit.
+        self._on_status(found)
+        pid, status = os.waitpid(found.spawned.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        found.exit_code = process.exit_code(status)
+        self._close_status(found)
+        self._loop.unwatch(found.spawned.pidfd)
+        os.close(found.spawned.pidfd)
+        if found in self._dying:
+            self._dying.discard(found)
+        elif found.running:
+            for output in found.outputs:
+                output.process_ended()
+            self._maybe_finish(found)
+        else:
+            self._drop(found, forget_streams=True)
+            unexplained = Failure(INTERNAL, "The process ended before it was set up.")
+            self._answer(found, found.failure or unexplained)
+
+    def _maybe_finish(self, found: Exec) -> None:
+        """Tell of the end once there is nothing more to send."""
+        if found.exit_code is None or any(output.is_open for output in found.outputs):
+            return
+        if self._all.get(found.process_id) is not found:
+            return
+        self._drop(found, forget_streams=False)
+        self._port.send_event(
+            "process_exited", {"process_id": found.process_id, "exit_code": found.exit_code}
+        )
+
+    def _drop(self, found: Exec, *, forget_streams: bool) -> None:
+        """Forget a process and let go of its pipes."""
+        del self._all[found.process_id]
+        ends: list[Input | Output] = [*found.outputs]
+        if found.input is not None:
+            ends.append(found.input)
+        for end in ends:
+            self._by_stream.pop(end.stream, None)
+            if forget_streams:
+                self._port.forget_stream(end.stream)
+            end.close()
+
+    # -- what the host sends -----------------------------------------------------------------------
+
+    def data(self, stream: int, data: bytes) -> None:
+        """Bytes for an input."""
+        found = self._by_stream.get(stream)
+        if found is not None and found.input is not None:
+            found.input.data(data)
+
+    def eof(self, stream: int) -> None:
+        """End of an input."""
+        found = self._by_stream.get(stream)
+        if found is not None and found.input is not None:
+            found.input.eof()
+
+    def credit(self, stream: int) -> None:
+        """An output may go on."""
+        if (found := self._by_stream.get(stream)) is not None and found.running:
+            for output in found.outputs:
+                output.resume()
+
+    def reset(self, stream: int) -> None:
+        """Nobody wants this output any more; who writes to it gets SIGPIPE."""
+        if (found := self._by_stream.get(stream)) is not None:
+            for output in found.outputs:
+                if output.stream == stream:
+                    output.finish()
+
+    def resume_all(self) -> None:
+        """The queue to the host has room again."""
+        for found in list(self._all.values()):
+            if found.running:
+                for output in found.outputs:
+                    output.resume()
+
+    def signal(self, process_id: int, number: int) -> None:
+        """Signal a process and all in its session; nothing when it has ended."""
+        found = self._all.get(process_id)
+        if found is not None and found.exit_code is None:
+            signal_session(found.spawned, number)
+
+    def end_session(self) -> None:
+        """The protocol session is over: kill its processes. They are reaped as they end."""
+        for found in list(self._all.values()):
+            found.started = None
+            self._drop(found, forget_streams=False)
+            if found.exit_code is None:
+                self._dying.add(found)
+                signal_session(found.spawned, signal.SIGKILL)
+        self._last_id = 0
+
+
+def _pipe_for(number: int, stream: int | None) -> tuple[int, int | None]:
+    """The child's end and ours of the pipe for descriptor *number*; /dev/null when nobody is at our end."""
+    if stream is None:
+        return os.open("/dev/null", (os.O_WRONLY if number else os.O_RDONLY) | os.O_CLOEXEC), None
+    read_end, write_end = os.pipe()
+    ours, theirs = (read_end, write_end) if number else (write_end, read_end)
+    os.set_blocking(ours, False)
+    return theirs, ours
+
+
+def signal_session(spawned: Spawned, number: int) -> None:
+    """Signal a process that has not been reaped, and everything else in the session that it leads.
+
+    SIGKILL is repeated while there is somebody left: a process may fork while the list is read.
+    """
+    _quietly(signal.pidfd_send_signal, spawned.pidfd, number)
+    for _ in range(_KILL_ROUNDS if number == signal.SIGKILL else 1):
+        members = [pid for pid in session_members(spawned.pid) if pid != spawned.pid]
+        for pid in members:
+            _quietly(os.kill, pid, number)
+        if not members:
+            return
+
+
+def _quietly(send: Callable[[int, int], object], target: int, number: int) -> None:
+    try:
+        send(target, number)
+    except ProcessLookupError:
+        return  # it has ended: nothing to signal
+
+
+def session_members(session: int) -> list[int]:
+    """The live processes of a session, by their ids in the caller's pid namespace."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                stat_line = file.read(4096)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if session_of(stat_line) == session:
+            found.append(int(name))
+    return found
+
+
+def session_of(stat_line: bytes) -> int:
+    """The session in a line of /proc/PID/stat; -1 for a dead process. See proc(5): comm may hold anything."""
+    fields = stat_line[stat_line.rfind(b")") + 2 :].split()
+    if len(fields) < 4 or fields[0] in (b"Z", b"X"):
+        return -1
+    return int(fields[3])

@@ -1,0 +1,95 @@
+"""What makes this guest itself: clock, entropy, names. A clone has the template's until it is told."""
+
+from __future__ import annotations
+
+import binascii
+import fcntl
+import os
+import re
+import struct
+import time
+
+from vcnode.guest.agent import syscalls
+from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
+from vcnode.guest.agent.params import Params, invalid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+ETC = "/run/vcnode/etc"
+"""Where the files are that /etc of the guest links to; its own root is read-only."""
+MAX_ENTROPY_BYTES = 4096
+
+# include/uapi/linux/random.h
+_RNDADDENTROPY = 0x4008_5203
+_RNDRESEEDCRNG = 0x5207
+
+_HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?")
+_MACHINE_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def hostname(params: Params) -> str:
+    """Take ``hostname`` from *params*, checked as hostname(7) has it: the kernel's limit is 64 bytes."""
+    name = params.text("hostname", longest=63)
+    if not _HOSTNAME.fullmatch(name):
+        raise invalid(params.path("hostname"), f"{name!r} is no host name")
+    return name
+
+
+class Identity:
+    """The params of ``configure``, checked."""
+
+    __slots__ = ("entropy", "hostname", "machine_id", "time_ns")
+
+    def __init__(self, params: Params) -> None:
+        """Take *params* apart; raises `Failure`."""
+        self.hostname = hostname(params)
+        self.time_ns = params.integer("time_ns", 0, (1 << 63) - 1)
+        try:
+            self.entropy = binascii.a2b_base64(params.text("entropy", longest=2 * MAX_ENTROPY_BYTES))
+        except ValueError:
+            raise invalid("entropy", "is not base64") from None
+        if not 1 <= len(self.entropy) <= MAX_ENTROPY_BYTES:
+            raise invalid("entropy", f"must be 1 to {MAX_ENTROPY_BYTES} bytes")
+        self.machine_id = params.text("machine_id", longest=32)
+        if not _MACHINE_ID.fullmatch(self.machine_id):
+            raise invalid("machine_id", "must be 32 hex digits in lower case")
+        if params.array("interfaces", _any, longest=64):
+            raise Failure(NOT_IMPLEMENTED, "This agent does not set up network interfaces.")
+        params.done()
+
+
+def _any(item: Any, _path: str) -> Any:
+    return item
+
+
+def apply(identity: Identity) -> None:
+    """Take *identity*. Raises OSError; then parts of it may have been taken, and it can be repeated."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, identity.time_ns)
+    add_entropy(identity.entropy)
+    syscalls.sethostname(identity.hostname)
+    os.makedirs(ETC, exist_ok=True)
+    _replace(f"{ETC}/machine-id", f"{identity.machine_id}\n")
+    _replace(f"{ETC}/hostname", f"{identity.hostname}\n")
+    _replace(f"{ETC}/hosts", f"127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{identity.hostname}\n")
+
+
+def add_entropy(entropy: bytes) -> None:
+    """Mix *entropy* into the kernel's generator, credit it, and let the generator start afresh from it.
+
+    Without the last step a clone would go on with the template's keys until the next reseeding, up to five
+    minutes later. Source: random(4).
+    """
+    fd = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("<ii", 8 * len(entropy), len(entropy)) + entropy)
+        fcntl.ioctl(fd, _RNDRESEEDCRNG, 0)
+    finally:
+        os.close(fd)
+
+
+def _replace(path: str, content: str) -> None:
+    with open(f"{path}.new", "w", encoding="ascii") as file:
+        file.write(content)
+    os.rename(f"{path}.new", path)

@@ -1,0 +1,101 @@
+"""The roots of containers as the guest prepares them: a shared directory, or a disk under a writable layer.
+
+Below ``/run/vcnode``: ``shared`` (the 9p share, mounted when first needed), ``disks/<id>`` (see ``disks``),
+``containers/<id>/root`` (what becomes the container's root) and ``containers/<id>/rw`` (its writable layer,
+which the memory limit of the container counts, because it is its processes that fill it).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import partial
+
+from vcnode.guest.agent import syscalls
+from vcnode.guest.agent.disks import unmount_directory
+from vcnode.guest.agent.failures import NOT_FOUND, Failure
+from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vcnode.guest.agent.undo import Undo
+
+RUN = "/run/vcnode"
+SHARE_TAG = "vcnode-shared"
+
+# msize: the largest that virtio's 128 descriptors carry. cache=mmap: writable shared mappings work, and yet
+# what the host changes is seen at once. access=any: the agent acts for every user of the container.
+_SHARE_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=any"
+
+
+class Mounts:
+    """Prepares roots below *run*."""
+
+    def __init__(self, run: str = RUN) -> None:
+        self.run = run
+
+    def container(self, container_id: str) -> str:
+        """The directory that holds a container's mounts."""
+        return f"{self.run}/containers/{container_id}"
+
+    def root(self, container_id: str) -> str:
+        """The container's root."""
+        return f"{self.container(container_id)}/root"
+
+    def make_container(self, container_id: str, undo: Undo) -> None:
+        """Make the directories; their undo also takes off whatever is mounted there by then."""
+        directory = self.container(container_id)
+        undo.push(f"remove {directory}", lambda: remove_directory(directory))
+        os.makedirs(directory, exist_ok=True)
+        # The root lies over the layer, so it is made later and undone earlier.
+        for path in (f"{directory}/rw", self.root(container_id)):
+            undo.push(f"unmount {path}", partial(unmount_directory, path))
+            os.makedirs(path, exist_ok=True)
+
+    def bind_shared(self, container_id: str, name: str) -> None:
+        """Make directory *name* of the share the root; the undo of `make_container` covers it.
+
+        Raises:
+            Failure: ``not_found``; the share has no such directory.
+        """
+        self._mount_share()
+        path = f"{self.run}/shared/{name}"
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            mode = 0
+        if not stat.S_ISDIR(mode):
+            raise Failure(NOT_FOUND, f"The share has no directory {name!r}.")
+        syscalls.mount(path, self.root(container_id), None, MS_BIND)
+
+    def _mount_share(self) -> None:
+        path = f"{self.run}/shared"
+        os.makedirs(path, exist_ok=True)
+        if not os.path.ismount(path):
+            syscalls.mount(SHARE_TAG, path, "9p", MS_NODEV, _SHARE_OPTIONS)
+
+    def overlay(self, container_id: str, lower: str) -> None:
+        """Make *lower* under a fresh writable layer the root; the undo of `make_container` covers it."""
+        layer = f"{self.container(container_id)}/rw"
+        syscalls.mount("tmpfs", layer, "tmpfs", MS_NODEV, "mode=0755")
+        os.mkdir(f"{layer}/upper")
+        os.mkdir(f"{layer}/work")
+        _copy_mode(lower, f"{layer}/upper")
+        # volatile: the layer is memory, there is nothing to sync it to.
+        options = f"lowerdir={lower},upperdir={layer}/upper,workdir={layer}/work,volatile"
+        syscalls.mount("overlay", self.root(container_id), "overlay", 0, options)
+
+
+def _copy_mode(source: str, target: str) -> None:
+    """The root directory of an overlay is its upper directory: give it what the image says."""
+    found = os.stat(source)
+    os.chown(target, found.st_uid, found.st_gid)
+    os.chmod(target, stat.S_IMODE(found.st_mode))
+
+
+def remove_directory(path: str) -> None:
+    """Remove an empty directory; nothing when it is not there."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,198 @@
+"""What a container sees: its namespaces, its root, and the file systems that the kernel provides.
+
+`MainEntry` runs in the child that becomes process 1 of a container, `JoinEntry` in each later one.
+
+The order in `MainEntry` matters: the root is exchanged first, and everything is mounted from inside, so that
+a link in the container's files (``/dev -> /run``) can lead nowhere but into those files.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vcnode.guest.agent import syscalls
+from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure, printable
+from vcnode.guest.agent.params import invalid
+from vcnode.guest.agent.process import Entry
+from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC, MS_REMOUNT
+
+_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWCGROUP
+
+# (mount point, type, flags, options); OCI runtime specification, config-linux.md, Default Filesystems.
+_MOUNTS = (
+    ("/proc", "proc", MS_NOSUID | MS_NOEXEC | MS_NODEV, None),
+    ("/dev", "tmpfs", MS_NOSUID, "mode=755,size=64k"),
+    ("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+    ("/dev/shm", "tmpfs", MS_NOSUID | MS_NOEXEC | MS_NODEV, "mode=1777,size=64m"),  # noqa: S108
+    ("/dev/mqueue", "mqueue", MS_NOSUID | MS_NOEXEC | MS_NODEV, None),
+    ("/sys", "sysfs", MS_NOSUID | MS_NOEXEC | MS_NODEV | MS_RDONLY, None),
+    ("/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NOEXEC | MS_NODEV | MS_RDONLY, None),
+)
+_OPTIONAL_TYPES = frozenset({"mqueue"})
+"""File systems that a kernel may lack without a container being the worse for it."""
+
+# Name, major, minor; Documentation/admin-guide/devices.txt
+_DEVICES = (
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+)
+_LINKS = (
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("pts/ptmx", "/dev/ptmx"),
+)
+
+# moby and containerd, DefaultSpec: what would tell of the machine, or let root in a container change it.
+MASKED_PATHS = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+
+class MainEntry(Entry):
+    """Makes the namespaces of a container and moves into them.
+
+    Args:
+        root: The prepared root, a mount point in the guest's namespace.
+        readonly: Whether the container may not write to it.
+        hostname: In its UTS namespace.
+        cgroup_procs_fd: cgroup.procs of its group, open for writing.
+    """
+
+    pid_namespace = Entry.NEW
+
+    def __init__(self, root: str, *, readonly: bool, hostname: str, cgroup_procs_fd: int) -> None:
+        self.root = root
+        self.readonly = readonly
+        self.hostname = hostname
+        self.keep_fds = (cgroup_procs_fd,)
+
+    def enter(self) -> None:
+        """Become the container's: see the module."""
+        # First the group, then its namespace: what a cgroup namespace shows starts at the group of its maker.
+        os.write(self.keep_fds[0], b"0")
+        syscalls.unshare(_NAMESPACES)
+        syscalls.sethostname(self.hostname)
+        _exchange_root(self.root)
+        for target, fstype, flags, options in _MOUNTS:
+            _mount(target, fstype, flags, options)
+            if target == "/dev":
+                _fill_dev()
+        for path in MASKED_PATHS:
+            _mask(path)
+        for path in READONLY_PATHS:
+            _make_readonly(path)
+        if self.readonly:
+            syscalls.mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+class JoinEntry(Entry):
+    """Joins the namespaces and the group of a running container.
+
+    Args:
+        pidfd: Of its process 1.
+        hostname: For the environment.
+        cgroup_procs_fd: cgroup.procs of its group, open for writing.
+    """
+
+    def __init__(self, pidfd: int, *, hostname: str, cgroup_procs_fd: int) -> None:
+        self.pid_namespace = pidfd
+        self.hostname = hostname
+        self.keep_fds = (pidfd, cgroup_procs_fd)
+
+    def close(self) -> None:
+        """Close what was opened for this entry; to be called in the parent after the fork."""
+        os.close(self.keep_fds[1])
+
+    def enter(self) -> None:
+        """Become the container's; its root becomes the caller's root and working directory."""
+        pidfd, cgroup_procs_fd = self.keep_fds
+        os.write(cgroup_procs_fd, b"0")
+        # The container must not look into a process that still holds the guest's memory (CVE-2016-9962).
+        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+        try:
+            syscalls.setns(pidfd, _NAMESPACES)
+        except ProcessLookupError:
+            raise Failure(FAILED_PRECONDITION, "The container ended while the process was started.") from None
+
+
+def _exchange_root(root: str) -> None:
+    """Make *root* the root, and let go of the guest's: nothing of it can be reached any more."""
+    syscalls.mount(None, "/", None, MS_REC | syscalls.MS_PRIVATE)
+    os.chdir(root)
+    # The old root is put on top of the new one, and taken off again: no directory is needed for it.
+    # Source: pivot_root(2), NOTES, pivot_root(".", ".").
+    syscalls.pivot_root(".", ".")
+    syscalls.umount(".", syscalls.MNT_DETACH)
+    os.chdir("/")
+
+
+def _mount(target: str, fstype: str, flags: int, options: str | None) -> None:
+    make_directory(target)
+    try:
+        syscalls.mount(fstype, target, fstype, flags, options)
+    except OSError:
+        if fstype not in _OPTIONAL_TYPES:
+            raise
+
+
+def make_directory(path: str) -> None:
+    """Make sure that *path* is a directory of its own, not a link to one.
+
+    Raises:
+        Failure: ``invalid_argument``; the root has something else there.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        os.mkdir(path, 0o755)
+        return
+    if not stat.S_ISDIR(mode):
+        raise invalid("root", f"{printable(path)} must be a directory in the container's root")
+
+
+def _fill_dev() -> None:
+    for name, major, minor in _DEVICES:
+        path = f"/dev/{name}"
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+        os.chmod(path, 0o666)  # noqa: S103 (mknod obeys the umask; these are for everybody)
+    for target, link in _LINKS:
+        os.symlink(target, link)
+
+
+def _mask(path: str) -> None:
+    """Hide a file behind /dev/null, a directory behind an empty one; nothing when it is not there."""
+    try:
+        syscalls.mount("/dev/null", path, None, MS_BIND)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        syscalls.mount("tmpfs", path, "tmpfs", MS_RDONLY, "size=0")
+
+
+def _make_readonly(path: str) -> None:
+    """Forbid changes below *path*; nothing when it is not there."""
+    try:
+        syscalls.mount(path, path, None, MS_BIND | MS_REC)
+    except FileNotFoundError:
+        return
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY
+    syscalls.mount(None, path, None, MS_REMOUNT | MS_BIND | flags)

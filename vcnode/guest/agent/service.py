@@ -1,0 +1,207 @@
+"""The methods of contracts/guest-protocol.md: params in, one answer out."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+
+from vcnode.guest.agent import cgroups, identity
+from vcnode.guest.agent.containers import ContainerSpec
+from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
+from vcnode.guest.agent.params import Params, invalid
+from vcnode.guest.agent.process import Entry, ProcessSpec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vcnode.guest.agent.containers import Container, Containers
+    from vcnode.guest.agent.execs import Execs
+    from vcnode.guest.agent.port import Answer, Port
+
+    Method = Callable[[Params, Answer], None]
+
+_ID = re.compile(r"[a-z0-9]([a-z0-9_-]{0,62}[a-z0-9])?")
+_DISK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,19}")
+_SHARED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+_LAST_STREAM = (1 << 32) - 1
+
+
+def _matching(params: Params, field: str, pattern: re.Pattern[str]) -> str:
+    value = params.text(field)
+    if not pattern.fullmatch(value):
+        raise invalid(params.path(field), f"must match {pattern.pattern}")
+    return value
+
+
+def _signal_number(params: Params) -> int:
+    return params.integer("signal", 1, signal.NSIG - 1)
+
+
+def container_spec(params: Params) -> ContainerSpec:
+    """Check the params of ``create_container``."""
+    root = params.object("root")
+    given = [name for name in ("shared_name", "disk_id") if root.has(name)]
+    if len(given) != 1:
+        raise invalid("root", "must have exactly one of shared_name and disk_id")
+    shared_name = _matching(root, "shared_name", _SHARED_NAME) if given == ["shared_name"] else None
+    disk_id = _matching(root, "disk_id", _DISK_ID) if given == ["disk_id"] else None
+    root.done()
+    spec = ContainerSpec(
+        container_id=_matching(params, "container_id", _ID),
+        shared_name=shared_name,
+        disk_id=disk_id,
+        readonly=params.flag("readonly", False),
+        hostname=identity.hostname(params),
+        process=ProcessSpec(params.object("process")),
+        limits=cgroups.files(params.object("resources")),
+    )
+    params.done()
+    return spec
+
+
+class Service:
+    """Carries out what comes over the port; a `port.Listener`.
+
+    Args:
+        port: For events.
+        containers: The containers.
+        execs: The processes of ``execute``.
+        power_off: Ends the guest; called after the reply to ``shutdown`` is on its way.
+    """
+
+    def __init__(
+        self, port: Port, containers: Containers, execs: Execs, power_off: Callable[[], None]
+    ) -> None:
+        self._port = port
+        self._containers = containers
+        self._execs = execs
+        self._power_off = power_off
+        self.data = execs.data
+        self.eof = execs.eof
+        self.credit = execs.credit
+        self.reset = execs.reset
+        self.resume_all = execs.resume_all
+        self.end_session = execs.end_session
+        self._methods: dict[str, Method] = {
+            "ping": self._ping,
+            "configure": self._configure,
+            "create_container": self._create_container,
+            "start_container": self._start_container,
+            "signal_container": self._signal_container,
+            "delete_container": self._delete_container,
+            "list_containers": self._list_containers,
+            "execute": self._execute,
+            "signal_process": self._signal_process,
+            "shutdown": self._shutdown,
+        }
+
+    def request(self, answer: Answer, method: str, params: dict[str, Any]) -> None:
+        """Carry out one request; whatever happens, it is answered."""
+        call = self._methods.get(method)
+        try:
+            if call is None:
+                raise Failure(NOT_IMPLEMENTED, f"This agent has no method {method[:64]!r}.")
+            call(Params(params), answer)
+        except Failure as failure:
+            answer.failure(failure)
+        except OSError as exc:
+            answer.failure(Failure.of(exc, f"carry out {method}"))
+
+    def container_exited(self, container: Container) -> None:
+        """Tell the host of the end of a main process."""
+        fields = container.status()
+        names = ("container_id", "exit_code", "oom_killed", "finished_at_ns")
+        self._port.send_event("container_exited", {name: fields[name] for name in names})
+
+    def _ping(self, params: Params, answer: Answer) -> None:
+        params.done()
+        answer.result({})
+
+    def _configure(self, params: Params, answer: Answer) -> None:
+        identity.apply(identity.Identity(params))
+        answer.result({})
+
+    def _create_container(self, params: Params, answer: Answer) -> None:
+        self._containers.create(container_spec(params), _done(answer))
+
+    def _start_container(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        params.done()
+        self._containers.start(container_id, _told(answer, "pid"))
+
+    def _signal_container(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        number, everyone = _signal_number(params), params.flag("everyone", False)
+        params.done()
+        self._containers.signal(container_id, number, everyone=everyone)
+        answer.result({})
+
+    def _delete_container(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        params.done()
+        self._containers.delete(container_id, _done(answer))
+
+    def _list_containers(self, params: Params, answer: Answer) -> None:
+        params.done()
+        answer.result({"containers": self._containers.states()})
+
+    def _execute(self, params: Params, answer: Answer) -> None:
+        container_id = params.optional_text("container_id", longest=64)
+        spec = ProcessSpec(params.object("process"))
+        named = params.object("streams")
+        streams = (
+            named.optional_integer("stdin", 1, _LAST_STREAM),
+            named.optional_integer("stdout", 1, _LAST_STREAM),
+            named.optional_integer("stderr", 1, _LAST_STREAM),
+        )
+        named.done()
+        params.done()
+        started = _told(answer, "process_id")
+        if container_id is None:
+            entry = Entry()
+            entry.hostname = os.uname().nodename
+            self._execs.start(spec, entry, streams, started)
+            return
+        joined = self._containers.join_entry(container_id)
+        try:
+            self._execs.start(spec, joined, streams, started)
+        finally:
+            joined.close()
+
+    def _signal_process(self, params: Params, answer: Answer) -> None:
+        process_id, number = params.integer("process_id", 1, 1 << 62), _signal_number(params)
+        params.done()
+        self._execs.signal(process_id, number)
+        answer.result({})
+
+    def _shutdown(self, params: Params, answer: Answer) -> None:
+        params.done()
+        answer.result({})
+        self._power_off()
+
+
+def _done(answer: Answer) -> Callable[[Failure | None], None]:
+    """A callback that answers with success (None) or a failure."""
+
+    def done(failure: Failure | None) -> None:
+        if failure is None:
+            answer.result({})
+        else:
+            answer.failure(failure)
+
+    return done
+
+
+def _told(answer: Answer, name: str) -> Callable[[Failure | int], None]:
+    """A callback that answers with a number called *name*, or a failure."""
+
+    def told(outcome: Failure | int) -> None:
+        if isinstance(outcome, Failure):
+            answer.failure(outcome)
+        else:
+            answer.result({name: outcome})
+
+    return told

@@ -1,0 +1,132 @@
+"""Users and groups as the root file system at hand defines them.
+
+Everything here reads /etc/passwd and /etc/group of a root that the caller has already made its own (chroot or
+pivot_root), so that no link in it can lead outside.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vcnode.guest.agent.params import invalid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+MAX_ID = (1 << 32) - 2
+"""Largest user or group number; the one above means "no change" to setresuid(2)."""
+MAX_FILE_BYTES = 1 << 20
+"""How much of a passwd or group file is read: these files belong to the container."""
+MAX_GROUPS = 1024
+
+
+class Identity:
+    """Who a process is. ``home`` is the user's home directory, ``/`` when nothing is known of them."""
+
+    __slots__ = ("gid", "groups", "home", "uid")
+
+    def __init__(self, uid: int, gid: int, groups: tuple[int, ...], home: bytes) -> None:
+        self.uid = uid
+        self.gid = gid
+        self.groups = groups
+        self.home = home
+
+
+def resolve(
+    user: str, group: str | None, supplementary: Iterable[str], *, passwd: bytes, groups: bytes
+) -> Identity:
+    """Find out who *user* is.
+
+    A number needs no entry; one without an entry has group 0 and home ``/``. The groups are *supplementary*
+    and those in which the group file lists the user.
+
+    Args:
+        user: Name or number, or ``user:group``.
+        group: Name or number; None: the group after the colon, else the user's own.
+        supplementary: Names or numbers.
+        passwd: Content of /etc/passwd, which may be anything at all.
+        groups: Content of /etc/group.
+
+    Raises:
+        Failure: ``invalid_argument``; there is no such user or group.
+    """
+    user, colon, after = user.partition(":")
+    if colon and group is None:
+        group = after
+    wanted = user.encode()
+    number = _number(wanted)
+    entry = None
+    for name, fields in _entries(passwd, 6):
+        uid, gid = _number(fields[2]), _number(fields[3])
+        if uid is not None and gid is not None and (name == wanted or uid == number):
+            entry = (name, uid, gid, fields[5])
+            break
+    if entry is None and number is None:
+        raise invalid("process.user", f"there is no user {user!r} in /etc/passwd of this root")
+    name, uid, gid, home = entry or (b"", number or 0, 0, b"")
+    group_entries = list(_entries(groups, 3))
+    found = {_resolve_group(word, group_entries, "process.supplementary_groups") for word in supplementary}
+    for _, fields in group_entries:
+        member_of = _number(fields[2])
+        if name and member_of is not None and len(fields) > 3 and name in fields[3].split(b","):
+            found.add(member_of)
+    if group is not None:
+        gid = _resolve_group(group, group_entries, "process.group")
+    return Identity(uid, gid, tuple(sorted(found)[:MAX_GROUPS]), home if home.startswith(b"/") else b"/")
+
+
+def _resolve_group(word: str, entries: list[tuple[bytes, list[bytes]]], path: str) -> int:
+    wanted = word.encode()
+    for name, fields in entries:
+        if name == wanted and (gid := _number(fields[2])) is not None:
+            return gid
+    if (number := _number(wanted)) is None:
+        raise invalid(path, f"there is no group {word!r} in /etc/group of this root")
+    return number
+
+
+def _entries(content: bytes, least_fields: int) -> Iterator[tuple[bytes, list[bytes]]]:
+    """The well-formed lines: (name, fields)."""
+    for line in content.split(b"\n"):
+        fields = line.split(b":")
+        if len(fields) >= least_fields and fields[0]:
+            yield fields[0], fields
+
+
+def _number(word: bytes) -> int | None:
+    """A user or group number; None when *word* is none. At most ten digits: int() of more can be slow."""
+    if not word.isdigit() or len(word) > 10:
+        return None
+    number = int(word)
+    return number if number <= MAX_ID else None
+
+
+def read_database(path: str) -> bytes:
+    """Read a passwd or group file, at most `MAX_FILE_BYTES` of it; empty when there is none to be read.
+
+    The file is the container's: a pipe, a device or a directory in its place counts as absent.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return b""
+        parts, left = [], MAX_FILE_BYTES
+        while left and (part := os.read(fd, left)):
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def resolve_here(user: str, group: str | None, supplementary: Iterable[str]) -> Identity:
+    """`resolve` with the files of the caller's root."""
+    passwd, groups = read_database("/etc/passwd"), read_database("/etc/group")
+    return resolve(user, group, supplementary, passwd=passwd, groups=groups)
