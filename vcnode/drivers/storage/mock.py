@@ -6,20 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from vcnode.drivers.base import ImageFile
+from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import check_name
 from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
-
-
-class Faults(Protocol):
-    """A plan of failures; see ``vcnode/drivers/faults.py``."""
-
-    async def hit(self, op: str) -> None:
-        """Do to operation *op* what the plan says: nothing, wait, or raise."""
-        ...
 
 
 @dataclass
@@ -57,7 +49,7 @@ class MockStorage:
         allowed_roots: Sequence[Path],
         *,
         run_dir: Path = Path("/run/vcnode"),
-        faults: Faults | None = None,
+        faults: FaultPlan | None = None,
         world: MockWorld | None = None,
     ) -> None:
         self._roots = AllowedRoots(allowed_roots, private=())
@@ -65,9 +57,9 @@ class MockStorage:
         self._faults = faults
         self.world = world if world is not None else MockWorld()
 
-    async def _hit(self, op: str) -> None:
+    async def _hit(self, op: str, vm_id: str | None = None) -> None:
         if self._faults is not None:
-            await self._faults.hit(f"storage.{op}")
+            await self._faults.hit(f"storage.{op}", vm_id=vm_id)
 
     def _check(self, path: str) -> None:
         self._roots.judge(path)
@@ -84,7 +76,7 @@ class MockStorage:
     async def make_vm_dir(self, vm_id: str) -> Path:
         """See `vcnode.drivers.base.Storage`; the path that is returned does not exist."""
         check_name(vm_id)
-        await self._hit("make_vm_dir")
+        await self._hit("make_vm_dir", vm_id)
         if vm_id in self.world.vm_dirs:
             raise AlreadyExistsError(f"VM {vm_id} has a directory already.", vm_id=vm_id)
         self.world.vm_dirs.add(vm_id)
@@ -93,7 +85,7 @@ class MockStorage:
     async def remove_vm_dir(self, vm_id: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
         check_name(vm_id)
-        await self._hit("remove_vm_dir")
+        await self._hit("remove_vm_dir", vm_id)
         self.world.vm_dirs.discard(vm_id)
         for key in [key for key in self.world.shares if key[0] == vm_id]:
             del self.world.shares[key]
@@ -106,7 +98,7 @@ class MockStorage:
     async def share(self, vm_id: str, name: str, path: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
         check_name(name)
-        await self._hit("share")
+        await self._hit("share", vm_id)
         self._check(path)
         if vm_id not in self.world.vm_dirs:
             raise StorageError(f"VM {vm_id} has no directory on this node.", vm_id=vm_id)
@@ -117,7 +109,7 @@ class MockStorage:
     async def unshare(self, vm_id: str, name: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
         check_name(name)
-        await self._hit("unshare")
+        await self._hit("unshare", vm_id)
         self.world.shares.pop((vm_id, name), None)
 
     async def build_image(self, source: str, *, timeout_s: float) -> ImageFile:

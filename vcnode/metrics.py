@@ -1,0 +1,133 @@
+"""What the node measures, as Prometheus metrics. Methods are named after what happened.
+
+Names and units follow https://prometheus.io/docs/practices/naming/. Every label has few values: verbs are
+those of the API (anything else counts as ``unknown``), codes those of ``errors.py``, never an id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+_COMMAND_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_PHASE_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+Counts = Callable[[], Mapping[str, int]]
+
+
+class Metrics:
+    """All metrics of one node.
+
+    Args:
+        registry: Where they are registered; one `Metrics` each.
+        verbs: The verbs that get a label of their own.
+    """
+
+    def __init__(self, registry: CollectorRegistry, verbs: Collection[str]) -> None:
+        self._registry = registry
+        self._verbs = frozenset(verbs)
+        self._commands = Counter(
+            "vcnode_commands", "Commands answered, by verb and outcome.", ("verb", "code"), registry=registry
+        )
+        self._command_seconds = Histogram(
+            "vcnode_command_duration_seconds",
+            "Time from the arrival of a command to its reply.",
+            ("verb",),
+            buckets=_COMMAND_BUCKETS,
+            registry=registry,
+        )
+        self._phase_seconds = Histogram(
+            "vcnode_pod_start_phase_seconds",
+            "Time that each phase of a pod's start took; 'total' is all of it.",
+            ("phase",),
+            buckets=_PHASE_BUCKETS,
+            registry=registry,
+        )
+        self._events_published = Counter(
+            "vcnode_events_published", "Events that JetStream has acknowledged.", registry=registry
+        )
+        self._connected = Gauge(
+            "vcnode_nats_connected", "1 while there is a connection to NATS.", registry=registry
+        )
+        self._reconnects = Counter(
+            "vcnode_nats_reconnects", "Times the connection to NATS came back.", registry=registry
+        )
+        self._connection: Literal["never", "up", "lost"] = "never"
+        self._sessions_lost = Counter(
+            "vcnode_guest_sessions_lost",
+            "Sessions with guest agents that ended without being closed.",
+            registry=registry,
+        )
+        self._build = Info("vcnode_build", "What this node runs.", registry=registry)
+
+    def command_done(self, verb: str, code: str, seconds: float) -> None:
+        """*verb* was answered with *code* (``ok`` or an error's) after *seconds*."""
+        known = verb if verb in self._verbs else "unknown"
+        self._commands.labels(known, code).inc()
+        self._command_seconds.labels(known).observe(seconds)
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase of a start took so long."""
+        self._phase_seconds.labels(name).observe(seconds)
+
+    def session_lost(self) -> None:
+        """A session with a guest was lost."""
+        self._sessions_lost.inc()
+
+    def events_published(self, count: int) -> None:
+        """JetStream acknowledged so many more events."""
+        self._events_published.inc(count)
+
+    def nats_connected(self, connected: bool) -> None:
+        """The connection came up or went down. Coming up again counts as a reconnect."""
+        if connected and self._connection == "lost":
+            self._reconnects.inc()
+        if connected:
+            self._connection = "up"
+        elif self._connection == "up":
+            self._connection = "lost"
+        self._connected.set(connected)
+
+    def runs(self, *, version: str, accelerator: str | None, mock: bool) -> None:
+        """Say what this node is; to be called once that is known."""
+        self._build.info(
+            {"version": version, "accelerator": accelerator or "none", "mock": str(mock).lower()}
+        )
+
+    def watch(self, *, pods: Counts, containers: Counts, unpublished: Callable[[], int]) -> None:
+        """Read these at every scrape.
+
+        Args:
+            pods: Number of pods by state; states without pods should be there as zeros.
+            containers: The same of containers.
+            unpublished: Events that wait to be published.
+        """
+        self._registry.register(_Watched(pods, containers, unpublished))
+
+
+class _Watched(Collector):
+    """Gauges that are counted when somebody looks."""
+
+    def __init__(self, pods: Counts, containers: Counts, unpublished: Callable[[], int]) -> None:
+        self._by_state = (
+            ("vcnode_pods", "Pods that this node holds, by state.", pods),
+            ("vcnode_containers", "Containers that this node holds, by state.", containers),
+        )
+        self._unpublished = unpublished
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Count now."""
+        for name, text, counts in self._by_state:
+            family = GaugeMetricFamily(name, text, labels=("state",))
+            for state, number in counts().items():
+                family.add_metric((state,), number)
+            yield family
+        yield GaugeMetricFamily(
+            "vcnode_events_unpublished",
+            "Events that wait to be acknowledged by JetStream.",
+            value=self._unpublished(),
+        )
