@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from vcnode.cli.exits import UsageError
+from vcnode.cli.specs import (
+    CmdFlags,
+    ContainerFlags,
+    PodFlags,
+    cmd,
+    container_spec,
+    pairs,
+    parse,
+    pod_spec,
+    signal_number,
+)
+
+
+def fields(error: UsageError) -> set[str]:
+    return {violation["field"] for violation in error.details["violations"]}
+
+
+def test_pod_from_flags() -> None:
+    spec = pod_spec(
+        None,
+        PodFlags(pod_id="p1", memory_mib=256, vcpus=2, label=("a=b", "c=d=e")),
+        ContainerFlags(
+            image="busybox", cpus=0.5, mem_limit_mib=64, cmd=CmdFlags(args=("sleep", "60"), env=("X=",))
+        ),
+    )
+
+    assert spec.id == "p1"
+    assert (spec.resources.vcpu_count, spec.resources.mem_size_mib) == (2, 256)
+    assert spec.labels == {"a": "b", "c": "d=e"}
+    [container] = spec.containers
+    assert container.id == "main"
+    assert container.cmd.args == ("sleep", "60")
+    assert [(e.var, e.value) for e in container.cmd.envs] == [("X", "")]
+    assert (container.resources.cpu_quota_us, container.resources.mem_limit_mib) == (50_000, 64)
+
+
+def test_pod_without_flags_is_an_empty_pod() -> None:
+    spec = pod_spec(None, PodFlags(), ContainerFlags())
+
+    assert spec.id is None
+    assert spec.containers == ()
+
+
+def test_flags_win_over_the_file_field_by_field() -> None:
+    file = {"id": "a", "resources": {"vcpu_count": 2, "mem_size_mib": 512}, "labels": {"x": "1", "y": "2"}}
+
+    spec = pod_spec(file, PodFlags(pod_id="b", memory_mib=256, label=("y=3",)), ContainerFlags())
+
+    assert spec.id == "b"
+    assert (spec.resources.vcpu_count, spec.resources.mem_size_mib) == (2, 256)
+    assert spec.labels == {"x": "1", "y": "3"}
+
+
+def test_containers_come_from_the_file_or_from_flags() -> None:
+    with pytest.raises(UsageError, match="not both"):
+        pod_spec({"containers": [{"image": "a"}]}, PodFlags(), ContainerFlags(image="b"))
+
+
+@pytest.mark.parametrize(
+    "flags", [ContainerFlags(readonly=True), ContainerFlags(image="a", rootfs="/b")], ids=["neither", "both"]
+)
+def test_a_container_has_exactly_one_root(flags: ContainerFlags) -> None:
+    with pytest.raises(UsageError, match="exactly one of --image and --rootfs"):
+        pod_spec(None, PodFlags(), flags)
+
+
+def test_wrong_values_are_all_named() -> None:
+    with pytest.raises(UsageError) as caught:
+        pod_spec(None, PodFlags(pod_id="No!", memory_mib=1), ContainerFlags())
+
+    assert fields(caught.value) == {"id", "resources.mem_size_mib"}
+
+
+def test_unknown_fields_of_a_file_are_named() -> None:
+    with pytest.raises(UsageError) as caught:
+        pod_spec({"memory": 3}, PodFlags(), ContainerFlags())
+
+    assert fields(caught.value) == {"memory"}
+
+
+def test_values_that_json_does_not_have_are_refused() -> None:
+    file = parse(b"id = 2030-01-01", "pod.toml")
+
+    with pytest.raises(UsageError):
+        pod_spec(file, PodFlags(), ContainerFlags())
+
+
+def test_container_file_takes_an_id_and_nothing_else() -> None:
+    spec = container_spec({"image": "a"}, ContainerFlags(container_id="c"))
+    assert (spec.id, spec.image) == ("c", "a")
+
+    with pytest.raises(UsageError, match="not both"):
+        container_spec({"image": "a"}, ContainerFlags(readonly=True))
+
+
+def test_cmd_keeps_arguments_as_they_are() -> None:
+    made = cmd(CmdFlags(args=("echo", "", "--x", "ü\n"), workdir="/w", user="nobody"))
+
+    assert made.args == ("echo", "", "--x", "ü\n")
+    assert (made.workdir, made.user) == ("/w", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (b'{"id": "p"}', "pod.json"),
+        (b'  {"id": "p"}', "standard input"),
+        (b'id = "p"', "x"),
+        (b'id="p"', "a.toml"),
+    ],
+)
+def test_files_are_json_or_toml(text: bytes, name: str) -> None:
+    assert parse(text, name) == {"id": "p"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{", b"[1]", b"\xff", b"id = ", b'{"id": 1', b"[" * 100_000],
+    ids=["open", "list", "binary", "toml", "cut", "deep"],
+)
+def test_files_of_another_kind_are_refused(text: bytes) -> None:
+    with pytest.raises(UsageError, match="standard input"):
+        parse(text, "standard input")
+
+
+@pytest.mark.parametrize("word", ["", "a", "=b"])
+def test_pairs_need_a_key_and_an_equals_sign(word: str) -> None:
+    with pytest.raises(UsageError, match="--label needs KEY=VALUE"):
+        pairs([word], "--label")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("HUP", 1), ("sighup", 1), ("9", 9), ("64", 64), ("TERM", signal.SIGTERM)]
+)
+def test_signals_by_name_and_number(text: str, number: int) -> None:
+    assert signal_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["0", "65", "", "SIG", "FOO", "-1", "1.5"])
+def test_signals_that_do_not_exist(text: str) -> None:
+    with pytest.raises(UsageError, match="no signal"):
+        signal_number(text)

@@ -1,0 +1,235 @@
+"""``vcnode container``: the containers of a pod."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vcnode.cli import flags
+from vcnode.cli.command import Cli, command
+from vcnode.cli.exits import Exit
+
+app = typer.Typer(no_args_is_help=True, help="Containers: what runs inside a pod.")
+
+
+@command(app, "create")
+async def create(
+    cli: Cli,
+    pod_id: flags.Pod,
+    args: flags.Args = None,
+    file: flags.SpecFile = None,
+    container_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Container id; the node makes one otherwise.")
+    ] = None,
+    image: flags.Image = None,
+    rootfs: flags.Rootfs = None,
+    env: flags.Env = None,
+    workdir: flags.Workdir = None,
+    user: flags.User = None,
+    readonly: flags.Readonly = False,
+    cpus: flags.Cpus = None,
+    mem_limit: flags.MemLimit = None,
+    pids_limit: flags.PidsLimit = None,
+    command_id: flags.CommandId = None,
+) -> None:
+    """Add a container to a pod, which may be running. 'vcnode container start' starts it.
+
+    \b
+    vcnode container create web --id logger --image busybox -- sleep 3600
+    vcnode container create web -f container.toml
+    """
+    from vcnode.cli import specs, views
+
+    described = specs.ContainerFlags(
+        container_id=container_id,
+        image=image,
+        rootfs=rootfs,
+        readonly=readonly,
+        cpus=cpus,
+        mem_limit_mib=mem_limit,
+        pids_limit=pids_limit,
+        cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
+    )
+    spec = specs.container_spec(flags.read_spec(file), described)
+    async with cli.node() as node:
+        reply = await node.container_create(
+            pod_id, spec, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container)
+
+
+@command(app, "start")
+async def start(
+    cli: Cli, pod_id: flags.Pod, container_id: flags.Container, command_id: flags.CommandId = None
+) -> None:
+    """Start a container of a running pod.
+
+    \b
+    vcnode container start web logger
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.container_start(
+            pod_id, container_id, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container)
+
+
+@command(app, "stop")
+async def stop(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    grace: flags.Grace = None,
+    command_id: flags.CommandId = None,
+) -> None:
+    """Stop a container: its stop signal first, SIGKILL after the grace time.
+
+    \b
+    vcnode container stop web logger
+    vcnode container stop --grace 0 web logger
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.container_stop(
+            pod_id, container_id, grace_s=grace, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container)
+
+
+@command(app, "kill")
+async def kill(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    signal: Annotated[
+        str, typer.Option("--signal", "-s", metavar="SIGNAL", help="Name or number, such as HUP or 1.")
+    ] = "KILL",
+    all_: Annotated[
+        bool, typer.Option("--all", "-a", help="Every process of the container, not only the main one.")
+    ] = False,
+    command_id: flags.CommandId = None,
+) -> None:
+    """Send a signal to a container.
+
+    \b
+    vcnode container kill web logger
+    vcnode container kill -s HUP web logger
+    """
+    from vcnode.cli import specs, views
+
+    number = specs.signal_number(signal)
+    async with cli.node() as node:
+        reply = await node.container_kill(
+            pod_id,
+            container_id,
+            signal=number,
+            all=all_,
+            command_id=command_id,
+            deadline_s=cli.options.deadline_s,
+        )
+    cli.show(reply, views.container)
+
+
+@command(app, "delete")
+async def delete(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    force: flags.Force = False,
+    command_id: flags.CommandId = None,
+) -> None:
+    """Remove a container. It must not be running, unless --force kills it first.
+
+    Deleting what does not exist succeeds, so it can be repeated.
+
+    \b
+    vcnode container delete web logger
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.container_delete(
+            pod_id, container_id, force=force, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container_deleted)
+
+
+@command(app, "exec", failure=Exit.EXEC_FAILED, context_settings={"allow_interspersed_args": False})
+async def exec_(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    args: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="Program and arguments.")],
+    env: flags.Env = None,
+    workdir: flags.Workdir = None,
+    user: flags.User = None,
+    stdin: flags.Stdin = False,
+    timeout: flags.ExecTimeout = None,
+    command_id: flags.CommandId = None,
+) -> int:
+    """Run a command in a running container. Options go before POD.
+
+    Ends with the command's exit code; 124 when it was killed at --timeout, 125 when vcnode failed.
+
+    \b
+    vcnode container exec web main -- ls -l /
+    vcnode container exec -i web main -- sh < script.sh
+    vcnode container exec --user nobody --timeout 5 web main id
+    """
+    from vcnode.cli import execs, specs
+
+    described = specs.CmdFlags(args=args, env=env or (), workdir=workdir, user=user)
+    request = execs.arguments(described, stdin=stdin, timeout_s=timeout)
+    async with cli.node() as node:
+        reply = await node.container_exec(
+            pod_id, container_id, **request, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    return execs.finish(cli, reply)
+
+
+@command(app, "list")
+async def list_(
+    cli: Cli,
+    pod_id: Annotated[
+        str | None,
+        typer.Argument(metavar="[POD]", help="Only of this pod.", autocompletion=flags.complete_pod),
+    ] = None,
+    states: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="Only containers in this state.")
+    ] = None,
+) -> None:
+    """List containers, of all pods or of one.
+
+    \b
+    vcnode container list
+    vcnode container list web --state running
+    """
+    from vcnode.cli import specs, views
+    from vcnode.models.commands import ContainerList
+
+    wanted = specs.model(
+        ContainerList, {"pod_id": pod_id, "states": states or []}, "The selection is not right."
+    )
+    async with cli.node() as node:
+        reply = await node.container_list(
+            pod_id=wanted.pod_id, states=wanted.states, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.containers)
+
+
+@command(app, "status")
+async def status(cli: Cli, pod_id: flags.Pod, container_id: flags.Container) -> None:
+    """Show all that the node knows of a container.
+
+    \b
+    vcnode container status web main
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.container_status(pod_id, container_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.container)

@@ -1,0 +1,7 @@
+"""TEMP"""
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """."""

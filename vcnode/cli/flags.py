@@ -1,0 +1,96 @@
+"""Parameters that several commands share, as typer reads them, and the files that commands read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vcnode.cli.complete import complete_container, complete_image, complete_pod
+
+MAX_FILE_BYTES = 1024 * 1024
+"""Largest spec that is read; a request could not be larger either."""
+
+Pod = Annotated[str, typer.Argument(metavar="POD", help="Pod id.", autocompletion=complete_pod)]
+Container = Annotated[
+    str, typer.Argument(metavar="CONTAINER", help="Container id.", autocompletion=complete_container)
+]
+ImageName = Annotated[str, typer.Argument(metavar="NAME", help="Image name.", autocompletion=complete_image)]
+
+Args = Annotated[list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="Program and arguments.")]
+SpecFile = Annotated[
+    str | None,
+    typer.Option("--file", "-f", metavar="FILE", help="Spec as JSON or TOML; - is standard input."),
+]
+Image = Annotated[
+    str | None,
+    typer.Option("--image", metavar="NAME", help="Image of the container.", autocompletion=complete_image),
+]
+Rootfs = Annotated[
+    str | None, typer.Option("--rootfs", metavar="DIR", help="Directory on the node's host that is its root.")
+]
+Readonly = Annotated[bool, typer.Option("--readonly", help="Mount the container's root read-only.")]
+Env = Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="Environment.")]
+Workdir = Annotated[str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Working directory.")]
+User = Annotated[
+    str | None, typer.Option("--user", "-u", metavar="USER[:GROUP]", help="User inside, by name or number.")
+]
+Cpus = Annotated[float | None, typer.Option("--cpus", min=0.01, help="CPUs that the container may use.")]
+MemLimit = Annotated[
+    int | None, typer.Option("--memory-limit", metavar="MIB", help="Memory limit of the container.")
+]
+PidsLimit = Annotated[int | None, typer.Option("--pids-limit", help="Most processes of the container.")]
+Label = Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label.")]
+Annotation = Annotated[
+    list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Annotation.")
+]
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        "--grace", metavar="SECONDS", min=0, max=3600, help="Time to end by itself; 0 kills at once."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Also when it is running: stop it first.")]
+Stdin = Annotated[
+    bool, typer.Option("--stdin", "-i", help="Pass standard input on (all of it is read first).")
+]
+ExecTimeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", min=0.001, help="Kill the command after this long."),
+]
+CommandId = Annotated[
+    str | None,
+    typer.Option("--command-id", metavar="ID", help="Idempotency key: sent twice, the command is done once."),
+]
+
+
+def read_file(name: str) -> bytes:
+    """The bytes of the file *name*, or of standard input for '-'.
+
+    Raises:
+        UsageError: It cannot be read, or is larger than MAX_FILE_BYTES.
+    """
+    from vcnode.cli.exits import UsageError
+
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as exc:
+        raise UsageError(f"Cannot read {name}: {exc.strerror}.") from exc
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{name} is larger than {MAX_FILE_BYTES} bytes.")
+    return data
+
+
+def read_spec(name: str | None) -> dict[str, Any] | None:
+    """The object in the spec file *name*; None when none was named. Raises UsageError as `specs.parse`."""
+    if name is None:
+        return None
+    from vcnode.cli.specs import parse
+
+    return parse(read_file(name), "standard input" if name == "-" else name)

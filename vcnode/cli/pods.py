@@ -1,0 +1,245 @@
+"""``vcnode pod``: pods, from create to delete."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vcnode.cli import flags
+from vcnode.cli.command import Cli, command
+from vcnode.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from vcnode.models.pod import PodSpec
+
+app = typer.Typer(no_args_is_help=True, help="Pods: small VMs with containers inside.")
+
+Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Pod id; the node makes one otherwise.")]
+ContainerId = Annotated[
+    str | None, typer.Option("--container", metavar="ID", help="Container id.", show_default="main")
+]
+Hostname = Annotated[str | None, typer.Option("--hostname", help="Hostname in the guest; else the pod id.")]
+Vcpus = Annotated[int | None, typer.Option("--vcpus", metavar="N", min=1, help="Virtual CPUs of the VM.")]
+Memory = Annotated[int | None, typer.Option("--memory", metavar="MIB", min=1, help="Memory of the VM.")]
+HypervisorOption = Annotated[str | None, typer.Option("--hypervisor", help="qemu or mock; else the node's.")]
+AgentOption = Annotated[str | None, typer.Option("--agent", help="Guest agent driver; else the node's.")]
+NetworkOption = Annotated[str | None, typer.Option("--network", help="Network model; else the node's.")]
+
+
+async def _create_or_run(cli: Cli, run: bool, spec: PodSpec, command_id: str | None) -> None:
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        send = node.pod_run if run else node.pod_create
+        reply = await send(spec, command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.pod)
+
+
+def _creating(run: bool) -> str:
+    if run:
+        return """Create a pod and start it.
+
+        Describe it by flags, or in a file with the fields of a pod spec; flags win over the file. COMMAND
+        replaces what the image would run.
+
+        \b
+        vcnode pod run --id web --image busybox --memory 256 -- httpd -f
+        vcnode pod run -f pod.toml --id web2
+        echo '{"id": "p1", "containers": [{"image": "busybox"}]}' | vcnode pod run -f -
+        """
+    return """Prepare a pod; its VM does not run yet.
+
+        The flags are those of 'vcnode pod run'. Then 'vcnode pod start' starts it with all its containers.
+
+        \b
+        vcnode pod create --id web --image busybox -- httpd -f
+        vcnode pod create --id empty
+        """
+
+
+def _register(name: str, *, run: bool) -> None:
+    async def create(
+        cli: Cli,
+        args: flags.Args = None,
+        file: flags.SpecFile = None,
+        pod_id: Id = None,
+        image: flags.Image = None,
+        rootfs: flags.Rootfs = None,
+        container_id: ContainerId = None,
+        memory: Memory = None,
+        vcpus: Vcpus = None,
+        env: flags.Env = None,
+        workdir: flags.Workdir = None,
+        user: flags.User = None,
+        readonly: flags.Readonly = False,
+        cpus: flags.Cpus = None,
+        mem_limit: flags.MemLimit = None,
+        pids_limit: flags.PidsLimit = None,
+        hostname: Hostname = None,
+        hypervisor: HypervisorOption = None,
+        agent: AgentOption = None,
+        network: NetworkOption = None,
+        label: flags.Label = None,
+        annotation: flags.Annotation = None,
+        command_id: flags.CommandId = None,
+    ) -> None:
+        from vcnode.cli import specs
+
+        pod = specs.PodFlags(
+            pod_id=pod_id,
+            hostname=hostname,
+            vcpus=vcpus,
+            memory_mib=memory,
+            hypervisor=hypervisor,
+            agent=agent,
+            network=network,
+            label=label or (),
+            annotation=annotation or (),
+        )
+        container = specs.ContainerFlags(
+            container_id=container_id,
+            image=image,
+            rootfs=rootfs,
+            readonly=readonly,
+            cpus=cpus,
+            mem_limit_mib=mem_limit,
+            pids_limit=pids_limit,
+            cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
+        )
+        spec = specs.pod_spec(flags.read_spec(file), pod, container)
+        await _create_or_run(cli, run, spec, command_id)
+
+    create.__doc__ = _creating(run)
+    command(app, name)(create)
+
+
+_register("create", run=False)
+_register("run", run=True)
+
+
+@command(app, "start")
+async def start(cli: Cli, pod_id: flags.Pod, command_id: flags.CommandId = None) -> None:
+    """Start a pod's VM and all its containers.
+
+    \b
+    vcnode pod start web
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_start(pod_id, command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.pod)
+
+
+@command(app, "stop")
+async def stop(
+    cli: Cli, pod_id: flags.Pod, grace: flags.Grace = None, command_id: flags.CommandId = None
+) -> None:
+    """Stop a pod's containers and its VM; the pod stays and can be started again.
+
+    \b
+    vcnode pod stop web
+    vcnode pod stop --grace 0 web      kills at once
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_stop(
+            pod_id, grace_s=grace, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.pod_stopped)
+
+
+@command(app, "delete")
+async def delete(
+    cli: Cli, pod_id: flags.Pod, force: flags.Force = False, command_id: flags.CommandId = None
+) -> None:
+    """Free everything that a pod holds, and forget it. It must not be running, unless --force stops it first.
+
+    Deleting what does not exist succeeds, so it can be repeated.
+
+    \b
+    vcnode pod delete web
+    vcnode pod delete --force web
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_delete(
+            pod_id, force=force, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.pod_deleted)
+
+
+@command(app, "list")
+async def list_(
+    cli: Cli,
+    label: flags.Label = None,
+    states: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="Only pods in this state.")
+    ] = None,
+) -> None:
+    """List the pods of a node.
+
+    \b
+    vcnode pod list
+    vcnode pod list --state running --label app=web
+    vcnode pod list -o json | jq -r '.pods[].pod_id'
+    """
+    from vcnode.cli import specs, views
+    from vcnode.models.commands import PodList
+
+    wanted = {"labels": specs.pairs(label or (), "--label"), "states": states or []}
+    request = specs.model(PodList, wanted, "No such state.")
+    async with cli.node() as node:
+        reply = await node.pod_list(
+            labels=request.labels, states=request.states, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.pods)
+
+
+@command(app, "status")
+async def status(cli: Cli, pod_id: flags.Pod) -> None:
+    """Show all that the node knows of a pod.
+
+    \b
+    vcnode pod status web
+    vcnode pod status web -o json
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_status(pod_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.pod)
+
+
+@command(app, "exec", failure=Exit.EXEC_FAILED, context_settings={"allow_interspersed_args": False})
+async def exec_(
+    cli: Cli,
+    pod_id: flags.Pod,
+    args: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="Program and arguments.")],
+    env: flags.Env = None,
+    workdir: flags.Workdir = None,
+    user: flags.User = None,
+    stdin: flags.Stdin = False,
+    timeout: flags.ExecTimeout = None,
+    command_id: flags.CommandId = None,
+) -> int:
+    """Run a command in a pod's guest itself, outside all containers. Options go before POD.
+
+    Ends with the command's exit code; 124 when it was killed at --timeout, 125 when vcnode failed.
+
+    \b
+    vcnode pod exec web -- cat /proc/meminfo
+    vcnode pod exec --timeout 5 web dmesg
+    """
+    from vcnode.cli import execs, specs
+
+    described = specs.CmdFlags(args=args, env=env or (), workdir=workdir, user=user)
+    request = execs.arguments(described, stdin=stdin, timeout_s=timeout)
+    async with cli.node() as node:
+        reply = await node.pod_exec(
+            pod_id, **request, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    return execs.finish(cli, reply)

@@ -1,0 +1,232 @@
+"""Pods, containers and commands as the command line gives them: flags and files to request models. Pure."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from vcnode.cli.exits import UsageError
+from vcnode.cli.settings import given, invalid
+from vcnode.models.base import Request
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
+
+DEFAULT_CONTAINER_ID = "main"
+"""Id of the container that flags of ``pod create`` and ``pod run`` describe."""
+
+R = TypeVar("R", bound=Request)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CmdFlags:
+    """The flags that describe a command to run."""
+
+    args: Sequence[str] = ()
+    env: Sequence[str] = ()
+    workdir: str | None = None
+    user: str | None = None
+
+    def data(self) -> dict[str, Any]:
+        """The command as request data."""
+        envs = [{"var": name, "value": value} for name, value in pairs(self.env, "--env").items()]
+        return given(
+            {
+                "args": list(self.args) or None,
+                "envs": envs or None,
+                "workdir": self.workdir,
+                "user": self.user,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerFlags:
+    """The flags that describe a container."""
+
+    container_id: str | None = None
+    image: str | None = None
+    rootfs: str | None = None
+    readonly: bool = False
+    cpus: float | None = None
+    mem_limit_mib: int | None = None
+    pids_limit: int | None = None
+    cmd: CmdFlags = CmdFlags()
+
+    @property
+    def any(self) -> bool:
+        """Whether a flag of a container was given."""
+        return self != ContainerFlags()
+
+    def data(self) -> dict[str, Any]:
+        """The container as request data.
+
+        Raises:
+            UsageError: Neither or both of --image and --rootfs were given.
+        """
+        if (self.image is None) == (self.rootfs is None):
+            raise UsageError("A container needs exactly one of --image and --rootfs.")
+        period_us = 100_000
+        resources = {
+            "cpu_quota_us": None if self.cpus is None else round(self.cpus * period_us),
+            "mem_limit_mib": self.mem_limit_mib,
+            "pids_limit": self.pids_limit,
+        }
+        return given(
+            {
+                "id": self.container_id,
+                "image": self.image,
+                "rootfs": self.rootfs,
+                "readonly_rootfs": self.readonly or None,
+                "resources": resources,
+                "cmd": self.cmd.data(),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodFlags:
+    """The flags that describe a pod."""
+
+    pod_id: str | None = None
+    hostname: str | None = None
+    vcpus: int | None = None
+    memory_mib: int | None = None
+    hypervisor: str | None = None
+    agent: str | None = None
+    network: str | None = None
+    label: Sequence[str] = ()
+    annotation: Sequence[str] = ()
+
+    def data(self) -> dict[str, Any]:
+        """The pod as request data, without containers."""
+        return given(
+            {
+                "id": self.pod_id,
+                "hostname": self.hostname,
+                "resources": {"vcpu_count": self.vcpus, "mem_size_mib": self.memory_mib},
+                "hypervisor_type": self.hypervisor,
+                "agent_type": self.agent,
+                "network_model": self.network,
+                "labels": pairs(self.label, "--label"),
+                "annotations": pairs(self.annotation, "--annotation"),
+            }
+        )
+
+
+def pod_spec(file: Mapping[str, Any] | None, flags: PodFlags, container: ContainerFlags) -> PodSpec:
+    """The pod of *file*, if there is one, with *flags* on top; flags may describe one container of it.
+
+    Raises:
+        UsageError: A value is wrong, or both the file and the flags describe containers.
+    """
+    data = _merged(file or {}, flags.data())
+    if container.any:
+        if data.get("containers"):
+            raise UsageError("Give containers in the file or by flags, not both.")
+        data["containers"] = [{"id": DEFAULT_CONTAINER_ID, **container.data()}]
+    return model(PodSpec, data, "The pod is not described right.")
+
+
+def container_spec(file: Mapping[str, Any] | None, flags: ContainerFlags) -> ContainerSpec:
+    """The container of *file*, or else of *flags*; with a file, the id is the only flag that may be given.
+
+    Raises:
+        UsageError: A value is wrong, or file and flags were mixed.
+    """
+    if file is None:
+        return model(ContainerSpec, flags.data(), "The container is not described right.")
+    if flags != ContainerFlags(container_id=flags.container_id):
+        raise UsageError("Describe the container in the file or by flags, not both (--id goes with either).")
+    return model(
+        ContainerSpec,
+        _merged(file, given({"id": flags.container_id})),
+        "The container is not described right.",
+    )
+
+
+def cmd(flags: CmdFlags) -> Cmd:
+    """The command of *flags*. Raises UsageError when a value is wrong."""
+    return model(Cmd, flags.data(), "The command is not described right.")
+
+
+def model(kind: type[R], data: Mapping[str, Any], message: str) -> R:
+    """*data* as a model, checked as the node will check it.
+
+    Raises:
+        UsageError: It does not fit; the error says *message* and lists every wrong field.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(data))
+    except ValidationError as exc:
+        raise invalid(message, exc) from exc
+    except (TypeError, ValueError) as exc:
+        raise UsageError(f"{message} {exc}") from exc
+
+
+def parse(text: bytes, name: str) -> dict[str, Any]:
+    """The JSON or TOML object in *text*, read from *name*; what starts with '{' is JSON.
+
+    Raises:
+        UsageError: It is neither, or not an object.
+    """
+    try:
+        decoded = text.decode("utf-8")
+        if decoded.lstrip().startswith(("{", "[")) and not name.endswith(".toml"):
+            data = json.loads(decoded)
+        else:
+            data = tomllib.loads(decoded)
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{name} is not UTF-8 text.") from exc
+    except RecursionError as exc:
+        raise UsageError(f"{name} is nested too deeply.") from exc
+    except ValueError as exc:  # both parsers' errors are ValueErrors
+        raise UsageError(f"{name} is neither JSON nor TOML: {exc}") from exc
+    if not isinstance(data, dict):
+        raise UsageError(f"{name} holds a list; one object with the fields of a spec is needed.")
+    return data
+
+
+def pairs(values: Sequence[str], flag: str) -> dict[str, str]:
+    """``KEY=VALUE`` words as a mapping; a later one of the same key wins.
+
+    Raises:
+        UsageError: A word has no '=' or nothing before it.
+    """
+    found: dict[str, str] = {}
+    for word in values:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise UsageError(f"{flag} needs KEY=VALUE; {word!r} is not.")
+        found[key] = value
+    return found
+
+
+def signal_number(text: str) -> int:
+    """The number of the signal that *text* names: ``HUP``, ``SIGHUP`` or ``1``.
+
+    Raises:
+        UsageError: There is no such signal.
+    """
+    if text.isdecimal() and 1 <= int(text) <= 64:
+        return int(text)
+    name = text.upper()
+    try:
+        return signal.Signals["SIG" + name.removeprefix("SIG")].value
+    except KeyError as exc:
+        raise UsageError(
+            f"There is no signal {text!r}; give a name such as TERM, or a number from 1 to 64."
+        ) from exc
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in top.items():
+        under = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[name] = _merged(under, value) if both else value  # type: ignore[arg-type]
+    return merged

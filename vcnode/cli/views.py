@@ -1,0 +1,231 @@
+"""How each reply looks to people: which facts, in which order. Pure layout; `output` does the printing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vcnode.cli.output import age, labels, printable, show_facts, show_table, size, state
+from vcnode.models.commands import (
+    ContainerDeleted,
+    ContainerStatuses,
+    ImageRemoved,
+    ImageStatuses,
+    PodDeleted,
+    PodStatuses,
+    PodStopped,
+)
+from vcnode.models.node import DriverInfo, ImageStatus, NodeInfo, NodePing
+from vcnode.models.pod import ContainerState, ContainerStatus, PodStatus, StopOutcome
+
+STOP_WORDS: dict[StopOutcome, str] = {
+    "graceful": "it ended by itself",
+    "forced": "its VM had to be killed",
+    "absent": "nothing was running",
+}
+
+
+def pods(reply: PodStatuses) -> None:
+    """One line for each pod."""
+    show_table(
+        ("POD", "STATE", "CONTAINERS", "VCPUS", "MEMORY", "AGE", "REASON"),
+        (
+            (
+                pod.pod_id,
+                state(pod.state),
+                f"{sum(c.state is ContainerState.RUNNING for c in pod.containers)}/{len(pod.containers)}",
+                pod.resources.vcpu_count,
+                f"{pod.resources.mem_size_mib} MiB",
+                age(pod.created_at),
+                pod.reason,
+            )
+            for pod in reply.pods
+        ),
+    )
+
+
+def pod(status: PodStatus) -> None:
+    """All about one pod."""
+    vm = status.hypervisor
+    show_facts(
+        (
+            ("pod", status.pod_id),
+            ("node", status.node),
+            ("state", state(status.state)),
+            ("reason", status.reason),
+            ("mock", "yes: no VM exists" if status.mock else None),
+            ("size", f"{status.resources.vcpu_count} vCPU, {status.resources.mem_size_mib} MiB"),
+            ("hostname", status.hostname),
+            ("vm", vm and f"{vm.vm_id} ({vm.type}{f', {vm.accelerator}' if vm.accelerator else ''})"),
+            ("pid", vm and vm.pid),
+            ("agent", status.agent_type),
+            ("network", status.network_model),
+            ("addresses", ", ".join(a for endpoint in status.endpoints for a in endpoint.addresses)),
+            ("created", status.created_at.isoformat(timespec="milliseconds")),
+            ("started", status.started_at and status.started_at.isoformat(timespec="milliseconds")),
+            ("finished", status.finished_at and status.finished_at.isoformat(timespec="milliseconds")),
+            ("start took", phases(status.phases_ms)),
+            ("labels", labels(status.labels)),
+            ("annotations", labels(status.annotations)),
+            ("left over", "; ".join(status.leftovers)),
+            ("revision", status.revision),
+        )
+    )
+    if status.containers:
+        print()
+        containers_table(status.containers)
+
+
+def pod_stopped(reply: PodStopped) -> None:
+    """How a stop went, and the pod afterwards."""
+    print(f"{reply.pod.pod_id} is {reply.pod.state} ({STOP_WORDS[reply.outcome]})")
+
+
+def pod_deleted(reply: PodDeleted) -> None:
+    """Whether there was something to delete."""
+    print(f"{printable(reply.pod_id)} {'deleted' if reply.existed else 'did not exist'}")
+
+
+def container_deleted(reply: ContainerDeleted) -> None:
+    """Whether there was something to delete."""
+    name = printable(f"{reply.pod_id}/{reply.container_id}")
+    print(f"{name} {'deleted' if reply.existed else 'did not exist'}")
+
+
+def image_removed(reply: ImageRemoved) -> None:
+    """Whether there was something to remove."""
+    print(f"{printable(reply.name)} {'removed' if reply.existed else 'did not exist'}")
+
+
+def phases(phases_ms: dict[str, float]) -> str:
+    """The phases of a start on one line, the total first."""
+    total = phases_ms.get("total")
+    parts = ", ".join(f"{name} {ms:.0f}" for name, ms in phases_ms.items() if name != "total")
+    if total is None:
+        return parts and f"{parts} ms"
+    return f"{total:.0f} ms" + (f" ({parts})" if parts else "")
+
+
+def containers(reply: ContainerStatuses) -> None:
+    """One line for each container."""
+    containers_table(reply.containers)
+
+
+def containers_table(statuses: Iterable[ContainerStatus]) -> None:
+    """The table behind `containers`."""
+    show_table(
+        ("POD", "CONTAINER", "STATE", "EXIT", "ROOT", "AGE", "REASON"),
+        (
+            (
+                status.pod_id,
+                status.container_id,
+                state(status.state),
+                status.exit_code,
+                status.image or status.rootfs,
+                age(status.created_at),
+                "out of memory" if status.oom_killed else status.reason,
+            )
+            for status in statuses
+        ),
+    )
+
+
+def container(status: ContainerStatus) -> None:
+    """All about one container."""
+    show_facts(
+        (
+            ("pod", status.pod_id),
+            ("container", status.container_id),
+            ("state", state(status.state)),
+            ("exit code", status.exit_code),
+            ("reason", "out of memory" if status.oom_killed else status.reason),
+            ("pid in guest", status.pid),
+            ("image", status.image),
+            ("digest", status.image_digest),
+            ("rootfs", status.rootfs),
+            ("created", status.created_at.isoformat(timespec="milliseconds")),
+            ("started", status.started_at and status.started_at.isoformat(timespec="milliseconds")),
+            ("finished", status.finished_at and status.finished_at.isoformat(timespec="milliseconds")),
+            ("labels", labels(status.labels)),
+            ("annotations", labels(status.annotations)),
+        )
+    )
+
+
+def images(reply: ImageStatuses) -> None:
+    """One line for each image."""
+    show_table(
+        ("IMAGE", "DIGEST", "SIZE", "AGE", "IN USE"),
+        (
+            (
+                image.name,
+                image.digest[:19],
+                size(image.size_bytes),
+                age(image.imported_at),
+                "yes" if image.in_use else "no",
+            )
+            for image in reply.images
+        ),
+    )
+
+
+def image(status: ImageStatus) -> None:
+    """All about one image."""
+    show_facts(
+        (
+            ("image", status.name),
+            ("digest", status.digest),
+            ("size", size(status.size_bytes)),
+            ("imported", status.imported_at.isoformat(timespec="seconds")),
+            ("in use", "yes" if status.in_use else "no"),
+        )
+    )
+
+
+def pings(replies: Iterable[NodePing]) -> None:
+    """One line for each node that answered."""
+    show_table(
+        ("NODE", "VERSION", "EPOCH", "TIME", "MOCK"),
+        (
+            (
+                ping.node,
+                ping.version,
+                ping.epoch,
+                ping.time.isoformat(timespec="seconds"),
+                "yes" if ping.mock else "no",
+            )
+            for ping in replies
+        ),
+    )
+
+
+def node(info: NodeInfo) -> None:
+    """All about one node."""
+    show_facts(
+        (
+            ("node", info.node),
+            ("state", state(info.state)),
+            ("version", info.version),
+            ("epoch", info.epoch),
+            ("up since", info.started_at.isoformat(timespec="seconds")),
+            ("mock", "yes: no VM will run" if info.mock else None),
+            ("accelerator", info.accelerator),
+            ("cpus", info.cpu_count),
+            ("memory", f"{info.mem_available_mib} of {info.mem_total_mib} MiB available"),
+            ("pods", f"{info.pod_count}, {info.running_pod_count} running"),
+            ("defaults", f"{info.default_hypervisor}, {info.default_agent}, {info.default_network}"),
+            ("allowed roots", ", ".join(info.allowed_roots)),
+        )
+    )
+    print()
+    show_table(("DRIVER", "TYPE", "VERSION", "CAPABILITIES", "NOTES"), _drivers(info))
+
+
+def _drivers(info: NodeInfo) -> Iterable[tuple[object, ...]]:
+    groups: tuple[tuple[str, tuple[DriverInfo, ...]], ...] = (
+        ("hypervisor", info.hypervisors),
+        ("agent", info.agents),
+        ("network", info.networks),
+    )
+    for kind, drivers in groups:
+        for driver in drivers:
+            yield kind, driver.type, driver.version, ", ".join(driver.capabilities), "; ".join(driver.notes)
