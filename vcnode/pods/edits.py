@@ -19,7 +19,7 @@ from vcnode.errors import (
 )
 from vcnode.models.base import JsonObject
 from vcnode.models.events import EventKind
-from vcnode.models.pod import MAX_CONTAINERS
+from vcnode.models.pod import MAX_CONTAINERS, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import NetworkAttachment, VmRecord
 from vcnode.pods.lifecycle import (
@@ -72,7 +72,7 @@ def starting(vm: VmRecord, verb: str) -> Edit:
         state = next_pod_state(record.pod_id, record.state, PodStep.START, verb)
         if record.vm is not None or record.leftovers:
             raise FailedPreconditionError(
-                f"Something of pod {record.pod_id}'s last VM is left on the host; stop or delete the pod first.",
+                f"Pod {record.pod_id} has left something on the host; stop or delete the pod first.",
                 leftovers=list(record.leftovers),
             )
         return _copy(record, state=state, reason=None, vm=vm, network=None, phases_ms={}), (
@@ -136,6 +136,17 @@ def stopped(reason: str | None, now: datetime, verb: str) -> Edit:
         containers, news = _containers_ended(record, now)
         changed = _freed(record, state=state, reason=reason, finished_at=now, containers=containers)
         return changed, (*news, News(EventKind.POD_STOPPED))
+
+    return edit
+
+
+def undone(reason: str, now: datetime, verb: str) -> Edit:
+    """A start was taken back on demand, perhaps just after it was done."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        if record.state is PodState.RUNNING:
+            record, _ = stopping(verb)(record)
+        return stopped(reason, now, verb)(record)
 
     return edit
 

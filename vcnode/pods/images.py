@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -39,6 +40,9 @@ class ImageService:
         self._clock = clock
         self._mock = mock
         self._importing: set[str] = set()
+        self._sweeping = asyncio.Lock()
+        self._doomed: set[str] = set()
+        """Digests whose files go as soon as no import could be about to use them."""
 
     async def import_(self, name: str, path: str, call: Call) -> ImageStatus:
         """Make an image of a directory or tar file on the host; replaces one of the same name.
@@ -56,6 +60,8 @@ class ImageService:
             raise AbortedError(f"Image {name} is being imported by another command.", name=name)
         self._importing.add(name)
         try:
+            async with self._sweeping:
+                pass  # a sweep under way might delete just the file that this import makes again
             file = await self._storage.build_image(path, timeout_s=IMPORT_LIMIT_S)
             image = ImageStatus(
                 name=name, digest=file.digest, size_bytes=file.size_bytes, imported_at=self._clock()
@@ -63,9 +69,10 @@ class ImageService:
             replaced = self._store.images.get(name)
             await self._store.write(lambda tx: self._save(tx, image, call))
             if replaced is not None and replaced.digest != image.digest:
-                await self._remove_file_if_unused(replaced.digest)
+                self._doomed.add(replaced.digest)
         finally:
             self._importing.discard(name)
+        await self._sweep()
         return self.status(name)
 
     def list(self) -> ImageStatuses:
@@ -108,7 +115,8 @@ class ImageService:
 
         image = await self._store.write(remove)
         if image is not None:
-            await self._remove_file_if_unused(image.digest)
+            self._doomed.add(image.digest)
+            await self._sweep()
         return ImageRemoved(name=name, existed=image is not None)
 
     async def resolve(self, name: str) -> ImageFile:
@@ -133,17 +141,24 @@ class ImageService:
             command_id=call.command_id,
         )
 
-    async def _remove_file_if_unused(self, digest: str) -> None:
+    async def _sweep(self) -> None:
+        """Delete the files of forgotten images that nothing uses."""
+        async with self._sweeping:
+            while self._doomed and not self._importing:
+                digest = self._doomed.pop()
+                if digest in self._used_digests():
+                    continue
+                try:
+                    await self._storage.remove_image(digest)
+                except VcnodeError as exc:
+                    # The image is forgotten all the same; a file that nobody names only costs space.
+                    log.warning("The file of image %s stays: %s", digest, exc.message, exc_info=exc)
+
+    def _used_digests(self) -> set[str]:
         used = {image.digest for image in self._store.images.values()}
         containers = (c for pod in self._store.pods.values() for c in pod.containers)
         used.update(c.image_digest for c in containers if c.image_digest is not None)
-        if digest in used:
-            return
-        try:
-            await self._storage.remove_image(digest)
-        except VcnodeError as exc:
-            # The image is forgotten all the same; a file that nobody names only costs space.
-            log.warning("The file of image %s stays: %s", digest, exc.message, exc_info=exc)
+        return used
 
 
 def _unknown(name: str) -> NotFoundError:

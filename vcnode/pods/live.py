@@ -33,7 +33,7 @@ class LivePod:
         """Containers that exist in the guest, with their roots."""
         self.starting: set[str] = set()
         """Containers whose start is under way and not yet recorded."""
-        self.early_exits: list[ContainerExited] = []
+        self.early_exits: dict[str, ContainerExited] = {}
         """Exits of those, to be recorded after their starts."""
         self.tasks: set[asyncio.Task[None]] = set()
         """Those that watch this VM."""
@@ -59,7 +59,13 @@ class LivePod:
     def container_starts(self, container_id: str) -> None:
         """Note that a container is about to run."""
         self.starting.add(container_id)
+        self.early_exits.pop(container_id, None)
         self._exits[container_id] = asyncio.Event()
+
+    def container_did_not_start(self, container_id: str) -> None:
+        """Note that a container's start was taken back."""
+        self.starting.discard(container_id)
+        self.early_exits.pop(container_id, None)
 
     def container_ended(self, container_id: str) -> None:
         """Wake whoever waits for the container's end."""
@@ -77,13 +83,12 @@ class LivePod:
         return any(root.disk_id == disk_id for cid, root in self.provided.items() if cid != besides)
 
     async def stop_watching(self) -> None:
-        """Cancel the tasks that watch, except the one that runs this, and wait for them."""
-        current = asyncio.current_task()
-        others = {task for task in self.tasks if task is not current}
-        for task in others:
+        """Cancel the tasks that watch and wait for them; must not be awaited by one of them."""
+        tasks = set(self.tasks)
+        for task in tasks:
             task.cancel()
-        if others:
-            await asyncio.wait(others)
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def close_session(self) -> None:
         """End the session, if there is one; the guest goes on."""

@@ -1,0 +1,138 @@
+"""From a pod's spec to its first record: everything is checked before anything is kept."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from vcnode.drivers.base import ImageFile
+from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnsupportedError
+from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
+from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.pods.parts import Parts, driver
+from vcnode.pods.process import guest_process
+from vcnode.settings import Settings
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody has: the prefix, ``-`` and 12 random hex digits."""
+    return f"{prefix}-{secrets.token_hex(6)}"
+
+
+def agent_type_of(spec: PodSpec, hypervisor: HypervisorType, settings: Settings) -> AgentType:
+    """The agent of a pod: as asked for, else the node's, unless that cannot go with the hypervisor."""
+    if spec.agent_type is not None:
+        return spec.agent_type
+    if hypervisor is settings.hypervisor or settings.agent is not None:
+        return settings.agent_type
+    return AgentType.MOCK if hypervisor is HypervisorType.MOCK else AgentType.NATIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Checks specs against what this node has."""
+
+    parts: Parts
+
+    async def pod(self, spec: PodSpec) -> PodRecord:
+        """The record of a new pod in ``ready``.
+
+        Args:
+            spec: With its id.
+
+        Raises:
+            InvalidArgumentError: A value that cannot work; says which field (``pod.…``).
+            NotFoundError: An image or a root directory that does not exist.
+            UnsupportedError: A driver that this node lacks, or one that lacks what the pod needs.
+            ResourceExhaustedError: More memory than the host has.
+        """
+        parts, settings = self.parts, self.parts.settings
+        if spec.id is None:
+            raise InvalidArgumentError.field("pod.id", "is missing")
+        hypervisor_type = spec.hypervisor_type or settings.hypervisor
+        agent_type = agent_type_of(spec, hypervisor_type, settings)
+        network_model = spec.network_model or settings.network
+        hypervisor = driver(parts.hypervisors, hypervisor_type, "pod.hypervisor_type")
+        agent = driver(parts.agents, agent_type, "pod.agent_type")
+        driver(parts.networks, network_model, "pod.network_model")
+        if agent_type is not AgentType.NOOP and agent.info.mock != hypervisor.info.mock:
+            raise InvalidArgumentError.field(
+                "pod.agent_type", f"{agent_type} does not go with hypervisor_type {hypervisor_type}"
+            )
+        if spec.containers:
+            self._check_containers_supported(agent_type, "pod.containers")
+        if not hypervisor.info.mock:
+            self._check_memory(spec)
+        now = parts.clock()
+        containers = [
+            await self._container(_with_id(c), f"pod.containers.{index}")
+            for index, c in enumerate(spec.containers)
+        ]
+        return PodRecord(
+            pod_id=spec.id,
+            spec=spec,
+            hypervisor_type=hypervisor_type,
+            agent_type=agent_type,
+            network_model=network_model,
+            state=PodState.READY,
+            created_at=now,
+            containers=tuple(containers),
+        )
+
+    async def container(self, spec: ContainerSpec, agent_type: AgentType) -> ContainerRecord:
+        """The record of a container to add to a pod, in ``ready``; raises as `pod`."""
+        self._check_containers_supported(agent_type, "container")
+        return await self._container(_with_id(spec), "container")
+
+    async def _container(self, spec: ContainerSpec, where: str) -> ContainerRecord:
+        try:
+            guest_process(spec)
+        except InvalidArgumentError as exc:
+            raise _placed(exc, where) from exc
+        digest = None
+        if spec.rootfs is not None:
+            await self._check_rootfs(spec.rootfs, f"{where}.rootfs")
+        elif spec.image is not None:
+            digest = (await self._image(spec.image, f"{where}.image")).digest
+        return ContainerRecord(spec=spec, image_digest=digest, created_at=self.parts.clock())
+
+    async def _check_rootfs(self, path: str, field: str) -> None:
+        try:
+            await self.parts.storage.check_rootfs(path)
+        except NotFoundError as exc:
+            raise NotFoundError(f"{field}: {exc.message}", **{**exc.details, "field": field}) from exc
+        except InvalidArgumentError as exc:
+            raise InvalidArgumentError.field(field, exc.message) from exc
+
+    async def _image(self, name: str, field: str) -> ImageFile:
+        try:
+            return await self.parts.images.resolve(name)
+        except NotFoundError as exc:
+            raise NotFoundError(f"{field}: {exc.message}", **{**exc.details, "field": field}) from exc
+
+    def _check_containers_supported(self, agent_type: AgentType, field: str) -> None:
+        agent = driver(self.parts.agents, agent_type, "agent_type")
+        if "containers" not in agent.info.capabilities:
+            raise UnsupportedError(
+                f"{field}: agent_type {agent_type.value} cannot run containers.", field=field
+            )
+
+    def _check_memory(self, spec: PodSpec) -> None:
+        wanted, total = spec.resources.mem_size_mib, self.parts.memory().total_mib
+        if wanted > total:
+            raise ResourceExhaustedError(
+                f"pod.resources.mem_size_mib: {wanted} MiB is more than the host has ({total} MiB).",
+                field="pod.resources.mem_size_mib",
+                wanted_mib=wanted,
+                total_mib=total,
+            )
+
+
+def _with_id(spec: ContainerSpec) -> ContainerSpec:
+    return spec if spec.id is not None else spec.model_copy(update={"id": new_id("ctr")})
+
+
+def _placed(exc: InvalidArgumentError, where: str) -> InvalidArgumentError:
+    """The error, with its field as it stands in the request."""
+    violations = exc.details.get("violations") or [{"field": "", "message": exc.message}]
+    return InvalidArgumentError.field(f"{where}.{violations[0]['field']}", violations[0]["message"])

@@ -1,0 +1,163 @@
+"""Containers inside a running guest: their roots, starts and ends. The caller holds the pod's lock."""
+
+from __future__ import annotations
+
+import asyncio
+
+from vcnode.errors import AgentError, AlreadyExistsError
+from vcnode.models.pod import ContainerState
+from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.models.vm import ContainerRoot, Disk, GuestContainer
+from vcnode.pods.live import LivePod
+from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
+from vcnode.pods.process import guest_process
+from vcnode.pods.statuses import container_id, hostname_of
+from vcnode.pods.undo import UndoStack
+
+SIGKILL = 9
+SIGTERM = 15
+
+
+def disk_id_of(digest: str) -> str:
+    """Serial of the disk that holds an image: containers of one image in one pod share it.
+
+    ``d-`` and 16 hex digits; SCSI serials end at 20 characters here.
+    """
+    return f"d-{digest.removeprefix('sha256:')[:16]}"
+
+
+class Containers:
+    """Makes, starts, ends and removes containers in running guests."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def launch(self, live: LivePod, record: PodRecord, container: ContainerRecord) -> int:
+        """Give a container its root, unless it has one from an earlier start, and start its main process.
+
+        From here on the container counts as starting (`LivePod.starting`): an exit that is reported now
+        waits until the caller has recorded the start. On any failure all is undone, as far as it can be;
+        what is not ends with the VM.
+
+        Returns:
+            The main process's pid in the guest.
+        """
+        cid = container_id(container)
+        session = live.require_session()
+        undo = UndoStack()
+        live.container_starts(cid)
+        try:
+            if cid not in live.provided:
+                await self._provide(live, record, container, undo)
+            undo.push(f"process of container {cid}", lambda: self._signal(live, cid, SIGKILL, everyone=True))
+            return await session.start_container(cid, timeout_s=REQUEST_LIMIT_S)
+        except BaseException:
+            live.container_did_not_start(cid)
+            await undo.unwind()
+            raise
+
+    async def halt(self, live: LivePod, cid: str, *, signal: int, grace_s: float) -> None:
+        """Ask a running container's main process to end; kill all of it when the grace is over.
+
+        Returns once its end is recorded.
+
+        Raises:
+            AgentError: It was still there `KILL_LIMIT_S` seconds after SIGKILL, or the guest cannot be asked.
+        """
+        if grace_s > 0:
+            await self._signal(live, cid, signal, everyone=False)
+            if await _within(live.exit_event(cid), grace_s):
+                return
+        await self._signal(live, cid, SIGKILL, everyone=True)
+        if not await _within(live.exit_event(cid), KILL_LIMIT_S):
+            raise AgentError(
+                f"Container {live.pod_id}/{cid} did not end within {KILL_LIMIT_S:.0f} s of SIGKILL."
+            )
+
+    async def halt_all(self, live: LivePod, record: PodRecord, *, grace_s: float) -> None:
+        """Ask every running container to end and wait for all, at most *grace_s* seconds in all.
+
+        What still runs then ends with the VM.
+        """
+        running = [c for c in record.containers if c.state is ContainerState.RUNNING]
+        async with asyncio.timeout(grace_s):
+            for container in running:
+                await self._signal(live, container_id(container), stop_signal(container), everyone=False)
+            for container in running:
+                await live.exit_event(container_id(container)).wait()
+
+    async def remove(self, live: LivePod, container: ContainerRecord) -> None:
+        """Take a container that does not run out of the guest, and its root away. Can be repeated."""
+        cid = container_id(container)
+        await live.require_session().delete_container(cid, timeout_s=REQUEST_LIMIT_S)
+        if (root := live.provided.get(cid)) is not None:
+            await self._withdraw(live, cid, root)
+            del live.provided[cid]
+
+    async def _signal(self, live: LivePod, cid: str, number: int, *, everyone: bool) -> None:
+        session = live.require_session()
+        await session.signal_container(cid, number, everyone=everyone, timeout_s=REQUEST_LIMIT_S)
+
+    async def _provide(
+        self, live: LivePod, record: PodRecord, container: ContainerRecord, undo: UndoStack
+    ) -> None:
+        """Make the container in the guest; *undo* gets what takes it away again."""
+        cid = container_id(container)
+        session = live.require_session()
+        root = root_of(container)
+        undo.push(f"root of container {cid}", lambda: self._withdraw(live, cid, root))
+        if root.shared_name is not None and container.spec.rootfs is not None:
+            await self._parts.storage.share(live.vm.record.vm_id, root.shared_name, container.spec.rootfs)
+        elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):
+            file = await self._parts.storage.image_file(container.image_digest or "")
+            disk = Disk(disk_id=root.disk_id, path=str(file.path))
+            await live.vm.attach_disk(disk, timeout_s=REQUEST_LIMIT_S)
+        wanted = GuestContainer(
+            container_id=cid,
+            root=root,
+            readonly=container.spec.readonly_rootfs,
+            hostname=hostname_of(record),
+            process=guest_process(container.spec),
+            resources=container.spec.resources,
+        )
+        undo.push(f"container {cid}", lambda: session.delete_container(cid, timeout_s=REQUEST_LIMIT_S))
+        try:
+            await session.create_container(wanted, timeout_s=REQUEST_LIMIT_S)
+        except AlreadyExistsError:
+            # Left over from a start whose undo did not get through to the guest.
+            await session.delete_container(cid, timeout_s=REQUEST_LIMIT_S)
+            await session.create_container(wanted, timeout_s=REQUEST_LIMIT_S)
+        live.provided[cid] = root
+        undo.push(f"note of container {cid}", lambda: _forget(live, cid))
+
+    async def _withdraw(self, live: LivePod, cid: str, root: ContainerRoot) -> None:
+        if root.shared_name is not None:
+            await self._parts.storage.unshare(live.vm.record.vm_id, root.shared_name)
+        elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):
+            await live.vm.detach_disk(root.disk_id, timeout_s=REQUEST_LIMIT_S)
+
+
+def stop_signal(container: ContainerRecord) -> int:
+    """The signal that asks the container's main process to end."""
+    return container.spec.stop_signal or SIGTERM
+
+
+def root_of(container: ContainerRecord) -> ContainerRoot:
+    """Where the guest finds the container's root, once it is provided."""
+    if container.image_digest is not None:
+        return ContainerRoot(disk_id=disk_id_of(container.image_digest))
+    return ContainerRoot(shared_name=container_id(container))
+
+
+async def _forget(live: LivePod, cid: str) -> None:
+    live.provided.pop(cid, None)
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for *event*, at most so long; whether it came."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

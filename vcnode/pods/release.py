@@ -1,0 +1,96 @@
+"""Freeing what a pod holds on the host: its VM, its network, its directory."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from vcnode.models.pod import StopOutcome
+from vcnode.models.records import PodRecord
+from vcnode.models.vm import NetworkAttachment, VmRecord
+from vcnode.pods.live import LivePod
+from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
+from vcnode.pods.undo import UndoStack
+
+
+class Holdings:
+    """What one pod holds on the host. Each ``free_`` method succeeds when there is nothing (any more)."""
+
+    def __init__(self, parts: Parts, record: PodRecord, vm: VmRecord) -> None:
+        self._parts = parts
+        self._record = record
+        self.vm = vm
+        """The VM as far as it is known: without a pid before its launch."""
+        self.network: NetworkAttachment | None = record.network
+        """Set once the network is made."""
+        self.live = parts.live.get(record.pod_id)
+        """Set once the VM is launched, if this process has its handle."""
+        self.outcome: StopOutcome = "absent"
+        """How the VM ended, once `free_vm` was called."""
+
+    @property
+    def directory(self) -> Path:
+        """The VM's directory."""
+        return Path(self.vm.directory)
+
+    def undo_all(self) -> UndoStack:
+        """Undos for everything that the pod may hold, in the order in which a start makes it."""
+        undo = UndoStack()
+        self.undo_network(undo)
+        self.undo_directory(undo)
+        self.undo_vm(undo)
+        return undo
+
+    def undo_network(self, undo: UndoStack) -> None:
+        """Register the undo of the network."""
+        undo.push(f"network of VM {self.vm.vm_id}", self._free_network)
+
+    def undo_directory(self, undo: UndoStack) -> None:
+        """Register the undo of the directory and all that is shared in it."""
+        undo.push(f"directory {self.vm.directory}", self._free_directory)
+
+    def undo_vm(self, undo: UndoStack) -> None:
+        """Register the undo of the VM."""
+        undo.push(f"VM {self.vm.vm_id}", self._free_vm)
+
+    async def _free_network(self) -> None:
+        if self.network is not None:
+            network = self._parts.network(self._record)
+            await network.detach(self.network, timeout_s=REQUEST_LIMIT_S)
+            self.network = None
+
+    async def _free_directory(self) -> None:
+        await self._parts.storage.remove_vm_dir(self.vm.vm_id)
+
+    async def _free_vm(self) -> None:
+        live = self.live
+        if live is None:
+            killed = await self._parts.hypervisor(self._record).kill(self.vm, timeout_s=KILL_LIMIT_S)
+            self.outcome = "forced" if killed else "absent"
+            return
+        live.ending = True
+        async with asyncio.timeout(KILL_LIMIT_S):
+            await live.close_session()
+            self.outcome = await live.vm.stop(grace_s=0)
+        await self._let_go(live)
+
+    async def _let_go(self, live: LivePod) -> None:
+        await live.stop_watching()
+        await live.vm.close()
+        live.gone.set()
+        if self._parts.live.get(live.pod_id) is live:
+            del self._parts.live[live.pod_id]
+        self.live = None
+
+
+async def release(parts: Parts, record: PodRecord) -> tuple[str, ...]:
+    """Free everything that a pod holds on the host, killing its VM if it lives.
+
+    A cancellation is held back until all was tried.
+
+    Returns:
+        What is left, as one phrase each.
+    """
+    if record.vm is None:
+        return ()
+    return await Holdings(parts, record, record.vm).undo_all().unwind()

@@ -1,0 +1,345 @@
+"""The pod service: one method per command."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+from vcnode import aio
+from vcnode.aio import Spawner
+from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage
+from vcnode.errors import AlreadyExistsError, NotFoundError, VcnodeError
+from vcnode.models.call import Call
+from vcnode.models.commands import (
+    ContainerDeleted,
+    ContainerStatuses,
+    ExecOptions,
+    PodDeleted,
+    PodStatuses,
+    PodStopped,
+)
+from vcnode.models.events import EventKind
+from vcnode.models.pod import (
+    AgentType,
+    ContainerSpec,
+    ContainerState,
+    ContainerStatus,
+    ExecResult,
+    HypervisorType,
+    NetworkModel,
+    PodSpec,
+    PodState,
+    PodStatus,
+)
+from vcnode.models.records import PodRecord
+from vcnode.pods import host
+from vcnode.pods.admission import Admission, new_id
+from vcnode.pods.commands import ContainerCommands
+from vcnode.pods.containers import Containers
+from vcnode.pods.images import ImageService
+from vcnode.pods.ledger import Ledger
+from vcnode.pods.lifecycle import POD_DELETABLE, require
+from vcnode.pods.locks import PodLocks
+from vcnode.pods.parts import Observer, Parts
+from vcnode.pods.recovery import Recovered, Recovery
+from vcnode.pods.start import Starter
+from vcnode.pods.stop import Stopper
+from vcnode.pods.store import Store
+from vcnode.pods.watch import Watcher
+from vcnode.settings import Settings
+
+log = logging.getLogger(__name__)
+
+OVERTAKEN = frozenset({"pod.start", "pod.run"})
+"""Holders that stop and delete interrupt instead of being refused."""
+CLOSE_LIMIT_S = 10.0
+"""Seconds to let go of one VM when the node agent goes down."""
+
+
+class PodService:
+    """All that the node does with pods and their containers.
+
+    One command holds a pod at a time: another gets `AbortedError`, except stop and delete, which interrupt
+    a running start, wait until it is undone, and go on. Exec, kill and reads do not hold the pod.
+
+    Args:
+        node_name: In statuses.
+        epoch: Of this process, in its events; as `Store.epoch`.
+        store: The database, open.
+        hypervisors: Drivers on offer, open.
+        agents: Drivers on offer.
+        networks: Drivers on offer.
+        storage: Directories and images.
+        images: Images by name.
+        settings: Defaults and limits.
+        tasks: Runs the watchers of pods; to be closed after this.
+        metrics: Gets phases of starts and losses of sessions.
+        clock: The current time, with its zone.
+        memory: The host's memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_name: str,
+        epoch: int,
+        store: Store,
+        hypervisors: Mapping[HypervisorType, Hypervisor],
+        agents: Mapping[AgentType, GuestAgent],
+        networks: Mapping[NetworkModel, Network],
+        storage: Storage,
+        images: ImageService,
+        settings: Settings,
+        tasks: Spawner,
+        metrics: Observer,
+        clock: Callable[[], datetime],
+        memory: Callable[[], host.HostMemory] = host.read_memory,
+    ) -> None:
+        self.node_name = node_name
+        self.epoch = epoch
+        self._ledger = Ledger(
+            store, clock=clock, is_mock=lambda record: _is_mock(hypervisors, record.hypervisor_type)
+        )
+        self._mock = _is_mock(hypervisors, settings.hypervisor)
+        self._parts = parts = Parts(
+            ledger=self._ledger,
+            locks=PodLocks(),
+            hypervisors=hypervisors,
+            agents=agents,
+            networks=networks,
+            storage=storage,
+            images=images,
+            settings=settings,
+            tasks=tasks,
+            observer=metrics,
+            clock=clock,
+            memory=memory,
+            starts=asyncio.Semaphore(settings.limits.concurrent_starts),
+        )
+        containers = Containers(parts)
+        self._watcher = Watcher(parts, containers)
+        self._admission = Admission(parts)
+        self._starter = Starter(parts, containers, self._watcher)
+        self._stopper = Stopper(parts, containers)
+        self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
+
+    # ---- pods ----------------------------------------------------------------------------------------
+
+    async def create(self, spec: PodSpec, call: Call) -> PodStatus:
+        """Prepare a pod; nothing is started.
+
+        Idempotent: the same spec under the same id again is a success and gives the present status.
+
+        Raises:
+            AlreadyExistsError: The id is taken by a pod with another spec.
+            InvalidArgumentError, NotFoundError, UnsupportedError, ResourceExhaustedError: The spec cannot
+                work on this node (see `Admission.pod`), or the node holds as many pods as it may.
+            AbortedError: Another command holds the pod.
+        """
+        spec = _with_id(spec)
+        async with self._parts.locks.hold(_id_of(spec), call.verb):
+            return self._ledger.status(await self._create(spec, call))
+
+    async def start(self, pod_id: str, call: Call) -> PodStatus:
+        """Start a pod's VM and all its containers; see `Starter.start` for what a failure leaves."""
+        began = asyncio.get_running_loop().time()
+        async with self._parts.locks.hold(pod_id, call.verb):
+            return self._ledger.status(await self._starter.start(pod_id, call, began=began))
+
+    async def run(self, spec: PodSpec, call: Call) -> PodStatus:
+        """Create and start a pod.
+
+        The caller asked for one thing: when the start fails and is all undone, the pod is gone again. It is
+        kept as ``failed`` when something could not be undone, and as ``stopped`` when pod.stop overtook the
+        start (whoever sent that knows the pod).
+
+        Raises:
+            AlreadyExistsError: There is a pod of that id, unless it has the same spec and does not run:
+                then it is started, and kept if that fails.
+            VcnodeError: As `create` and `start`.
+        """
+        began = asyncio.get_running_loop().time()
+        spec = _with_id(spec)
+        pod_id = _id_of(spec)
+        async with self._parts.locks.hold(pod_id, call.verb) as hold:
+            existed = self._ledger.find(pod_id) is not None
+            await self._create(spec, call)
+            try:
+                return self._ledger.status(await self._starter.start(pod_id, call, began=began))
+            except BaseException:
+                if not existed and hold.overtaken_by != "pod.stop":
+                    await aio.finish(self._forget_unless_leftovers(pod_id, call), timeout_s=CLOSE_LIMIT_S)
+                raise
+
+    async def stop(self, pod_id: str, grace_s: float | None, call: Call) -> PodStopped:
+        """Stop a pod; see `Stopper.stop`. *grace_s* None: the node's setting."""
+        async with self._parts.locks.hold(pod_id, call.verb, overtakes=OVERTAKEN):
+            grace = self._parts.settings.stop_grace_s if grace_s is None else grace_s
+            outcome = await self._stopper.stop(pod_id, call, grace_s=grace)
+            return PodStopped(pod=self._ledger.status(self._ledger.get(pod_id)), outcome=outcome)
+
+    async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
+        """Free and forget a pod. Idempotent; can be repeated until nothing is left.
+
+        Args:
+            pod_id: The pod.
+            force: Whether a running pod is stopped first, with the node's ``stop_grace_s``.
+            call: The command.
+
+        Raises:
+            FailedPreconditionError: It runs, and *force* was not given.
+            CleanupError: Something could not be freed: the pod is ``failed`` with ``leftovers``.
+            AbortedError: Another command than a start holds the pod.
+        """
+        async with self._parts.locks.hold(pod_id, call.verb, overtakes=OVERTAKEN):
+            record = self._ledger.find(pod_id)
+            if record is None:
+                return PodDeleted(pod_id=pod_id, existed=False)
+            self._ledger.get(pod_id, call)
+            if not force:
+                require(f"Pod {pod_id}", record.state, POD_DELETABLE, call.verb)
+            grace_s = self._parts.settings.stop_grace_s if record.state is PodState.RUNNING else 0
+            await self._stopper.stop(pod_id, call, grace_s=grace_s)
+            await self._ledger.remove(pod_id, call)
+        return PodDeleted(pod_id=pod_id, existed=True)
+
+    def list(self, labels: Mapping[str, str], states: Sequence[PodState]) -> PodStatuses:
+        """Pods that carry all *labels* and are in one of *states* (empty: any), in the order of creation."""
+        return PodStatuses(
+            pods=tuple(
+                self._ledger.status(record)
+                for record in self._ledger.records.values()
+                if (not states or record.state in states) and labels.items() <= record.spec.labels.items()
+            )
+        )
+
+    def status(self, pod_id: str) -> PodStatus:
+        """One pod. Raises NotFoundError when there is none of that id."""
+        return self._ledger.status(self._ledger.get(pod_id))
+
+    # ---- containers: see ContainerCommands -----------------------------------------------------------
+
+    async def exec(
+        self, pod_id: str, container_id: str | None, options: ExecOptions, call: Call
+    ) -> ExecResult:
+        """Run a command in a running container, or in the guest itself (None)."""
+        return await self._containers.exec(pod_id, container_id, options, call)
+
+    async def create_container(self, pod_id: str, spec: ContainerSpec, call: Call) -> ContainerStatus:
+        """Add a container to a pod."""
+        return await self._containers.create(pod_id, spec, call)
+
+    async def start_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
+        """Start a container of a running pod."""
+        return await self._containers.start(pod_id, container_id, call)
+
+    async def stop_container(
+        self, pod_id: str, container_id: str, grace_s: float | None, call: Call
+    ) -> ContainerStatus:
+        """Stop a container."""
+        return await self._containers.stop(pod_id, container_id, grace_s, call)
+
+    async def kill_container(
+        self, pod_id: str, container_id: str, signal: int, everyone: bool, call: Call
+    ) -> ContainerStatus:
+        """Send a signal to a running container."""
+        return await self._containers.kill(pod_id, container_id, signal, everyone, call)
+
+    async def delete_container(
+        self, pod_id: str, container_id: str, force: bool, call: Call
+    ) -> ContainerDeleted:
+        """Remove a container that does not run."""
+        return await self._containers.delete(pod_id, container_id, force, call)
+
+    def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
+        """Containers of one pod or of all (None), in one of *states* (empty: any).
+
+        Raises:
+            NotFoundError: There is no such pod.
+        """
+        records = self._ledger.records.values() if pod_id is None else [self._ledger.get(pod_id)]
+        return ContainerStatuses(
+            containers=tuple(
+                status
+                for record in records
+                for status in self._ledger.status(record).containers
+                if not states or status.state in states
+            )
+        )
+
+    def container_status(self, pod_id: str, container_id: str) -> ContainerStatus:
+        """One container. Raises NotFoundError when there is no such pod or container."""
+        return self._ledger.container_status(self._ledger.get(pod_id), container_id)
+
+    # ---- the node ------------------------------------------------------------------------------------
+
+    async def recover(self) -> Recovered:
+        """Adopt what lives and mend what was half done; to be called once, before any command is taken.
+
+        Emits one ``node.recovered`` with what was found.
+        """
+        found = await Recovery(self._parts, self._watcher).run()
+        await self.announce(
+            EventKind.NODE_RECOVERED,
+            {
+                "adopted": sorted(found.adopted),
+                "failed": sorted(found.failed),
+                "undone": sorted(found.undone),
+            },
+        )
+        return found
+
+    async def announce(self, kind: EventKind, data: dict[str, object]) -> None:
+        """Emit an event of the node itself, such as ``node.started``."""
+        await self._ledger.announce(kind, {"node": self.node_name, **data}, mock=self._mock)
+
+    async def close(self) -> None:
+        """Let go of all VMs: sessions are closed, the VMs and what runs in them go on. Idempotent."""
+        while self._parts.live:
+            pod_id, live = self._parts.live.popitem()
+            try:
+                async with asyncio.timeout(CLOSE_LIMIT_S):
+                    await live.stop_watching()
+                    await live.close_session()
+                    await live.vm.close()
+            except (VcnodeError, TimeoutError) as exc:
+                # The process ends soon, and with it every handle; the VM is found again by its record.
+                log.warning("Pod %s: its VM was not let go cleanly", pod_id, exc_info=exc)
+
+    # ---- helpers -------------------------------------------------------------------------------------
+
+    async def _create(self, spec: PodSpec, call: Call) -> PodRecord:
+        pod_id = _id_of(spec)
+        known = self._ledger.find(pod_id)
+        if known is not None:
+            if known.spec != spec:
+                raise AlreadyExistsError(
+                    f"Pod {pod_id} exists with another spec; delete it first, or choose another id.",
+                    pod_id=pod_id,
+                )
+            return known
+        record = await self._admission.pod(spec)
+        await self._ledger.add(record, call, limit=self._parts.settings.limits.pods)
+        return self._ledger.get(pod_id)
+
+    async def _forget_unless_leftovers(self, pod_id: str, call: Call) -> None:
+        record = self._ledger.find(pod_id)
+        if record is not None and record.vm is None and not record.leftovers:
+            await self._ledger.remove(pod_id, call)
+
+
+def _is_mock(hypervisors: Mapping[HypervisorType, Hypervisor], wanted: HypervisorType) -> bool:
+    found = hypervisors.get(wanted)
+    return wanted is HypervisorType.MOCK if found is None else found.info.mock
+
+
+def _with_id(spec: PodSpec) -> PodSpec:
+    return spec if spec.id is not None else spec.model_copy(update={"id": new_id("pod")})
+
+
+def _id_of(spec: PodSpec) -> str:
+    if spec.id is None:
+        raise NotFoundError("A pod without an id.")
+    return spec.id

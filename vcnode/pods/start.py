@@ -1,0 +1,238 @@
+"""Starting a pod: network, directory, VM, agent, containers; and all of it undone when one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from vcnode import aio
+from vcnode.errors import ResourceExhaustedError, UnsupportedError, VcnodeError
+from vcnode.models.call import Call
+from vcnode.models.pod import PodState
+from vcnode.models.records import PodRecord
+from vcnode.models.vm import GuestConfig, NetDev, NetworkAttachment, VmRecord, VmSpec
+from vcnode.pods import edits
+from vcnode.pods.containers import Containers
+from vcnode.pods.ledger import check_revision
+from vcnode.pods.lifecycle import PodStep, next_pod_state
+from vcnode.pods.live import LivePod
+from vcnode.pods.parts import REQUEST_LIMIT_S, Observer, Parts
+from vcnode.pods.release import Holdings
+from vcnode.pods.statuses import container_id, hostname_of
+from vcnode.pods.undo import UndoStack
+from vcnode.pods.watch import Watcher
+
+log = logging.getLogger(__name__)
+
+GIVE_UP_LIMIT_S = 180.0
+"""Seconds for the undo of a start and its record, all steps together."""
+INTERRUPTED = "The start was interrupted before it was done; everything was undone."
+
+
+class Phases:
+    """Stop watch of a start: each phase ends when the next begins.
+
+    Args:
+        observer: Gets each phase.
+        began: Loop time at which the command arrived.
+    """
+
+    def __init__(self, observer: Observer, began: float) -> None:
+        self._observer = observer
+        self._began = began
+        self._last = began
+        self.ms: dict[str, float] = {}
+        """Milliseconds of the phases that ended."""
+
+    def done(self, name: str) -> None:
+        """The phase *name* ends now."""
+        now = asyncio.get_running_loop().time()
+        self._note(name, now - self._last)
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """All phases, and the whole as ``total``."""
+        self._note("total", asyncio.get_running_loop().time() - self._began)
+        return self.ms
+
+    def _note(self, name: str, seconds: float) -> None:
+        self.ms[name] = round(seconds * 1000, 3)
+        self._observer.phase(name, seconds)
+
+
+class Starter:
+    """Starts pods; the caller holds the pod's lock."""
+
+    def __init__(self, parts: Parts, containers: Containers, watcher: Watcher) -> None:
+        self._parts = parts
+        self._containers = containers
+        self._watcher = watcher
+
+    async def start(self, pod_id: str, call: Call, *, began: float) -> PodRecord:
+        """Bring a pod up, with all its containers.
+
+        On failure everything is undone and the pod is ``failed`` with the reason, or ``stopped`` when the
+        start was cancelled or overtaken; either way it can be started again. What could not be undone keeps
+        it ``failed`` with ``leftovers``, until stop or delete has freed them.
+
+        Args:
+            pod_id: The pod.
+            call: The command.
+            began: Loop time at which the command arrived.
+
+        Raises:
+            NotFoundError, FailedPreconditionError: No such pod, or not in a state to start; nothing changed.
+            ResourceExhaustedError: The host has not the memory; nothing changed.
+            DriverError: A driver failed; undone as said above.
+        """
+        parts = self._parts
+        record = parts.ledger.get(pod_id, call)
+        self._check(record, call)
+        undo = UndoStack()
+        try:
+            record = await parts.ledger.change(pod_id, edits.starting(self._new_vm(record), call.verb), call)
+            return await self._bring_up(record, undo, Phases(parts.observer, began), call)
+        except BaseException as exc:
+            await aio.finish(self._give_up(pod_id, undo, exc, call), timeout_s=GIVE_UP_LIMIT_S)
+            raise
+
+    def _check(self, record: PodRecord, call: Call) -> None:
+        """Refuse what cannot go well, before anything changes."""
+        check_revision(record, call)
+        next_pod_state(record.pod_id, record.state, PodStep.START, call.verb)
+        hypervisor = self._parts.hypervisor(record)
+        self._parts.agent(record)
+        self._parts.network(record)
+        if not hypervisor.info.mock:
+            wanted = record.spec.resources.mem_size_mib
+            if (available := self._parts.memory().available_mib) < wanted:
+                raise ResourceExhaustedError(
+                    f"Pod {record.pod_id} needs {wanted} MiB of memory; the host has {available} MiB left.",
+                    wanted_mib=wanted,
+                    available_mib=available,
+                )
+
+    def _new_vm(self, record: PodRecord) -> VmRecord:
+        vm_id = f"vm-{secrets.token_hex(6)}"
+        return VmRecord(
+            vm_id=vm_id,
+            uuid=str(uuid.uuid4()),
+            directory=str(self._parts.settings.run_dir / "vms" / vm_id),
+            type=record.hypervisor_type,
+        )
+
+    async def _bring_up(self, record: PodRecord, undo: UndoStack, phases: Phases, call: Call) -> PodRecord:
+        parts = self._parts
+        if record.vm is None:  # cannot be: the edit that began the start has set it
+            raise UnsupportedError(f"Pod {record.pod_id} has no VM to start.")
+        held = Holdings(parts, record, record.vm)
+        async with parts.starts:
+            phases.done("queue")
+            await self._attach_network(record, held, undo)
+            phases.done("network")
+            held.undo_directory(undo)
+            directory = await parts.storage.make_vm_dir(held.vm.vm_id)
+            phases.done("storage")
+            live = await self._launch(record, held, undo, directory)
+            phases.done("qemu")
+            async with aio.Interruptible() as section:
+                live.start_section = section
+                self._watcher.watch_vm(live)
+                await parts.ledger.change(record.pod_id, edits.launched(live.vm.record))
+                await self._connect(record, live, held, phases)
+                pids = await self._start_containers(record, live)
+                phases.done("containers")
+                edit = edits.started(pids, phases.total(), parts.clock(), call.verb)
+                await parts.ledger.change(record.pod_id, edit, call)
+                await self._watcher.replay_exits(live)
+                # Until here the end of the VM undoes the start; from here on it is an event of its own.
+                live.start_section = None
+        undo.drop()
+        return parts.ledger.get(record.pod_id)
+
+    async def _attach_network(self, record: PodRecord, held: Holdings, undo: UndoStack) -> None:
+        held.undo_network(undo)
+        held.network = await self._parts.network(record).attach(
+            record.pod_id, held.vm.vm_id, timeout_s=REQUEST_LIMIT_S
+        )
+        if held.network != NetworkAttachment(model=record.network_model):
+            await self._parts.ledger.change(record.pod_id, edits.networked(held.network))
+
+    async def _launch(self, record: PodRecord, held: Holdings, undo: UndoStack, directory: Path) -> LivePod:
+        parts = self._parts
+        endpoints = () if held.network is None else held.network.endpoints
+        held.undo_vm(undo)
+        taps: Sequence[int] = ()
+        if held.network is not None:
+            taps = await parts.network(record).open_taps(held.network)
+        try:
+            spec = VmSpec(
+                vm_id=held.vm.vm_id,
+                uuid=held.vm.uuid,
+                vcpu_count=record.spec.resources.vcpu_count,
+                mem_size_mib=record.spec.resources.mem_size_mib,
+                directory=str(directory),
+                shared_dir=str(directory / "shared"),
+                netdevs=tuple(NetDev(tap_fd=fd, mac=e.mac) for fd, e in zip(taps, endpoints, strict=True)),
+            )
+            vm = await parts.hypervisor(record).launch(spec, timeout_s=parts.settings.qemu.boot_timeout_s)
+        finally:
+            for fd in taps:
+                os.close(fd)
+        live = LivePod(record.pod_id, vm)
+        held.live = parts.live[record.pod_id] = live
+        held.vm = vm.record
+        return live
+
+    async def _connect(self, record: PodRecord, live: LivePod, held: Holdings, phases: Phases) -> None:
+        parts = self._parts
+        boot_limit_s = parts.settings.qemu.boot_timeout_s
+        live.session = session = await parts.agent(record).connect(live.vm, timeout_s=boot_limit_s)
+        self._watcher.follow(live)
+        phases.done("agent")
+        config = GuestConfig(
+            hostname=hostname_of(record),
+            time_ns=int(parts.clock().timestamp() * 1_000_000) * 1000,
+            entropy=os.urandom(64),
+            machine_id=uuid.UUID(held.vm.uuid).hex,
+            endpoints=() if held.network is None else held.network.endpoints,
+        )
+        await session.configure(config, timeout_s=REQUEST_LIMIT_S)
+        phases.done("configure")
+
+    async def _start_containers(self, record: PodRecord, live: LivePod) -> dict[str, int]:
+        pids: dict[str, int] = {}
+        for container in record.containers:
+            pids[container_id(container)] = await self._containers.launch(live, record, container)
+        return pids
+
+    async def _give_up(self, pod_id: str, undo: UndoStack, exc: BaseException, call: Call) -> None:
+        """Undo a start and record how it ended; never raises."""
+        parts = self._parts
+        leftovers = await undo.unwind()
+        record = parts.ledger.find(pod_id)
+        if record is None or record.state not in (PodState.STARTING, PodState.RUNNING):
+            return  # not even the beginning was saved
+        now = parts.clock()
+        if isinstance(exc, asyncio.CancelledError) and not leftovers:
+            edit = edits.undone(INTERRUPTED, now, call.verb)
+        else:
+            edit = edits.failed_and_freed(_reason(exc), leftovers, now)
+        try:
+            await parts.ledger.change(pod_id, edit, call)
+        except VcnodeError as error:
+            # The pod stays `starting` in the database, and the next stop, delete or restart mends that.
+            log.error("Pod %s: the end of its start cannot be saved", pod_id, exc_info=error)
+
+
+def _reason(exc: BaseException) -> str:
+    if isinstance(exc, VcnodeError):
+        return exc.message
+    if isinstance(exc, asyncio.CancelledError):
+        return INTERRUPTED
+    return f"The start failed with an internal error ({type(exc).__name__})."

@@ -1,0 +1,256 @@
+"""What happens to running pods without a command: a VM ends, a session is lost, a container exits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from vcnode.drivers.base import ContainerExited, SessionLost
+from vcnode.errors import AgentError, HypervisorError, ResourceExhaustedError, StorageError, VcnodeError
+from vcnode.models.events import EventKind
+from vcnode.models.pod import ContainerState, PodState
+from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.models.vm import GuestContainerState
+from vcnode.pods import edits
+from vcnode.pods.containers import SIGKILL, Containers, root_of
+from vcnode.pods.lifecycle import CONTAINER_ALIVE
+from vcnode.pods.live import LivePod
+from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
+from vcnode.pods.release import release
+from vcnode.pods.statuses import container_id
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 10.0
+"""Seconds to get a lost session back; then the pod has failed."""
+RECONNECT_PAUSE_S = 0.25
+"""Seconds between two attempts."""
+VM_END_GRACE_S = 0.25
+"""Seconds to wait, when a session is lost, for the end of the VM that explains it."""
+MAX_LOSSES = 5
+"""A pod that loses its session so often within `LOSSES_WINDOW_S` has failed: its guest is mad or hostile."""
+LOSSES_WINDOW_S = 60.0
+SAVE_PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds between attempts to save what happened while the database cannot be written; the last repeats."""
+
+HOLDER = "the end of its VM"
+"""How this module names itself as the holder of a pod."""
+_ENDS_ITSELF = frozenset({"pod.stop", "pod.delete", HOLDER})
+
+
+class Watcher:
+    """Watches running pods, each by two tasks: one for its VM, one for the session with its guest."""
+
+    def __init__(self, parts: Parts, containers: Containers) -> None:
+        self._parts = parts
+        self._containers = containers
+
+    def watch_vm(self, live: LivePod) -> None:
+        """Notice the end of the VM; start this as soon as there is a VM."""
+        self._spawn(live, self._watch_vm(live), f"vm {live.pod_id}")
+
+    def follow(self, live: LivePod) -> None:
+        """Handle what the guest reports, and keep its session; start this as soon as there is a session."""
+        self._spawn(live, self._follow(live), f"guest {live.pod_id}")
+
+    async def replay_exits(self, live: LivePod) -> None:
+        """Record the exits that came before the starts they belong to; call it after recording those."""
+        live.starting.clear()
+        exits, live.early_exits = live.early_exits, {}
+        for event in exits.values():
+            await self._container_exited(live, event)
+
+    async def reconcile(self, live: LivePod, states: Sequence[GuestContainerState]) -> None:
+        """Make the record and the guest agree about containers, after a time without a session."""
+        record = self._parts.ledger.get(live.pod_id)
+        there = {state.container_id: state for state in states}
+        for container in record.containers:
+            cid = container_id(container)
+            state = there.get(cid)
+            if state is not None:
+                live.provided.setdefault(cid, root_of(container))
+            if container.state in CONTAINER_ALIVE:
+                if state is None or state.state != "running":
+                    await self._ended_meanwhile(live, cid, state)
+            elif state is not None and cid not in live.starting:
+                await self._undo_unrecorded(live, container, state)
+
+    async def end(self, live: LivePod, reason: str) -> None:
+        """The pod cannot go on: record why, and free everything. Whatever holds the pod is interrupted."""
+        parts = self._parts
+        async with parts.locks.seize(
+            live.pod_id,
+            HOLDER,
+            lambda: HypervisorError(f"Pod {live.pod_id} failed meanwhile: {reason}"),
+            waits_for=_ENDS_ITSELF,
+        ):
+            if parts.live.get(live.pod_id) is not live or live.ending:
+                return
+            live.ending = True
+            # This may be one of the tasks that the release cancels and waits for.
+            if (current := asyncio.current_task()) is not None:
+                live.tasks.discard(current)
+            await self.fail(live.pod_id, reason)
+
+    async def fail(self, pod_id: str, reason: str) -> PodRecord:
+        """Record that a pod failed, then free what it holds. The caller holds the pod's lock.
+
+        Tries for ever while the database cannot be written: the VM is gone, and that must not be forgotten.
+        """
+        ledger, now = self._parts.ledger, self._parts.clock()
+        try:
+            record = await ledger.change(pod_id, edits.failed(reason, now))
+        except VcnodeError as exc:
+            log.warning("Pod %s: its failure cannot be saved yet", pod_id, exc_info=exc)
+            record = ledger.get(pod_id)
+        leftovers = await release(self._parts, record)
+        if record.state is PodState.FAILED:
+            return await self._save(pod_id, edits.freed(leftovers))
+        return await self._save(pod_id, edits.failed_and_freed(reason, leftovers, now))
+
+    def _spawn(self, live: LivePod, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._parts.tasks.spawn(work, name=name)
+        live.tasks.add(task)
+        task.add_done_callback(live.tasks.discard)
+
+    async def _watch_vm(self, live: LivePod) -> None:
+        exit_ = await live.vm.wait()
+        live.vm_ended(exit_)
+        if live.ending:
+            return
+        if live.start_section is not None:
+            live.start_section.interrupt(HypervisorError(_vm_ended(live.pod_id, exit_.reason)))
+            return
+        await self.end(live, exit_.reason)
+
+    async def _follow(self, live: LivePod) -> None:
+        losses: deque[float] = deque(maxlen=MAX_LOSSES)
+        while (reason := await self._until_lost(live)) is not None:
+            # A VM that ends takes its session along, and its own end explains more.
+            if await _gone_soon(live):
+                break
+            if live.start_section is not None:
+                message = f"The session with the guest of pod {live.pod_id} was lost during its start."
+                live.start_section.interrupt(AgentError(message, reason=reason))
+                break
+            if not await self._restore(live, reason, losses):
+                break
+
+    async def _restore(self, live: LivePod, reason: str, losses: deque[float]) -> bool:
+        """Get a lost session back, or end the pod; whether there is a session again."""
+        self._parts.observer.session_lost()
+        losses.append(asyncio.get_running_loop().time())
+        if len(losses) == MAX_LOSSES and losses[-1] - losses[0] < LOSSES_WINDOW_S:
+            await self.end(live, f"The session with the guest was lost {MAX_LOSSES} times; last: {reason}")
+            return False
+        await self._save(live.pod_id, edits.session_news(EventKind.POD_SESSION_LOST, reason))
+        if await self._reconnect(live):
+            await self._save(live.pod_id, edits.session_news(EventKind.POD_SESSION_RESTORED))
+            return True
+        if not live.gone.is_set():
+            await self.end(live, f"The session with the guest was lost for good: {reason}")
+        return False
+
+    async def _until_lost(self, live: LivePod) -> str | None:
+        """Handle events until the session is lost, and say why; None when it was closed on purpose."""
+        session = live.session
+        if session is None:
+            return None
+        async for event in session.events():
+            match event:
+                case SessionLost(reason):
+                    if live.session is not session or live.ending:
+                        return None
+                    await live.close_session()
+                    return reason
+                case ContainerExited():
+                    await self._container_exited(live, event)
+        return None
+
+    async def _reconnect(self, live: LivePod) -> bool:
+        """Get a session again and learn what happened meanwhile; False when that is not possible."""
+        agent = self._parts.agent(self._parts.ledger.get(live.pod_id))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + RECONNECT_S
+        while (left := deadline - loop.time()) > 0 and not live.gone.is_set() and not live.ending:
+            try:
+                live.session = await agent.connect(live.vm, timeout_s=left)
+                await self.reconcile(live, await live.session.list_containers(timeout_s=left))
+            except VcnodeError as exc:
+                log.info("Pod %s: no session yet", live.pod_id, exc_info=exc)
+                await live.close_session()
+                await _gone_soon(live, RECONNECT_PAUSE_S)
+            else:
+                return True
+        return False
+
+    async def _container_exited(self, live: LivePod, event: ContainerExited) -> None:
+        if event.container_id in live.starting:
+            live.early_exits[event.container_id] = event
+            return
+        record = self._parts.ledger.find(live.pod_id)
+        alive = record is not None and any(
+            c.spec.id == event.container_id and c.state in CONTAINER_ALIVE for c in record.containers
+        )
+        if not alive:
+            return  # a guest that reports nonsense costs no disk write
+        edit = edits.container_exited(
+            event.container_id,
+            event.exit_code,
+            oom_killed=event.oom_killed,
+            reason="It used more memory than its limit." if event.oom_killed else None,
+            now=self._parts.clock(),
+        )
+        await self._save(live.pod_id, edit)
+        live.container_ended(event.container_id)
+
+    async def _ended_meanwhile(self, live: LivePod, cid: str, state: GuestContainerState | None) -> None:
+        edit = edits.container_exited(
+            cid,
+            None if state is None else state.exit_code,
+            oom_killed=state is not None and state.oom_killed,
+            reason="The guest does not know it any more." if state is None else None,
+            now=self._parts.clock(),
+        )
+        await self._save(live.pod_id, edit)
+        live.container_ended(cid)
+
+    async def _undo_unrecorded(
+        self, live: LivePod, container: ContainerRecord, state: GuestContainerState
+    ) -> None:
+        """Undo what a command did that never recorded it, and was answered as failed."""
+        if container.state is ContainerState.READY:
+            await self._containers.remove(live, container)
+        elif state.state == "running":
+            await live.require_session().signal_container(
+                container_id(container), SIGKILL, everyone=True, timeout_s=REQUEST_LIMIT_S
+            )
+
+    async def _save(self, pod_id: str, edit: edits.Edit) -> PodRecord:
+        """Commit a change that has happened already, however long that takes."""
+        attempt = 0
+        while True:
+            try:
+                return await self._parts.ledger.change(pod_id, edit)
+            except (StorageError, ResourceExhaustedError) as exc:
+                pause_s = SAVE_PAUSES_S[min(attempt, len(SAVE_PAUSES_S) - 1)]
+                log.warning("Pod %s: cannot save, next try in %s s", pod_id, pause_s, exc_info=exc)
+            attempt += 1
+            await asyncio.sleep(pause_s)
+
+
+def _vm_ended(pod_id: str, reason: str) -> str:
+    return f"The VM of pod {pod_id} ended during its start: {reason}"
+
+
+async def _gone_soon(live: LivePod, within_s: float = VM_END_GRACE_S) -> bool:
+    """Whether the VM ends within so many seconds."""
+    try:
+        async with asyncio.timeout(within_s):
+            await live.gone.wait()
+    except TimeoutError:
+        return False
+    return True
