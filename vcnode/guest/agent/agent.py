@@ -11,7 +11,7 @@ from vcnode.guest.agent.containers import Container, Containers
 from vcnode.guest.agent.disks import Disks
 from vcnode.guest.agent.execs import Execs
 from vcnode.guest.agent.loop import Loop
-from vcnode.guest.agent.mounts import RUN, Mounts
+from vcnode.guest.agent.mounts import Mounts
 from vcnode.guest.agent.service import Service
 
 TYPE_CHECKING = False
@@ -43,7 +43,7 @@ class Agent:
         port_fd: The port, non-blocking; the caller keeps it.
         introduction: See `identity`.
         power_off: Called once when the host has asked for shutdown, with its reply sent.
-        run: Directory for mounts.
+        mounts: Where roots are prepared.
         cgroup_root: Where cgroup v2 is mounted; `cgroups.set_up` was called for it.
     """
 
@@ -53,16 +53,17 @@ class Agent:
         introduction: dict[str, str],
         power_off: Callable[[], None],
         *,
-        run: str = RUN,
+        mounts: Mounts | None = None,
         cgroup_root: str = cgroups.ROOT,
     ) -> None:
         self.loop = Loop()
         self._power_off = power_off
         self._pidns_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._port = port.Port(self.loop, port_fd, introduction)
-        disks = Disks(self.loop, f"{run}/disks")
+        mounts = mounts or Mounts()
+        disks = Disks(self.loop, f"{mounts.run}/disks")
         self.containers = Containers(
-            self.loop, Mounts(run), disks, self._pidns_fd, self._container_exited, cgroup_root
+            self.loop, mounts, disks, self._pidns_fd, self._container_exited, cgroup_root
         )
         execs = Execs(self.loop, self._port, self._pidns_fd)
         self._service = Service(self._port, self.containers, execs, self._shut_down)

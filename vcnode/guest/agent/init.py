@@ -67,7 +67,7 @@ def _say(text: str) -> None:
 
 def _say_traceback() -> None:
     """Write the present exception to the console; the ``traceback`` module is loaded only now, if at all."""
-    sys.__excepthook__(*sys.exc_info())  # type: ignore[arg-type]
+    sys.__excepthook__(*sys.exc_info())
 
 
 def _set_up() -> None:

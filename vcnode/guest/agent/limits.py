@@ -31,6 +31,7 @@ _NUMBERS = {
     "rtprio": 14,
     "rttime": 15,
 }
+_NAMES = {number: name for name, number in _NUMBERS.items()}
 NOFILE = _NUMBERS["nofile"]
 DEFAULT_NOFILE = (1024, 524_288)
 """Open files of a process unless it asks otherwise: what systemd gives to services."""
@@ -55,10 +56,19 @@ def parse(item: Any, path: str) -> Rlimit:
 
 
 def apply(rlimits: tuple[Rlimit, ...]) -> None:
-    """Set the caller's limits; those of open files to `DEFAULT_NOFILE` unless they are among *rlimits*."""
-    resource.setrlimit(NOFILE, DEFAULT_NOFILE)
+    """Set the caller's limits; those of open files to `DEFAULT_NOFILE` unless they are among *rlimits*.
+
+    Raises:
+        Failure: ``invalid_argument``; the kernel refused one.
+    """
+    soft, most = DEFAULT_NOFILE
+    hard = min(most, resource.getrlimit(NOFILE)[1])
+    resource.setrlimit(NOFILE, (min(soft, hard), hard))
     for number, soft, hard in rlimits:
-        resource.setrlimit(number, (soft, hard))
+        try:
+            resource.setrlimit(number, (soft, hard))
+        except (ValueError, OSError) as exc:
+            raise invalid("process.rlimits", f"{_NAMES[number]} cannot be {soft}:{hard} ({exc})") from exc
 
 
 def raise_own() -> None:

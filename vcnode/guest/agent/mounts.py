@@ -29,10 +29,16 @@ _SHARE_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=a
 
 
 class Mounts:
-    """Prepares roots below *run*."""
+    """Prepares roots below *run*.
 
-    def __init__(self, run: str = RUN) -> None:
+    Args:
+        run: Directory of a tmpfs.
+        share_mounted: Whether the share lies at ``<run>/shared`` already.
+    """
+
+    def __init__(self, run: str = RUN, *, share_mounted: bool = False) -> None:
         self.run = run
+        self._share_mounted = share_mounted
 
     def container(self, container_id: str) -> str:
         """The directory that holds a container's mounts."""
@@ -69,10 +75,11 @@ class Mounts:
         syscalls.mount(path, self.root(container_id), None, MS_BIND)
 
     def _mount_share(self) -> None:
-        path = f"{self.run}/shared"
-        os.makedirs(path, exist_ok=True)
-        if not os.path.ismount(path):
+        if not self._share_mounted:
+            path = f"{self.run}/shared"
+            os.makedirs(path, exist_ok=True)
             syscalls.mount(SHARE_TAG, path, "9p", MS_NODEV, _SHARE_OPTIONS)
+            self._share_mounted = True
 
     def overlay(self, container_id: str, lower: str) -> None:
         """Make *lower* under a fresh writable layer the root; the undo of `make_container` covers it."""
