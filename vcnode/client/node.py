@@ -1,0 +1,421 @@
+"""One node: a typed method per command.
+
+All methods take ``deadline_s``, seconds from now in which the command is to be done (the node gives up and
+undoes it then); without it the command's own limit holds (`vcnode.models.commands`). Those that change
+something also take
+
+- ``command_id``: an idempotency key. The same command with the same id is carried out once, however often
+  it is sent; use the id of a call whose outcome you do not know. Made anew when absent.
+- ``expected_revision``: refuse unless the pod's revision is this one.
+
+They raise the errors of `vcnode.errors`: what the node answered, `UnavailableError` when no such node
+listens, and `DeadlineExceededError` when no answer came (the outcome is unknown: ask for the status, or send
+the command again with the id in ``details["command_id"]``). When the connection is lost in between, the
+command is sent again with the same id.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypedDict, TypeVar, Unpack
+
+from pydantic import ValidationError
+
+from vcnode.client.requests import NobodyListensError, Requester
+from vcnode.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NodeError,
+    UnavailableError,
+    VcnodeError,
+)
+from vcnode.models import wire
+from vcnode.models.base import Blob, Reply, Request
+from vcnode.models.commands import (
+    COMMANDS,
+    ContainerCreate,
+    ContainerDelete,
+    ContainerDeleted,
+    ContainerExec,
+    ContainerKill,
+    ContainerList,
+    ContainerName,
+    ContainerStatuses,
+    ContainerStop,
+    Empty,
+    ImageImport,
+    ImageRef,
+    ImageRemoved,
+    ImageStatuses,
+    PodCreate,
+    PodDelete,
+    PodDeleted,
+    PodExec,
+    PodList,
+    PodName,
+    PodStatuses,
+    PodStop,
+    PodStopped,
+)
+from vcnode.models.node import ImageStatus, NodeInfo, NodePing
+from vcnode.models.pod import (
+    MAX_OUTPUT_BYTES,
+    Cmd,
+    ContainerSpec,
+    ContainerState,
+    ContainerStatus,
+    ExecResult,
+    PodSpec,
+    PodState,
+    PodStatus,
+)
+from vcnode.models.subjects import Subjects
+
+GRACE_S = 5.0
+"""How much longer than its deadline a command's reply is awaited, so that the node can say what happened."""
+EXEC_MARGIN_S = 30.0
+"""Default deadline of an exec beyond its own ``timeout_s``."""
+
+
+class Read(TypedDict, total=False):
+    """Options of a command that changes nothing."""
+
+    deadline_s: float | None
+
+
+class Change(Read, total=False):
+    """Options of a command that changes something."""
+
+    command_id: str | None
+    expected_revision: int | None
+
+
+ReplyT = TypeVar("ReplyT", bound=Reply)
+RequestT = TypeVar("RequestT", bound=Request)
+
+
+class NodeClient:
+    """Commands to one node; see the module for what all methods share."""
+
+    def __init__(self, requester: Requester, subjects: Subjects, name: str) -> None:
+        try:
+            subjects.rpc(name, "node.ping")
+        except ValueError as exc:
+            raise InvalidArgumentError.field("node", f"{name!r} cannot be the name of a node") from exc
+        self._requester = requester
+        self._subjects = subjects
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self._name
+
+    # Pods
+
+    async def pod_create(
+        self,
+        spec: PodSpec,
+        **options: Unpack[Change],
+    ) -> PodStatus:
+        """Prepare a pod; its VM does not run yet."""
+        request = PodCreate(pod=spec)
+        return await self._send("pod.create", request, PodStatus, options)
+
+    async def pod_start(
+        self,
+        pod_id: str,
+        **options: Unpack[Change],
+    ) -> PodStatus:
+        """Start a pod's VM and all its containers."""
+        request = _make(PodName, pod_id=pod_id)
+        return await self._send("pod.start", request, PodStatus, options)
+
+    async def pod_run(
+        self,
+        spec: PodSpec,
+        **options: Unpack[Change],
+    ) -> PodStatus:
+        """Create and start a pod."""
+        request = PodCreate(pod=spec)
+        return await self._send("pod.run", request, PodStatus, options)
+
+    async def pod_stop(
+        self,
+        pod_id: str,
+        *,
+        grace_s: float | None = None,
+        **options: Unpack[Change],
+    ) -> PodStopped:
+        """Stop a pod's containers and VM, by force after *grace_s* seconds (None: the node's setting)."""
+        request = _make(PodStop, pod_id=pod_id, grace_s=grace_s)
+        return await self._send("pod.stop", request, PodStopped, options)
+
+    async def pod_delete(
+        self,
+        pod_id: str,
+        *,
+        force: bool = False,
+        **options: Unpack[Change],
+    ) -> PodDeleted:
+        """Free and forget a pod; with *force* it is stopped first."""
+        request = _make(PodDelete, pod_id=pod_id, force=force)
+        return await self._send("pod.delete", request, PodDeleted, options)
+
+    async def pod_list(
+        self,
+        *,
+        labels: Mapping[str, str] | None = None,
+        states: Sequence[PodState] = (),
+        **options: Unpack[Read],
+    ) -> PodStatuses:
+        """List pods that carry all *labels* and are in one of *states* (empty: any)."""
+        request = _make(PodList, labels=dict(labels or {}), states=tuple(states))
+        return await self._send("pod.list", request, PodStatuses, options)
+
+    async def pod_status(self, pod_id: str, **options: Unpack[Read]) -> PodStatus:
+        """Show one pod."""
+        request = _make(PodName, pod_id=pod_id)
+        return await self._send("pod.status", request, PodStatus, options)
+
+    async def pod_exec(
+        self,
+        pod_id: str,
+        cmd: Cmd | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = None,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+        **options: Unpack[Change],
+    ) -> ExecResult:
+        """Run a command in the guest itself; see `container_exec`."""
+        request = _make(
+            PodExec,
+            pod_id=pod_id,
+            cmd=_cmd(cmd),
+            stdin=Blob.of(stdin),
+            timeout_s=timeout_s,
+            max_output_bytes=max_output_bytes,
+        )
+        options.setdefault("deadline_s", None if timeout_s is None else timeout_s + EXEC_MARGIN_S)
+        return await self._send("pod.exec", request, ExecResult, options)
+
+    # Containers
+
+    async def container_create(
+        self,
+        pod_id: str,
+        spec: ContainerSpec,
+        **options: Unpack[Change],
+    ) -> ContainerStatus:
+        """Add a container to a pod."""
+        request = _make(ContainerCreate, pod_id=pod_id, container=spec)
+        return await self._send("container.create", request, ContainerStatus, options)
+
+    async def container_start(
+        self,
+        pod_id: str,
+        container_id: str,
+        **options: Unpack[Change],
+    ) -> ContainerStatus:
+        """Start a container of a running pod."""
+        request = _make(ContainerName, pod_id=pod_id, container_id=container_id)
+        return await self._send("container.start", request, ContainerStatus, options)
+
+    async def container_stop(
+        self,
+        pod_id: str,
+        container_id: str,
+        *,
+        grace_s: float | None = None,
+        **options: Unpack[Change],
+    ) -> ContainerStatus:
+        """Send the stop signal, then SIGKILL after *grace_s* seconds (None: as the container says)."""
+        request = _make(ContainerStop, pod_id=pod_id, container_id=container_id, grace_s=grace_s)
+        return await self._send("container.stop", request, ContainerStatus, options)
+
+    async def container_kill(
+        self,
+        pod_id: str,
+        container_id: str,
+        *,
+        signal: int = 9,
+        all: bool = False,  # noqa: A002 -- the field's name in the contract
+        **options: Unpack[Change],
+    ) -> ContainerStatus:
+        """Send a signal to the main process, or to *all* processes of the container."""
+        request = _make(ContainerKill, pod_id=pod_id, container_id=container_id, signal=int(signal), all=all)
+        return await self._send("container.kill", request, ContainerStatus, options)
+
+    async def container_delete(
+        self,
+        pod_id: str,
+        container_id: str,
+        *,
+        force: bool = False,
+        **options: Unpack[Change],
+    ) -> ContainerDeleted:
+        """Remove a container; with *force* it is killed first."""
+        request = _make(ContainerDelete, pod_id=pod_id, container_id=container_id, force=force)
+        return await self._send("container.delete", request, ContainerDeleted, options)
+
+    async def container_exec(
+        self,
+        pod_id: str,
+        container_id: str,
+        cmd: Cmd | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = None,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+        **options: Unpack[Change],
+    ) -> ExecResult:
+        """Run a command inside a running container and return its output.
+
+        Args:
+            pod_id: Pod.
+            container_id: Container.
+            cmd: Program and arguments, or a `Cmd` with environment, user, and so on.
+            stdin: Bytes for its standard input, which is closed after them.
+            timeout_s: Seconds after which it is killed; the result then says ``timed_out``.
+            max_output_bytes: Bytes kept of each output stream.
+            options: See the module; by default ``deadline_s`` is 30 s more than *timeout_s*.
+        """
+        request = _make(
+            ContainerExec,
+            pod_id=pod_id,
+            container_id=container_id,
+            cmd=_cmd(cmd),
+            stdin=Blob.of(stdin),
+            timeout_s=timeout_s,
+            max_output_bytes=max_output_bytes,
+        )
+        options.setdefault("deadline_s", None if timeout_s is None else timeout_s + EXEC_MARGIN_S)
+        return await self._send("container.exec", request, ExecResult, options)
+
+    async def container_list(
+        self,
+        *,
+        pod_id: str | None = None,
+        states: Sequence[ContainerState] = (),
+        **options: Unpack[Read],
+    ) -> ContainerStatuses:
+        """List containers, of one pod or of all, in one of *states* (empty: any)."""
+        request = _make(ContainerList, pod_id=pod_id, states=tuple(states))
+        return await self._send("container.list", request, ContainerStatuses, options)
+
+    async def container_status(
+        self, pod_id: str, container_id: str, **options: Unpack[Read]
+    ) -> ContainerStatus:
+        """Show one container."""
+        request = _make(ContainerName, pod_id=pod_id, container_id=container_id)
+        return await self._send("container.status", request, ContainerStatus, options)
+
+    # Images
+
+    async def image_import(self, name: str, path: str, **options: Unpack[Change]) -> ImageStatus:
+        """Make an image of a directory or tar file on the node's host."""
+        request = _make(ImageImport, name=name, path=path)
+        return await self._send("image.import", request, ImageStatus, options)
+
+    async def image_list(self, **options: Unpack[Read]) -> ImageStatuses:
+        """List images."""
+        return await self._send("image.list", Empty(), ImageStatuses, options)
+
+    async def image_status(self, name: str, **options: Unpack[Read]) -> ImageStatus:
+        """Show one image."""
+        request = _make(ImageRef, name=name)
+        return await self._send("image.status", request, ImageStatus, options)
+
+    async def image_remove(self, name: str, **options: Unpack[Change]) -> ImageRemoved:
+        """Remove an image that no container uses."""
+        request = _make(ImageRef, name=name)
+        return await self._send("image.remove", request, ImageRemoved, options)
+
+    # The node itself
+
+    async def node_info(self, **options: Unpack[Read]) -> NodeInfo:
+        """Show what the node is and has."""
+        return await self._send("node.info", Empty(), NodeInfo, options)
+
+    async def node_ping(self, **options: Unpack[Read]) -> NodePing:
+        """Ask for a sign of life."""
+        return await self._send("node.ping", Empty(), NodePing, options)
+
+    async def _send(self, verb: str, request: Request, reply: type[ReplyT], options: Read | Change) -> ReplyT:
+        """Send one command and read its reply."""
+        command = COMMANDS[verb]
+        deadline_s = options.get("deadline_s")
+        headers = _headers(options)
+        if command.mutates:
+            headers.setdefault(wire.COMMAND_ID, f"c-{uuid.uuid4().hex}")
+        try:
+            msg = await self._requester.request(
+                self._subjects.rpc(self._name, verb),
+                request.model_dump_json(exclude_unset=True).encode(),
+                headers,
+                timeout_s=(command.default_timeout_s if deadline_s is None else deadline_s) + GRACE_S,
+            )
+        except NobodyListensError as exc:
+            raise self._absent() from exc
+        except TimeoutError as exc:
+            raise DeadlineExceededError(
+                f"Node {self._name} did not answer {verb} in time; ask for the status.",
+                command_id=headers.get(wire.COMMAND_ID),
+            ) from exc
+        if (error := wire.parse_error(msg.data, msg.headers or {})) is not None:
+            raise _with_id(error, headers)
+        try:
+            return reply.model_validate_json(msg.data)
+        except ValidationError as exc:
+            raise NodeError(
+                f"The reply of node {self._name} to {verb} is not what this version of vcnode understands."
+            ) from exc
+
+    def _absent(self) -> UnavailableError:
+        return UnavailableError(
+            f"No node named {self._name} listens under {self._subjects.prefix!r}; "
+            "is it running, and is it on this NATS server?",
+            node=self._name,
+        )
+
+
+def _headers(options: Read | Change) -> dict[str, str]:
+    headers = {}
+    if (command_id := options.get("command_id")) is not None:
+        headers[wire.COMMAND_ID] = str(command_id)
+    if (deadline_s := options.get("deadline_s")) is not None:
+        headers[wire.DEADLINE] = (datetime.now(UTC) + timedelta(seconds=deadline_s)).isoformat()
+    if (revision := options.get("expected_revision")) is not None:
+        headers[wire.EXPECTED_REVISION] = str(revision)
+    return headers
+
+
+def _with_id(error: VcnodeError, headers: Mapping[str, str]) -> VcnodeError:
+    if wire.COMMAND_ID in headers:
+        error.details.setdefault("command_id", headers[wire.COMMAND_ID])
+    return error
+
+
+def _make(model: type[RequestT], **fields: Any) -> RequestT:
+    """Build a request, leaving out what the caller did not give.
+
+    Raises:
+        InvalidArgumentError: A value is wrong; ``violations`` says which, as if the node had refused it.
+    """
+    try:
+        return model(**{name: value for name, value in fields.items() if value is not None})
+    except ValidationError as exc:
+        violations = [
+            {"field": ".".join(str(part) for part in error["loc"]), "message": error["msg"]}
+            for error in exc.errors(include_url=False)
+        ]
+        raise InvalidArgumentError(
+            f"{violations[0]['field']}: {violations[0]['message']}", violations=violations
+        ) from exc
+
+
+def _cmd(cmd: Cmd | Sequence[str]) -> Cmd:
+    return cmd if isinstance(cmd, Cmd) else _make(Cmd, args=tuple(cmd))

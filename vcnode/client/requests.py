@@ -1,0 +1,215 @@
+"""Requests that survive a reconnect."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import nats.errors
+
+from vcnode.bus import options
+from vcnode.bus.library import SturdyClient, uncancelled
+from vcnode.errors import InvalidArgumentError, UnavailableError
+from vcnode.settings import NatsSettings
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+
+log = logging.getLogger(__name__)
+
+HEADER_RESERVE_BYTES = 4096
+RESEND_S = 0.5
+"""Seconds between attempts to reach a node that comes back later than this client."""
+CLOSE_TIMEOUT_S = 5.0
+MAX_SCATTER_REPLIES = 100_000
+
+
+class _Change(Enum):
+    RECONNECTED = "reconnected"
+    CLOSED = "closed"
+
+
+class NobodyListensError(UnavailableError):
+    """No subscriber on the subject of a request."""
+
+
+class Requester:
+    """One connection, and the requests in progress on it."""
+
+    def __init__(self, settings: NatsSettings) -> None:
+        self._settings = settings
+        self._client = SturdyClient(require_tls=options.wants_tls(settings))
+        self._inbox = ""
+        self._waiting: dict[str, asyncio.Queue[Msg | _Change]] = {}
+        self._watchers: set[Callable[[], None]] = set()
+        self._last_error: Exception | None = None
+
+    @property
+    def client(self) -> SturdyClient:
+        """The connection itself."""
+        return self._client
+
+    def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Have *watcher* called when the connection is back after a loss, or is closed; returns the undo."""
+        self._watchers.add(watcher)
+        return lambda: self._watchers.discard(watcher)
+
+    async def connect(self, *, name: str) -> None:
+        """Connect, within ``connect_timeout_s`` of the settings.
+
+        Raises:
+            UnavailableError: NATS cannot be reached, or does not let us in; says why.
+            InvalidArgumentError: The settings contradict each other.
+        """
+
+        async def on_error(exc: Exception) -> None:
+            self._last_error = exc
+            log.debug("NATS: %s", exc)
+
+        async def on_reconnected() -> None:
+            self._tell(_Change.RECONNECTED)
+
+        async def on_closed() -> None:
+            self._tell(_Change.CLOSED)
+
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                await uncancelled(
+                    self._client.connect(
+                        name=name,
+                        max_reconnect_attempts=-1,
+                        error_cb=on_error,
+                        reconnected_cb=on_reconnected,
+                        closed_cb=on_closed,
+                        **options.connect_options(self._settings),
+                    )
+                )
+                self._inbox = self._client.new_inbox()
+                await self._client.subscribe(f"{self._inbox}.*", cb=self._on_reply)
+        except (nats.errors.Error, OSError, TimeoutError) as exc:
+            await self.close()
+            why = self._last_error or exc
+            where = options.display(self._settings)
+            raise UnavailableError(
+                f"NATS at {where} cannot be reached ({str(why) or type(why).__name__})."
+            ) from exc
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the connection; requests in progress fail. Idempotent."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await uncancelled(self._client.close())
+        except (nats.errors.Error, OSError, TimeoutError) as exc:
+            log.debug("The connection to NATS did not close cleanly", exc_info=exc)
+
+    async def request(self, subject: str, body: bytes, headers: dict[str, str], *, timeout_s: float) -> Msg:
+        """Send a request and wait for its reply.
+
+        When the connection was lost meanwhile, the very same message is sent once more after the reconnect,
+        and again while nobody listens there: only for what carries a command id or changes nothing.
+
+        Raises:
+            TimeoutError: No reply within *timeout_s* seconds.
+            NobodyListensError: No subscriber.
+            UnavailableError: The connection was closed.
+            InvalidArgumentError: The message is larger than the server takes.
+        """
+        self._check_size(body)
+        token = secrets.token_hex(12)
+        changes: asyncio.Queue[Msg | _Change] = asyncio.Queue()
+        self._waiting[token] = changes
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._publish(subject, body, headers, token)
+                return await self._reply(subject, body, headers, token, changes)
+        finally:
+            del self._waiting[token]
+
+    async def _reply(
+        self,
+        subject: str,
+        body: bytes,
+        headers: dict[str, str],
+        token: str,
+        changes: asyncio.Queue[Msg | _Change],
+    ) -> Msg:
+        resent = False
+        while True:
+            change = await changes.get()
+            if change is _Change.CLOSED:
+                raise UnavailableError("The connection to NATS was closed; make a new client.")
+            if change is _Change.RECONNECTED:
+                if not resent:
+                    await self._publish(subject, body, headers, token)
+                resent = True
+            elif not _nobody_listens(change):
+                return change
+            elif not resent:
+                raise NobodyListensError(f"Nobody listens on {subject}.")
+            else:
+                await asyncio.sleep(RESEND_S)
+                await self._publish(subject, body, headers, token)
+
+    async def scatter(self, subject: str, body: bytes, *, timeout_s: float, enough: int) -> list[Msg]:
+        """Ask everybody; collect the replies of *timeout_s* seconds, or until there are *enough*."""
+        token = secrets.token_hex(12)
+        changes: asyncio.Queue[Msg | _Change] = asyncio.Queue()
+        self._waiting[token] = changes
+        found: list[Msg] = []
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._publish(subject, body, {}, token)
+                while len(found) < enough:
+                    change = await changes.get()
+                    if isinstance(change, _Change):
+                        continue
+                    if _nobody_listens(change):
+                        break
+                    found.append(change)
+        except TimeoutError:
+            pass  # that is how asking everybody ends
+        finally:
+            del self._waiting[token]
+        return found
+
+    async def _publish(self, subject: str, body: bytes, headers: dict[str, str], token: str) -> None:
+        try:
+            await uncancelled(
+                self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers or None)
+            )
+        except (nats.errors.Error, OSError) as exc:
+            raise UnavailableError(f"A message to {subject} could not be handed to NATS.") from exc
+
+    async def _on_reply(self, msg: Msg) -> None:
+        waiting = self._waiting.get(msg.subject.rpartition(".")[2])
+        if waiting is not None and waiting.qsize() < MAX_SCATTER_REPLIES:
+            waiting.put_nowait(msg)
+
+    def _tell(self, change: _Change) -> None:
+        for waiting in self._waiting.values():
+            waiting.put_nowait(change)
+        for watcher in tuple(self._watchers):
+            watcher()
+
+    def _check_size(self, body: bytes) -> None:
+        limit = self._client.max_payload - HEADER_RESERVE_BYTES
+        if len(body) > limit:
+            # The server would end the connection for it.
+            raise InvalidArgumentError(
+                f"The request has {len(body)} bytes; the NATS server takes at most {limit}.",
+                size_bytes=len(body),
+                limit_bytes=limit,
+                violations=[{"field": "", "message": f"at most {limit} bytes"}],
+            )
+
+
+def _nobody_listens(msg: Msg) -> bool:
+    """Whether this is the server's own reply to a request without a subscriber (NATS ADR-1: 503)."""
+    return not msg.data and (msg.headers or {}).get("Status") == "503"
