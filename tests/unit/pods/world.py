@@ -1,0 +1,246 @@
+"""A small host for the pod service: mock drivers on worlds that outlive the service, as VMs outlive a node."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from vcnode.aio import Tasks
+from vcnode.drivers.agent.mock import MockAgent
+from vcnode.drivers.agent.mock.guest import MockGuests
+from vcnode.drivers.agent.noop import NoopAgent
+from vcnode.drivers.faults import FaultPlan
+from vcnode.drivers.hypervisor.mock import MockHypervisor, MockWorld
+from vcnode.drivers.storage.mock import MockStorage
+from vcnode.drivers.storage.mock import MockWorld as StorageWorld
+from vcnode.models.call import Call
+from vcnode.models.events import Event
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import (
+    AgentType,
+    Cmd,
+    ContainerSpec,
+    Endpoint,
+    HypervisorType,
+    NetworkModel,
+    PodSpec,
+)
+from vcnode.models.vm import NetworkAttachment
+from vcnode.pods.host import HostMemory
+from vcnode.pods.images import ImageService
+from vcnode.pods.journal import Journal
+from vcnode.pods.outbox import Outbox
+from vcnode.pods.service import PodService
+from vcnode.pods.store import Store
+from vcnode.settings import LimitSettings, Settings
+
+ROOT = "/roots/busybox"
+"""A directory that the mock storage takes for one."""
+SLEEP = Cmd(args=("sleep", "infinity"))
+
+
+class Clock:
+    """Time that goes one second a look."""
+
+    def __init__(self) -> None:
+        self._seconds = itertools.count()
+
+    def __call__(self) -> datetime:
+        return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=next(self._seconds))
+
+
+class RecordingPlan(FaultPlan):
+    """A plan that also keeps the order of calls, and runs something of the test's before chosen ones."""
+
+    def __init__(self, *rules: object) -> None:
+        super().__init__(*rules)  # type: ignore[arg-type]
+        self.log: list[str] = []
+        self.before: dict[tuple[str, int], Callable[[], object]] = {}
+        """By operation and count: called before that call goes on."""
+
+    async def hit(self, operation: str, *, vm_id: str | None = None) -> None:
+        self.log.append(operation)
+        run = self.before.get((operation, self.calls[operation] + 1))
+        if run is not None:
+            run()
+        await super().hit(operation, vm_id=vm_id)
+
+
+class TapNetwork:
+    """A network that makes a tap and a namespace per VM, in ``made``; descriptors are real."""
+
+    def __init__(self, plan: FaultPlan, made: dict[str, NetworkAttachment]) -> None:
+        self.plan = plan
+        self.made = made
+
+    @property
+    def info(self) -> DriverInfo:
+        return DriverInfo(type=NetworkModel.BRIDGE)
+
+    async def attach(self, pod_id: str, vm_id: str, *, timeout_s: float) -> NetworkAttachment:
+        await self.plan.hit("network.attach", vm_id=vm_id)
+        endpoint = Endpoint(id=f"{vm_id}-0", name="eth0", tap_name=f"tap-{vm_id}", mac="52:54:00:00:00:01")
+        attachment = NetworkAttachment(
+            model=NetworkModel.BRIDGE, netns_path=f"/netns/{vm_id}", endpoints=(endpoint,)
+        )
+        self.made[vm_id] = attachment
+        return attachment
+
+    async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
+        await self.plan.hit("network.open_taps")
+        return [os.open("/dev/null", os.O_RDWR) for _ in attachment.endpoints]
+
+    async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
+        await self.plan.hit("network.detach")
+        assert attachment.netns_path is not None
+        self.made.pop(attachment.netns_path.rpartition("/")[2], None)
+
+
+class Observed:
+    """What the service measured."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, float]] = []
+        self.sessions_lost = 0
+
+    def phase(self, name: str, seconds: float) -> None:
+        self.phases.append((name, seconds))
+
+    def session_lost(self) -> None:
+        self.sessions_lost += 1
+
+
+class World:
+    """A host with one node on it, which can be restarted.
+
+    Args:
+        path: Directory of the database.
+        faults: Plan of the first node's drivers; a restart gets an empty one unless told otherwise.
+        settings: Changes to the node's settings.
+    """
+
+    def __init__(self, path: Path, faults: str = "", **settings: object) -> None:
+        self.path = path
+        self.settings = Settings(
+            node_name="n1",
+            state_dir=path,
+            run_dir=Path("/run/vc"),
+            allowed_roots=(Path("/roots"),),
+            hypervisor=HypervisorType.MOCK,
+            network=NetworkModel.BRIDGE,
+            **settings,  # type: ignore[arg-type]
+        )
+        self.clock = Clock()
+        self.vms = MockWorld()
+        self.guests = MockGuests()
+        self.host = StorageWorld()
+        self.taps: dict[str, NetworkAttachment] = {}
+        self.memory = HostMemory(total_mib=8192, available_mib=4096)
+        self._command_ids = itertools.count(1)
+        self._faults = faults
+
+    async def start(self, faults: str | None = None) -> World:
+        """Open the node on what is there; its pods are not recovered yet."""
+        rules = FaultPlan.parse(self._faults if faults is None else faults).rules
+        self.plan = plan = RecordingPlan(*rules)
+        self.tasks = Tasks()
+        self.observed = Observed()
+        self.store = await Store.open(self.path / "node.db", node_name="n1", clock=self.clock)
+        self.outbox = Outbox(self.store, retention_s=3600)
+        limits = self.settings.limits
+        self.journal = Journal(
+            self.store,
+            max_entries=limits.journal_entries,
+            max_age_s=limits.journal_age_s,
+            max_unpublished=limits.outbox_events,
+        )
+        self.storage = MockStorage((Path("/roots"),), run_dir=Path("/run/vc"), faults=plan, world=self.host)
+        self.images = ImageService(self.store, self.storage, clock=self.clock, mock=True)
+        self.hypervisor = MockHypervisor(plan, world=self.vms)
+        self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)
+        self.network = TapNetwork(plan, self.taps)
+        self.pods = PodService(
+            node_name="n1",
+            epoch=self.store.epoch,
+            store=self.store,
+            hypervisors={HypervisorType.MOCK: self.hypervisor},
+            agents={AgentType.MOCK: self.agent, AgentType.NOOP: NoopAgent()},
+            networks={NetworkModel.BRIDGE: self.network},
+            storage=self.storage,
+            images=self.images,
+            settings=self.settings,
+            tasks=self.tasks,
+            metrics=self.observed,
+            clock=self.clock,
+            memory=lambda: self.memory,
+        )
+        return self
+
+    async def close(self) -> None:
+        """End the node in good order; the host stays as it is."""
+        await self.pods.close()
+        await self.tasks.close()
+        await self.store.close()
+
+    async def crash(self) -> None:
+        """End the node as SIGKILL would: no undo, no farewell; only what was committed remains."""
+        self.store.refuse_writes()
+        await self.tasks.close()
+        await self.store.close()
+
+    async def restart(self, faults: str = "") -> World:
+        """Close and start again."""
+        await self.close()
+        return await self.start(faults)
+
+    def call(self, verb: str = "test", *, revision: int | None = None) -> Call:
+        """A command of its own."""
+        return Call(f"cmd-{next(self._command_ids)}", verb, expected_revision=revision)
+
+    async def events(self) -> list[Event]:
+        """Every event so far."""
+        return list(await self.outbox.since(0, 100_000))
+
+    async def kinds(self, subject: str | None = None) -> list[str]:
+        """Kinds of the events so far, of one subject or of all."""
+        return [e.kind for e in await self.events() if subject is None or e.subject == subject]
+
+    async def until_event(self, kind: str, count: int = 1) -> Event:
+        """Wait for the *count*-th event of a kind."""
+        while True:
+            found = [e for e in await self.events() if e.kind == kind]
+            if len(found) >= count:
+                return found[count - 1]
+            await asyncio.sleep(0.005)  # the store has no hook for tests; bounded by the test's own limit
+
+    @property
+    def leaks(self) -> list[str]:
+        """Whatever is held on the host: VMs, directories, shares, taps."""
+        return [
+            *(f"vm {m.spec.vm_id}" for m in self.vms.alive),
+            *(f"directory {name}" for name in sorted(self.host.vm_dirs)),
+            *(f"share {key}" for key in sorted(self.host.shares)),
+            *(f"tap of {name}" for name in sorted(self.taps)),
+        ]
+
+
+def pod(pod_id: str = "p1", containers: Iterable[ContainerSpec] | None = None, **fields: object) -> PodSpec:
+    """A pod with one container that sleeps, unless told otherwise."""
+    if containers is None:
+        containers = (container(),)
+    return PodSpec(id=pod_id, containers=tuple(containers), **fields)  # type: ignore[arg-type]
+
+
+def container(container_id: str = "c1", *args: str, **fields: object) -> ContainerSpec:
+    """A container on a host directory that sleeps, or runs *args*."""
+    fields.setdefault("cmd", Cmd(args=args) if args else SLEEP)
+    if "image" not in fields:
+        fields.setdefault("rootfs", ROOT)
+    return ContainerSpec(id=container_id, **fields)  # type: ignore[arg-type]
+
+
+SMALL = LimitSettings(pods=3, concurrent_starts=1)
