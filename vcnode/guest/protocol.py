@@ -4,8 +4,7 @@ Bytes go in, events come out, bytes to send pile up::
 
     for event in end.receive_data(os.read(port, 65536)):
         ...                       # may call end.send_…() at once
-    while chunk := end.next_chunk():
-        end.sent(os.write(port, chunk))
+    write_all(port, end.data_to_send())
 
 `Host` opens sessions, `Guest` answers. Neither knows what a method means: they own the framing, checksums,
 long messages, the hunt for the sync marker, the hello, and the credit of every stream.
@@ -71,6 +70,7 @@ _LENGTHS = {
 _KIND_NAMES = dict(
     zip(_LENGTHS, ("HELLO", "REQUEST", "REPLY", "EVENT", "DATA", "EOF", "CREDIT", "RESET"), strict=True)
 )
+_MAX_CROSSED = 3
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -253,10 +253,8 @@ class _End:
         self.established = False
         """Whether a session is open."""
         self.pending_bytes = 0
-        """Bytes that wait to be sent."""
-        self._outgoing: list[bytes] = []  # reversed while it is sent: see next_chunk
-        self._sending: list[bytes] = []
-        self._sent = 0
+        """Bytes that wait for `data_to_send`."""
+        self._outgoing: list[bytes] = []
         self._incoming = bytearray()
         self._pos = 0
         self._begin()
@@ -269,6 +267,7 @@ class _End:
         self._senders: dict[int, int] = {}
         self._receivers: dict[int, _Receiver] = {}
         self._last_stream = 0
+        self._crossed = 0
 
     # -- bytes out ---------------------------------------------------------------------------------
 
@@ -278,32 +277,13 @@ class _End:
 
     def _drop_unsent(self) -> None:
         self._outgoing.clear()
-        self._sending.clear()
-        self._sent = self.pending_bytes = 0
-
-    def next_chunk(self) -> memoryview | None:
-        """What to write next, or None. Tell `sent` how much of it was written; short writes are fine."""
-        if not self._sending:
-            if not self._outgoing:
-                return None
-            self._sending, self._outgoing = self._outgoing[::-1], []
-        return memoryview(self._sending[-1])[self._sent :]
-
-    def sent(self, count: int) -> None:
-        """The first *count* bytes of `next_chunk` were written."""
-        self._sent += count
-        self.pending_bytes -= count
-        if self._sent >= len(self._sending[-1]):
-            self._sending.pop()
-            self._sent = 0
+        self.pending_bytes = 0
 
     def data_to_send(self) -> bytes:
-        """Take all that is to be sent, at once."""
-        parts: list[bytes | memoryview] = []
-        while (chunk := self.next_chunk()) is not None:
-            parts.append(chunk)
-            self.sent(len(chunk))
-        return b"".join(parts)
+        """Take all that is to be sent. Whoever cannot write it at once keeps the rest, in order."""
+        data = b"".join(self._outgoing)
+        self._drop_unsent()
+        return data
 
     def _send_message(self, kind: int, content: Mapping[str, Any]) -> None:
         if not self.established:
@@ -492,8 +472,11 @@ class _End:
             raise ProtocolError("a frame is for a stream that was never opened")
         if kind in (DATA, EOF):
             return self._on_receiver(kind, stream, payload)
-        # CREDIT and RESET may cross our EOF on the wire, so a finished stream is no error.
         if (credit := self._senders.get(stream)) is None:
+            # It crossed our EOF on the wire: two halves of a window and a RESET at most.
+            self._crossed += 1
+            if self._crossed > _MAX_CROSSED * self._last_stream:
+                raise ProtocolError("too many frames came for finished streams")
             return None
         if kind == RESET:
             self.send_eof(stream)
