@@ -134,7 +134,7 @@ def import_roots(sources: Mapping[str, bytes]) -> list[tuple[str, ...]]:
         except (SyntaxError, ValueError) as exc:
             raise GuestImageError(f"The agent's {path} is not valid Python.") from exc
         roots.update(_imports(tree))
-    return sorted(root for root in roots if root[0].partition(".")[0] not in ("vcnode", "__future__"))
+    return sorted(root for root in roots if root[0].partition(".")[0] != "vcnode")
 
 
 def _imports(node: ast.AST) -> Iterator[tuple[str, ...]]:
