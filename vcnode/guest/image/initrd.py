@@ -36,7 +36,6 @@ def skeleton() -> Tree:
     tree.add("/root", Directory(0o700))
     tree.add("/tmp", Directory(0o1777))  # noqa: S108 - the guest's
     tree.add("/dev/console", CharDevice(5, 1))  # opened by the kernel for init before anything is mounted
-    tree.add("/dev/null", CharDevice(1, 3, 0o666))
     tree.add("/etc/passwd", File(b"root:x:0:0:root:/root:/bin/sh\n"))
     tree.add("/etc/group", File(b"root:x:0:\n"))
     return tree
