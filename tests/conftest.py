@@ -113,8 +113,7 @@ def guest_image() -> Path:
     """
     from vcnode.guest import image
 
-    default = "/var/lib/vcnode/guest" if os.geteuid() == 0 else ".cache/guest"
+    default = image.DEFAULT_DIR if os.geteuid() == 0 else ".cache/guest"
     out_dir = Path(os.environ.get("VCNODE_GUEST_DIR", default)).absolute()
-    cache_dir = Path(os.environ.get("VCNODE_GUEST_CACHE_DIR", out_dir.parent / "guest-cache")).absolute()
-    image.build(out_dir, cache_dir=cache_dir, progress=lambda _: None)
+    image.build(out_dir, cache_dir=image.default_cache_dir())
     return out_dir

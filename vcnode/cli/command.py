@@ -164,7 +164,8 @@ async def only_node(client: Client) -> str:
     found = sorted(ping.node for ping in await client.ping_all(timeout_s=DISCOVERY_TIMEOUT_S))
     if not found:
         raise UnavailableError(
-            "No node answers on this NATS server; start one with 'vcnode node run', or check --nats-url and --prefix."
+            "No node answers on this NATS server; start one with 'vcnode node run', "
+            "or check --nats-url and --prefix."
         )
     if len(found) > 1:
         raise UsageError(
@@ -232,8 +233,8 @@ def execute(
         print("interrupted", file=sys.stderr)
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away, as with `vcnode events | head`: nothing is wrong. Python must not
-        # find the pipe broken once more when it flushes at exit.
+        # The reader of our output went away, as with `vcnode events | head`: nothing is wrong. Python must
+        # not find the pipe broken once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
 

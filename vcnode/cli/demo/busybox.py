@@ -22,7 +22,9 @@ def make_root(directory: Path) -> Path:
     found = shutil.which("busybox")
     if found is None or not is_static(Path(found)):
         raise FailedPreconditionError("There is no static busybox here; install Debian's busybox-static.")
-    listed = subprocess.run([found, "--list"], capture_output=True, text=True, timeout=LIST_TIMEOUT_S, check=True)
+    listed = subprocess.run(
+        [found, "--list"], capture_output=True, text=True, timeout=LIST_TIMEOUT_S, check=True
+    )
     for name in DIRECTORIES:
         (directory / name).mkdir(parents=True)
     (directory / "tmp").chmod(0o1777)
@@ -31,7 +33,9 @@ def make_root(directory: Path) -> Path:
         link = directory / "bin" / applet
         if not link.exists():
             link.symlink_to("busybox")
-    (directory / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
+    (directory / "etc/passwd").write_text(
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"
+    )
     (directory / "etc/group").write_text("root:x:0:\nnobody:x:65534:\n")
     return directory
 

@@ -1,7 +1,7 @@
 """What the demo has left on the host: looked up, never remembered.
 
-Everything the demo makes carries its one temporary directory somewhere: in a command line, as a mount point, as
-a file or socket below it. The network of a pod is known from its status.
+Everything the demo makes carries its one temporary directory somewhere: in a command line, as a mount point,
+as a file or socket below it. The network of a pod is known from its status.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ def vm_files(root: Path) -> Iterator[str]:
     """Everything in the node's directory of running VMs, and every socket below *root*."""
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root).parts
-        if inside[:2] == ("run", "vms") and len(inside) > 2:
-            yield str(path)
-        elif stat.S_ISSOCK(path.lstat().st_mode):
+        of_a_vm = inside[:2] == ("run", "vms") and len(inside) > 2
+        if of_a_vm or stat.S_ISSOCK(path.lstat().st_mode):
             yield str(path)
 
 
