@@ -573,6 +573,8 @@ class Host(_End):
         except ProtocolError as exc:
             self._error = exc
             self.established = False
+            self._begin()
+            self._drop_unsent()
             self._incoming.clear()
             self._pos = 0
             raise
