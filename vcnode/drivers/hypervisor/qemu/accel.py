@@ -1,0 +1,216 @@
+"""Which accelerator really runs guests on this host.
+
+``/dev/kvm`` that opens proves nothing: there are hosts where it opens, tells its API version and creates a
+VM, and then QEMU aborts with one CPU model and spins for ever with the others. So ``auto`` boots a guest
+(`probe`) under KVM with a deadline, and remembers the answer for this boot of the host, this QEMU and this
+``/dev/kvm``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vcnode.drivers.hypervisor.qemu import probe
+from vcnode.drivers.hypervisor.qemu.process import spawn
+from vcnode.errors import HypervisorError
+
+log = logging.getLogger(__name__)
+
+KVM_DEVICE = Path("/dev/kvm")
+MEMORY_FILE = "accelerator.json"
+"""In the state directory."""
+VERSION_LIMIT_S = 10.0
+KILL_WAIT_S = 5.0
+
+Accelerator = Literal["kvm", "tcg"]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One build of QEMU."""
+
+    path: str
+    """Absolute, links resolved."""
+    version: str
+    """Such as ``7.2.22``."""
+    key: str
+    """Differs between any two builds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The accelerator to use, and why."""
+
+    accelerator: Accelerator
+    reason: str
+    """One sentence for the operator."""
+
+
+async def find_build(binary: str) -> Build:
+    """Find QEMU and ask for its version.
+
+    Raises:
+        HypervisorError: It is missing or does not run; says what to install.
+    """
+    path = shutil.which(binary)
+    if path is None:
+        raise HypervisorError(
+            f"QEMU ({binary}) was not found; install it (Debian, Ubuntu: qemu-system-x86) or set qemu.binary."
+        )
+    try:
+        result = await asyncio.to_thread(
+            subprocess.run,
+            [path, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=VERSION_LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise HypervisorError(f"{path} --version does not run.") from exc
+    line = result.stdout.partition("\n")[0]
+    found = re.search(r"version (\d+(?:\.\d+)+)", line)
+    if found is None:
+        raise HypervisorError(f"{path} --version answers {line[:80]!r}, which is not QEMU.")
+    return _identify(path, found[1], line)
+
+
+def _identify(path: str, version: str, line: str) -> Build:
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    return Build(real, version, f"{line} {stat.st_size} {stat.st_mtime_ns}")
+
+
+async def choose(
+    wanted: Literal["auto", "kvm", "tcg"], build: Build, *, state_dir: Path, timeout_s: float
+) -> Choice:
+    """Choose the accelerator; with ``auto`` and ``kvm`` KVM is tried, unless the answer is remembered.
+
+    Raises:
+        HypervisorError: ``kvm`` was asked for and does not work; says why.
+    """
+    if wanted == "tcg":
+        return Choice("tcg", "TCG is used because the settings say so.")
+    problem = kvm_unreachable()
+    if problem is None:
+        problem = await _remembered_problem(build, state_dir, timeout_s, ask_again=wanted == "kvm")
+    if problem is None:
+        return Choice("kvm", "KVM ran a test guest.")
+    if wanted == "kvm":
+        raise HypervisorError(f"KVM cannot be used: {problem} Set qemu.accel to auto or tcg to run without.")
+    return Choice("tcg", f"TCG is used, which is slow: {problem}")
+
+
+def kvm_unreachable() -> str | None:
+    """Why KVM cannot even be opened, as a sentence; None when it can, which proves nothing yet."""
+    if not KVM_DEVICE.exists():
+        return f"There is no {KVM_DEVICE} (no virtualization in the CPU or firmware, or no kvm module)."
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return f"{KVM_DEVICE} may not be opened by this user."
+    return None
+
+
+async def try_accelerator(accelerator: Accelerator, binary: str, *, timeout_s: float) -> str | None:
+    """Boot the probe's guest under *accelerator*, as VMs are run.
+
+    Returns:
+        None when it ran, otherwise what happened, as a sentence. Nothing is left behind in any case.
+
+    Raises:
+        HypervisorError: QEMU could not be executed, or not be killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="vcnode-probe-") as name:
+        directory = Path(name)
+        guest = directory / "guest.elf"
+        guest.write_bytes(probe.guest_elf())
+        with (directory / "stderr").open("wb+") as stderr:
+            process = spawn(
+                probe_argv(accelerator, binary, guest), stderr_fd=stderr.fileno(), fds=(), directory=directory
+            )
+            try:
+                if not await process.ended_within(timeout_s):
+                    return f"The test guest under {accelerator} did not end within {timeout_s:g} s."
+                exit_code = await process.wait()
+            finally:
+                process.signal(signal.SIGKILL)
+                # Not awaited through a cancellation: the kill is sent, and the pidfd reaps it.
+                ended = await process.ended_within(KILL_WAIT_S)
+                process.release()
+            if not ended:
+                raise HypervisorError(f"The test guest's process {process.pid} survived SIGKILL.")
+            if exit_code == probe.EXIT_CODE:
+                return None
+            stderr.seek(0)
+            words = stderr.read(4096).decode("utf-8", "replace").strip()
+            log.info("The test guest under %s ended with %s: %s", accelerator, exit_code, words)
+            return f"The test guest under {accelerator} failed: {_how(exit_code)}{_quote(words)}"
+
+
+def probe_argv(accelerator: Accelerator, binary: str, guest: Path) -> list[str]:
+    """The probe's command line: machine and CPU as in `argv`, and the device on which the guest ends."""
+    return [
+        *(binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-machine", f"microvm,accel={accelerator}"),
+        *("-cpu", "host" if accelerator == "kvm" else "max"),
+        *("-m", "16M", "-kernel", str(guest)),
+        *("-device", f"isa-debug-exit,iobase={probe.EXIT_PORT:#x},iosize=4"),
+    ]
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"QEMU was ended by signal {-exit_code}."
+    return f"QEMU ended with code {exit_code}."
+
+
+def _quote(words: str) -> str:
+    line = words.partition("\n")[0][:160]
+    return f" It says: {line}" if line else ""
+
+
+async def _remembered_problem(
+    build: Build, state_dir: Path, timeout_s: float, *, ask_again: bool
+) -> str | None:
+    """Why KVM does not work, from the memory or by trying; *ask_again*: trust no bad news of the memory."""
+    memory = state_dir / MEMORY_FILE
+    key = _key(build)
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(memory.read_text())
+        if isinstance(kept, dict) and kept.get("key") == key:
+            problem = kept.get("problem")
+            if problem is None:
+                return None
+            if isinstance(problem, str) and not ask_again:
+                return f"{problem} (Remembered; remove {memory} to try again.)"
+    problem = await try_accelerator("kvm", build.path, timeout_s=timeout_s)
+    try:
+        write_memory(memory, key, problem)
+    except OSError as exc:
+        log.warning("Cannot write %s, so KVM will be tried again at the next start: %s", memory, exc)
+    return problem
+
+
+def write_memory(memory: Path, key: str, problem: str | None) -> None:
+    """Keep the answer; the file is replaced as a whole. Raises OSError."""
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = memory.with_suffix(".tmp")
+    fresh.write_text(json.dumps({"key": key, "problem": problem}, indent=1) + "\n")
+    fresh.replace(memory)
+
+
+def _key(build: Build) -> str:
+    """Whatever changes this may change the answer: boot of the host, QEMU, and a reload of the kvm module."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot_id} {build.key} {KVM_DEVICE.stat().st_ctime_ns}"

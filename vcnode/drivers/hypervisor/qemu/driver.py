@@ -1,0 +1,283 @@
+"""Protocol Hypervisor on QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vcnode.aio import Spawner, deadline_as, finish
+from vcnode.drivers.hypervisor.qemu import accel, tsc
+from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
+from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
+from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
+from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, spawn
+from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
+from vcnode.errors import HypervisorError
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import HypervisorType
+from vcnode.models.vm import VmRecord, VmSpec
+from vcnode.settings import QemuSettings
+
+log = logging.getLogger(__name__)
+
+UNDO_LIMIT_S = KILL_WAIT_S + 5.0
+TERM_WAIT_S = 2.0
+LAST_WORDS_WAIT_S = 1.0
+"""Between QEMU's hanging up and its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """The guest image that every VM boots."""
+
+    kernel: Path
+    """Uncompressed ELF kernel."""
+    initrd: Path
+    """Its initramfs."""
+
+
+class QemuHypervisor:
+    """Runs each VM as one QEMU process that outlives the node agent.
+
+    Args:
+        settings: Binary, accelerator, limits.
+        guest: What to boot.
+        state_dir: Where the accelerator's test result is kept.
+        tasks: Owner of the watcher of each VM.
+    """
+
+    def __init__(self, settings: QemuSettings, guest: Guest, *, state_dir: Path, tasks: Spawner) -> None:
+        self._settings = settings
+        self._guest = guest
+        self._state_dir = state_dir
+        self._tasks = tasks
+        self._build: accel.Build | None = None
+        self._choice: accel.Choice | None = None
+        self._kernel_params: tuple[str, ...] = KERNEL_PARAMS
+        self._notes: tuple[str, ...] = ()
+
+    @property
+    def info(self) -> DriverInfo:
+        """See Protocol Hypervisor."""
+        return DriverInfo(
+            type=HypervisorType.QEMU,
+            version=self._build.version if self._build else None,
+            capabilities=("disks", "pause", "recover", "share"),
+            notes=self._notes,
+        )
+
+    @property
+    def accelerator(self) -> str | None:
+        """See Protocol Hypervisor."""
+        return self._choice.accelerator if self._choice else None
+
+    async def open(self) -> None:
+        """Find QEMU, choose the accelerator, and see that there is a guest image.
+
+        Raises:
+            HypervisorError: One of them is missing or does not work; says what to do.
+        """
+        self._check_guest()
+        self._build = await accel.find_build(self._settings.binary)
+        self._choice = await accel.choose(
+            self._settings.accel,
+            self._build,
+            state_dir=self._state_dir,
+            timeout_s=self._settings.probe_timeout_s,
+        )
+        self._notes = (self._choice.reason,)
+        if self._choice.accelerator == "tcg":
+            await self._tell_tsc()
+        log.info("QEMU %s with %s: %s", self._build.version, self.accelerator, self._choice.reason)
+
+    async def launch(self, spec: VmSpec, *, timeout_s: float) -> QemuVm:
+        """See Protocol Hypervisor. A failed launch takes up to `UNDO_LIMIT_S` longer to undo."""
+        late = HypervisorError(f"QEMU of VM {spec.vm_id} did not answer within {timeout_s:g} s.")
+        async with deadline_as(timeout_s, lambda: late):
+            return await self._launch(spec, timeout_s)
+
+    async def recover(self, record: VmRecord, *, timeout_s: float) -> QemuVm | None:
+        """See Protocol Hypervisor. A record without a pid is looked for among all processes."""
+        process = await self._hold(record)
+        if process is None:
+            VmFiles(Path(record.directory)).remove()
+            return None
+        late = HypervisorError(f"QEMU of VM {record.vm_id} did not answer within {timeout_s:g} s.")
+        vm = self._take_over(record, process)
+        try:
+            async with deadline_as(timeout_s, lambda: late):
+                await self._join(vm, timeout_s)
+            vm.watch(self._tasks)
+            return vm
+        except BaseException:
+            await finish(vm.release(), timeout_s=UNDO_LIMIT_S)
+            raise
+
+    async def kill(self, record: VmRecord, *, timeout_s: float) -> bool:
+        """See Protocol Hypervisor: SIGTERM, and SIGKILL after `TERM_WAIT_S`."""
+        files = VmFiles(Path(record.directory))
+        process = await self._hold(record)
+        if process is None:
+            files.remove()
+            return False
+        try:
+            process.signal(signal.SIGTERM)
+            if not await process.ended_within(min(TERM_WAIT_S, timeout_s)):
+                process.signal(signal.SIGKILL)
+                if not await process.ended_within(max(timeout_s - TERM_WAIT_S, 1.0)):
+                    raise HypervisorError(f"Process {process.pid} of VM {record.vm_id} survived SIGKILL.")
+        except asyncio.CancelledError:
+            process.signal(signal.SIGKILL)
+            raise
+        finally:
+            process.release()
+        files.remove()
+        return True
+
+    async def close(self) -> None:
+        """Nothing to free: each VM's handle holds its own."""
+
+    # -- launch --------------------------------------------------------------------------------------------
+
+    async def _launch(self, spec: VmSpec, timeout_s: float) -> QemuVm:
+        self._check_guest()
+        files = VmFiles(Path(spec.directory))
+        files.check()
+        vm: QemuVm | None = None
+        argv: Sequence[str] = ()
+        try:
+            vm, argv = self._start(spec, files)
+            await self._greet(vm, timeout_s)
+            vm.watch(self._tasks)
+            return vm
+        except BaseException as exc:
+            if vm is not None:
+                words = f"{shlex.join(argv)}\n{vm.stderr_text}"
+                log.error("QEMU of VM %s did not start (%r): %s", spec.vm_id, exc, words)
+                await finish(vm.kill(), timeout_s=UNDO_LIMIT_S)
+            files.remove()
+            raise
+
+    def _start(self, spec: VmSpec, files: VmFiles) -> tuple[QemuVm, Sequence[str]]:
+        """Make files and process; on an error the caller removes the files."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as undo:
+            try:
+                files.make_fifos()
+                qmp = ours.enter_context(listen(files.qmp_socket))
+                agent = ours.enter_context(listen(files.agent_socket))
+                console, stderr = self._open_logs(files, undo)
+                # Does not fail for want of a reader, as `stderr` is one; QEMU shall never wait for us.
+                stderr_fd = os.open(files.stderr_fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                ours.callback(os.close, stderr_fd)
+            except OSError as exc:
+                raise HypervisorError(f"The sockets of VM {spec.vm_id} could not be made.") from exc
+            launch = self._describe(spec, files, qmp.fileno(), agent.fileno())
+            argv = build(launch)
+            fds = inherited_fds(launch)
+            process = spawn(argv, stderr_fd=stderr_fd, fds=fds, directory=files.directory)
+            undo.pop_all()
+            record = self._make_record(spec, process)
+            return QemuVm(record, process=process, files=files, console=console, stderr=stderr), argv
+
+    def _describe(self, spec: VmSpec, files: VmFiles, qmp_fd: int, agent_fd: int) -> Launch:
+        if self._build is None or self._choice is None:
+            raise HypervisorError("The QEMU driver was used before it was opened.")
+        return Launch(
+            binary=self._build.path,
+            accelerator=self._choice.accelerator,
+            spec=spec,
+            kernel=self._guest.kernel,
+            initrd=self._guest.initrd,
+            kernel_params=self._kernel_params,
+            qmp_fd=qmp_fd,
+            agent_fd=agent_fd,
+            console=files.console,
+        )
+
+    def _make_record(self, spec: VmSpec, process: Process) -> VmRecord:
+        return VmRecord(
+            vm_id=spec.vm_id,
+            uuid=spec.uuid,
+            directory=spec.directory,
+            type=HypervisorType.QEMU,
+            pid=process.pid,
+            pid_start_ticks=process.start_ticks,
+            accelerator=self.accelerator,
+        )
+
+    def _open_logs(self, files: VmFiles, undo: contextlib.ExitStack) -> tuple[FifoLog, FifoLog]:
+        """Begin to read the console and QEMU's standard error. Raises OSError."""
+        max_bytes = self._settings.console_max_bytes
+        console = FifoLog(files.console_fifo, files.console_log, max_bytes=max_bytes)
+        undo.callback(console.close)
+        stderr = FifoLog(files.stderr_fifo, files.stderr_log, max_bytes=max_bytes)
+        undo.callback(stderr.close)
+        return console, stderr
+
+    async def _greet(self, vm: QemuVm, timeout_s: float) -> None:
+        """Wait for QMP's greeting. A QEMU that ends instead is told by its closing the socket."""
+        try:
+            await vm.qmp.connect(timeout_s=timeout_s)
+        except HypervisorError as exc:
+            exit_code = await vm.exit_code_within(LAST_WORDS_WAIT_S)
+            if exit_code is None:
+                raise
+            raise HypervisorError(
+                f"QEMU of VM {vm.record.vm_id} ended with code {exit_code} before it answered;"
+                " the node's log has its last words.",
+                exit_code=exit_code,
+            ) from exc
+
+    # -- recover -------------------------------------------------------------------------------------------
+
+    async def _hold(self, record: VmRecord) -> Process | None:
+        pid, ticks = record.pid, record.pid_start_ticks
+        if pid is None or ticks is None:
+            found = await asyncio.to_thread(find, record.uuid)
+            if found is None:
+                return None
+            pid, ticks = found
+        return adopt(pid, ticks, record.uuid)
+
+    def _take_over(self, record: VmRecord, process: Process) -> QemuVm:
+        """The handle of a process that was held again; lets go of it on failure."""
+        files = VmFiles(Path(record.directory))
+        with contextlib.ExitStack() as undo:
+            undo.callback(process.release)
+            try:
+                console, stderr = self._open_logs(files, undo)
+            except OSError as exc:
+                raise HypervisorError(f"The console of VM {record.vm_id} cannot be opened.") from exc
+            undo.pop_all()
+        known = record.model_copy(update={"pid": process.pid, "pid_start_ticks": process.start_ticks})
+        return QemuVm(known, process=process, files=files, console=console, stderr=stderr)
+
+    async def _join(self, vm: QemuVm, timeout_s: float) -> None:
+        await vm.qmp.connect(timeout_s=timeout_s)
+        answer = await vm.qmp.execute("query-uuid", timeout_s=timeout_s)
+        if answer.get("UUID") != vm.record.uuid:
+            raise HypervisorError(f"The QEMU at the socket of VM {vm.record.vm_id} is another VM.")
+        await vm.query_paused(timeout_s=timeout_s)
+
+    # -- open ----------------------------------------------------------------------------------------------
+
+    def _check_guest(self) -> None:
+        for path in (self._guest.kernel, self._guest.initrd):
+            if not path.is_file():
+                raise HypervisorError(
+                    f"The guest image lacks {path}; make it with 'vcnode guest build'.", path=str(path)
+                )
+
+    async def _tell_tsc(self) -> None:
+        khz = await asyncio.to_thread(tsc.measure_khz)
+        if khz is None:
+            self._notes += ("The host's TSC cannot be measured; a guest on a busy host may hang at boot.",)
+        else:
+            self._kernel_params = (*KERNEL_PARAMS, f"tsc_early_khz={khz}")

@@ -1,0 +1,103 @@
+"""What a VM has in its directory: sockets, FIFOs and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from vcnode.errors import HypervisorError
+
+MAX_SOCKET_PATH_BYTES = 107
+"""Source: unix(7), sun_path holds 108 bytes with the final NUL."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmFiles:
+    """Paths in one VM's directory."""
+
+    directory: Path
+
+    @property
+    def qmp_socket(self) -> Path:
+        """QMP."""
+        return self.directory / "qmp.sock"
+
+    @property
+    def agent_socket(self) -> Path:
+        """The guest agent's serial port."""
+        return self.directory / "agent.sock"
+
+    @property
+    def console(self) -> Path:
+        """FIFOs of the serial console, as QEMU wants them: without ``.in`` and ``.out``."""
+        return self.directory / "console"
+
+    @property
+    def console_fifo(self) -> Path:
+        """What the guest prints."""
+        return self.directory / "console.out"
+
+    @property
+    def console_log(self) -> Path:
+        """The bounded log of it."""
+        return self.directory / "console.log"
+
+    @property
+    def stderr_fifo(self) -> Path:
+        """What QEMU prints."""
+        return self.directory / "stderr"
+
+    @property
+    def stderr_log(self) -> Path:
+        """The bounded log of it."""
+        return self.directory / "qemu.log"
+
+    @property
+    def fifos(self) -> tuple[Path, ...]:
+        """All FIFOs."""
+        return self.directory / "console.in", self.console_fifo, self.stderr_fifo
+
+    def check(self) -> None:
+        """See that a VM can live here.
+
+        Raises:
+            HypervisorError: The directory is missing, or too deep for UNIX sockets.
+        """
+        if not self.directory.is_dir():
+            raise HypervisorError(f"{self.directory} is no directory.")
+        if len(os.fsencode(self.agent_socket)) > MAX_SOCKET_PATH_BYTES:
+            raise HypervisorError(
+                f"{self.agent_socket} is too long for a UNIX socket; choose a run_dir that keeps it within"
+                f" {MAX_SOCKET_PATH_BYTES} bytes."
+            )
+
+    def make_fifos(self) -> None:
+        """Make the FIFOs, for root only. Raises OSError."""
+        for path in self.fifos:
+            os.mkfifo(path, 0o600)
+
+    def remove(self) -> None:
+        """Remove sockets and FIFOs; logs stay. Idempotent."""
+        for path in (self.qmp_socket, self.agent_socket, *self.fifos):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening UNIX socket for root only, to be handed to QEMU. Raises OSError.
+
+    QEMU inherits it instead of making it, so a client can connect from the first moment: nobody has to look
+    again and again whether the path is there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
