@@ -115,6 +115,11 @@ class NodeService:
         """Whether pods that name no hypervisor get one that only pretends."""
         return self._settings.hypervisor is HypervisorType.MOCK
 
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._draining
+
     def drain(self) -> None:
         """Report ``draining`` from now on."""
         self._draining = True

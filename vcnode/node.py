@@ -1,0 +1,322 @@
+"""The composition root: the only place that names concrete drivers, and the order of start and stop.
+
+Start: state directory locked, database, drivers, recovery, then NATS, so that no command is taken before the
+truth about the pods is known. Stop is the reverse: take no new commands, let the running ones finish, publish
+what happened, let go. Pods keep running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry
+
+import vcnode
+from vcnode.aio import Spawner, Tasks
+from vcnode.bus.connection import Connection
+from vcnode.bus.events import EventPublisher
+from vcnode.bus.service import CommandService
+from vcnode.drivers.agent.mock import MockAgent
+from vcnode.drivers.agent.native import NativeAgent
+from vcnode.drivers.agent.noop import NoopAgent
+from vcnode.drivers.base import GuestAgent, Hypervisor, Network
+from vcnode.drivers.faults import FaultPlan
+from vcnode.drivers.hypervisor.mock import MockHypervisor
+from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
+from vcnode.drivers.network.noop import NoopNetwork
+from vcnode.drivers.storage.local import LocalStorage
+from vcnode.drivers.storage.mock import MockStorage
+from vcnode.errors import FailedPreconditionError, StorageError
+from vcnode.handlers.dispatch import Dispatcher
+from vcnode.handlers.services import NodeService, Services
+from vcnode.http import HttpServer
+from vcnode.metrics import Metrics
+from vcnode.models.commands import COMMANDS
+from vcnode.models.events import EventKind
+from vcnode.models.pod import AgentType, ContainerState, HypervisorType, NetworkModel, PodState
+from vcnode.models.subjects import Subjects
+from vcnode.pods.images import ImageService
+from vcnode.pods.journal import Journal
+from vcnode.pods.outbox import Outbox
+from vcnode.pods.service import PodService
+from vcnode.pods.store import Store
+from vcnode.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FLUSH_TIMEOUT_S = 5.0
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Drivers:
+    """Everything that touches the host."""
+
+    hypervisors: Mapping[HypervisorType, Hypervisor]
+    agents: Mapping[AgentType, GuestAgent]
+    networks: Mapping[NetworkModel, Network]
+    storage: LocalStorage | MockStorage
+
+
+def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
+    """What this node offers: all that is real, or, with the mock hypervisor, nothing that is."""
+    networks: dict[NetworkModel, Network] = {NetworkModel.NOOP: NoopNetwork()}
+    if settings.hypervisor is HypervisorType.MOCK:
+        plan = FaultPlan.parse(settings.faults)
+        return Drivers(
+            hypervisors={HypervisorType.MOCK: MockHypervisor(plan)},
+            agents={AgentType.MOCK: MockAgent(plan, tasks=tasks), AgentType.NOOP: NoopAgent()},
+            networks=networks,
+            storage=MockStorage(settings.allowed_roots, run_dir=settings.run_dir, faults=plan),
+        )
+    guest = Guest(kernel=settings.guest_dir / "vmlinux", initrd=settings.guest_dir / "initrd")
+    qemu = QemuHypervisor(settings.qemu, guest, state_dir=settings.state_dir, tasks=tasks)
+    return Drivers(
+        hypervisors={HypervisorType.QEMU: qemu},
+        agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
+        networks=networks,
+        storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots),
+    )
+
+
+@contextlib.contextmanager
+def state_lock(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory, made if it is missing: two node agents would both run its pods.
+
+    Raises:
+        FailedPreconditionError: Another node agent holds it.
+        StorageError: It cannot be used.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as exc:
+        raise StorageError(f"State directory {state_dir} cannot be used: {exc.strerror}.") from exc
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise FailedPreconditionError(
+                f"Another node agent uses {state_dir}; stop it, or give this one a state_dir of its own."
+            ) from exc
+        yield
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node agent that takes commands, with the parts that tests and tools look at."""
+
+    settings: Settings
+    drivers: Drivers
+    pods: PodService
+    service: NodeService
+    connection: Connection
+    http_address: str | None
+    """Where metrics are served, ``host:port``; None when turned off."""
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Node]:
+    """A node agent from start to stop; see the module for the order.
+
+    Raises:
+        VcnodeError: It cannot start; what to do is said, and nothing is left but the state directory.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(state_lock(settings.state_dir))
+        registry = CollectorRegistry()
+        metrics = Metrics(registry, COMMANDS)
+        store = await Store.open(settings.state_dir / "node.db", node_name=settings.node_name, clock=_now)
+        stack.push_async_callback(store.close)
+        tasks = await stack.enter_async_context(Tasks())
+        drivers = choose_drivers(settings, tasks)
+        await _open_drivers(drivers, stack)
+        mock = settings.hypervisor is HypervisorType.MOCK
+        images = ImageService(store, drivers.storage, clock=_now, mock=mock)
+        pods = PodService(
+            node_name=settings.node_name,
+            epoch=store.epoch,
+            store=store,
+            hypervisors=drivers.hypervisors,
+            agents=drivers.agents,
+            networks=drivers.networks,
+            storage=drivers.storage,
+            images=images,
+            settings=settings,
+            tasks=tasks,
+            metrics=metrics,
+            clock=_now,
+        )
+        stack.push_async_callback(pods.close)
+        journal = Journal(
+            store,
+            max_entries=settings.limits.journal_entries,
+            max_age_s=settings.limits.journal_age_s,
+            max_unpublished=settings.limits.outbox_events,
+        )
+        await journal.fail_unfinished()
+        await pods.recover()
+        service = NodeService(
+            epoch=store.epoch,
+            settings=settings,
+            hypervisors=drivers.hypervisors,
+            agents=drivers.agents,
+            networks=drivers.networks,
+            pods=pods,
+            clock=_now,
+        )
+        outbox = Outbox(store, retention_s=settings.limits.outbox_retention_s)
+        _describe(metrics, service, pods, outbox)
+        connection, commands = _join_bus(
+            settings, metrics, journal, outbox, Services(pods=pods, images=images, node=service), tasks, stack
+        )
+        address = await _serve_http(settings, registry, connection, service, stack)
+        await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
+        connection.start()
+        yield Node(settings, drivers, pods, service, connection, address)
+        log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
+        service.drain()
+        await pods.announce(EventKind.NODE_STOPPING, service.info().model_dump(mode="json"))
+        await commands.drain(timeout_s=settings.drain_timeout_s)
+
+
+async def _open_drivers(drivers: Drivers, stack: contextlib.AsyncExitStack) -> None:
+    await drivers.storage.open()
+    for hypervisor in drivers.hypervisors.values():
+        stack.push_async_callback(hypervisor.close)
+        await hypervisor.open()
+        for note in hypervisor.info.notes:
+            log.warning("%s", note, extra={"driver": hypervisor.info.type})
+
+
+def _join_bus(
+    settings: Settings,
+    metrics: Metrics,
+    journal: Journal,
+    outbox: Outbox,
+    services: Services,
+    tasks: Tasks,
+    stack: contextlib.AsyncExitStack,
+) -> tuple[Connection, CommandService]:
+    """Set up everything that speaks NATS; ``connection.start()`` then lets commands in."""
+    subjects = Subjects(settings.nats.prefix)
+    connection = Connection(settings.nats, name=f"vcnode-{settings.node_name}", tasks=tasks, observer=metrics)
+    stack.push_async_callback(connection.close)
+    dispatcher = Dispatcher(
+        services,
+        journal,
+        max_concurrent=settings.limits.concurrent_commands,
+        max_request_bytes=settings.limits.request_bytes,
+        observer=metrics,
+        clock=_now,
+    )
+    publisher = EventPublisher(
+        connection,
+        outbox,
+        node_name=settings.node_name,
+        subjects=subjects,
+        settings=settings.nats,
+        observer=metrics,
+    )
+    publishing = tasks.spawn(publisher.run(), name="event-publisher")
+
+    async def flush() -> None:
+        publishing.cancel()
+        await asyncio.wait({publishing})
+        if connection.connected:
+            await publisher.flush(timeout_s=FLUSH_TIMEOUT_S)
+
+    stack.push_async_callback(flush)
+    commands = CommandService(connection, dispatcher, node_name=settings.node_name, subjects=subjects)
+    stack.push_async_callback(commands.close)
+    return connection, commands
+
+
+def _describe(metrics: Metrics, service: NodeService, pods: PodService, outbox: Outbox) -> None:
+    info = service.info()
+    metrics.runs(version=vcnode.__version__, accelerator=info.accelerator, mock=info.mock)
+    metrics.watch(
+        pods=lambda: _counts(PodState, (p.state for p in pods.list({}, ()).pods)),
+        containers=lambda: _counts(
+            ContainerState, (c.state for c in pods.list_containers(None, ()).containers)
+        ),
+        unpublished=lambda: outbox.unpublished_count,
+    )
+
+
+S = TypeVar("S", PodState, ContainerState)
+
+
+def _counts(states: type[S], present: Iterable[S]) -> dict[str, int]:
+    """How often each of *states* is present, zeros included."""
+    counted = Counter(present)
+    return {state.value: counted[state] for state in states}
+
+
+async def _serve_http(
+    settings: Settings,
+    registry: CollectorRegistry,
+    connection: Connection,
+    service: NodeService,
+    stack: contextlib.AsyncExitStack,
+) -> str | None:
+    if not settings.metrics_address:
+        return None
+
+    def ready() -> tuple[bool, str]:
+        if service.draining:
+            return False, "The node is draining."
+        if not connection.connected:
+            return False, f"No connection to NATS at {connection.url}."
+        return True, "ready"
+
+    server = HttpServer(registry, ready)
+    stack.push_async_callback(server.close)
+    host, port = await server.start(settings.metrics_address)
+    return f"{host}:{port}"
+
+
+async def run(settings: Settings, *, on_ready: Callable[[Node], None] | None = None) -> None:
+    """Run a node agent until SIGTERM or SIGINT, then drain it. Pods keep running.
+
+    Args:
+        settings: Its settings.
+        on_ready: Called once commands are taken (as soon as NATS is connected).
+
+    Raises:
+        VcnodeError: It cannot start.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with running(settings) as node:
+            info = node.service.info()
+            log.info(
+                "Node %s is up",
+                info.node,
+                extra={"accelerator": info.accelerator, "mock": info.mock, "metrics": node.http_address},
+            )
+            if on_ready is not None:
+                on_ready(node)
+            await stop.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
