@@ -56,8 +56,6 @@ class GuestHere:
         self.directory = directory
         self.share = directory / "share"
         self.pid = -1
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._guest_end: socket.socket | None = None
 
     def start(self, cgroup: Path) -> socket.socket:
         """Start the agent; returns the host's end of its port."""
@@ -77,7 +75,6 @@ class GuestHere:
         return ours
 
     def _serve(self, theirs: socket.socket, cgroup: Path) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         theirs.setblocking(False)
         syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS)
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
