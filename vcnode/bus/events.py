@@ -21,7 +21,7 @@ from nats.js.api import RetentionPolicy, StorageType, StreamConfig
 
 from vcnode.bus.connection import Connection
 from vcnode.bus.library import uncancelled
-from vcnode.errors import UnavailableError
+from vcnode.errors import VcnodeError
 from vcnode.models.events import Event
 from vcnode.models.subjects import Subjects
 from vcnode.settings import NatsSettings
@@ -103,7 +103,7 @@ class EventPublisher:
             await self._connection.wait_connected()
             try:
                 await self._session()
-            except (nats.errors.Error, OSError, TimeoutError, UnavailableError) as exc:
+            except Exception as exc:  # whatever it is: without this task no event would ever leave the node
                 self._complain(exc)
                 await self._pause(retry_s)
                 retry_s = min(2 * retry_s, RETRY_MAX_S)
@@ -121,7 +121,7 @@ class EventPublisher:
                 js = await self._open()
                 while events := await self._outbox.unpublished(WINDOW):
                     await self._publish(js, events)
-        except (nats.errors.Error, OSError, TimeoutError, UnavailableError) as exc:
+        except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
             self._complain(exc)
         return not await self._outbox.unpublished(1)
 
@@ -231,7 +231,8 @@ class EventPublisher:
             text = "the server has no JetStream, or none for this account; events wait until it has"
         level = logging.DEBUG if text == self._last_complaint else logging.WARNING
         self._last_complaint = text
-        log.log(level, "Events cannot be published: %s", text)
+        known = isinstance(exc, (nats.errors.Error, OSError, TimeoutError, VcnodeError))
+        log.log(level, "Events cannot be published: %s", text, exc_info=None if known else exc)
 
 
 def message_id(event: Event) -> str:

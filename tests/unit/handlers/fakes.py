@@ -1,0 +1,272 @@
+"""Services that do nothing but remember, wait and fail, as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from vcnode.handlers.dispatch import Dispatcher
+from vcnode.handlers.services import NodeService, Services
+from vcnode.models.base import Blob
+from vcnode.models.call import Call
+from vcnode.models.commands import (
+    ContainerDeleted,
+    ContainerStatuses,
+    ExecOptions,
+    ImageRemoved,
+    ImageStatuses,
+    PodDeleted,
+    PodStatuses,
+    PodStopped,
+)
+from vcnode.models.node import ImageStatus
+from vcnode.models.pod import (
+    AgentType,
+    ContainerSpec,
+    ContainerState,
+    ContainerStatus,
+    ExecResult,
+    NetworkModel,
+    Output,
+    PodSpec,
+    PodState,
+    PodStatus,
+)
+from vcnode.pods.journal import Stored
+from vcnode.settings import Settings
+
+NOW = datetime(2031, 5, 6, 7, 8, 9, tzinfo=UTC)
+
+
+def pod_status(pod_id: str = "p1", **changes: Any) -> PodStatus:
+    given: dict[str, Any] = {
+        "pod_id": pod_id,
+        "node": "n1",
+        "state": PodState.READY,
+        "revision": 1,
+        "created_at": NOW,
+        "hostname": pod_id,
+        "resources": PodSpec().resources,
+        "agent_type": AgentType.MOCK,
+        "network_model": NetworkModel.NOOP,
+        "mock": True,
+    }
+    return PodStatus(**(given | changes))
+
+
+def container_status(pod_id: str = "p1", container_id: str = "c1") -> ContainerStatus:
+    return ContainerStatus(
+        pod_id=pod_id, container_id=container_id, state=ContainerState.READY, created_at=NOW
+    )
+
+
+def image_status(name: str = "busybox") -> ImageStatus:
+    return ImageStatus(name=name, digest="sha256:" + "0" * 64, size_bytes=1, imported_at=NOW)
+
+
+class Gate:
+    """Where commands wait: they say that they have arrived, and go on once it is opened."""
+
+    def __init__(self) -> None:
+        self.arrived = asyncio.Event()
+        self.waiting = 0
+        self._open = asyncio.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def pass_through(self) -> None:
+        self.waiting += 1
+        self.arrived.set()
+        try:
+            await self._open.wait()
+        finally:
+            self.waiting -= 1
+
+
+class FakePods:
+    """Notes every call; ``gates`` make a method wait, ``errors`` make it fail."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.last_call: Call | None = None
+        self.gates: dict[str, Gate] = {}
+        self.errors: dict[str, BaseException] = {}
+        self.undone: list[str] = []
+        self.pods: list[PodStatus] = []
+
+    async def _note(self, method: str, call: Call, *arguments: Any) -> None:
+        self.calls.append((method, arguments))
+        self.last_call = call
+        try:
+            if method in self.gates:
+                await self.gates[method].pass_through()
+        except asyncio.CancelledError:
+            self.undone.append(method)
+            raise
+        if method in self.errors:
+            raise self.errors[method]
+
+    def count(self, method: str) -> int:
+        return sum(name == method for name, _ in self.calls)
+
+    async def create(self, spec: PodSpec, call: Call) -> PodStatus:
+        await self._note("create", call, spec)
+        return pod_status(spec.id or "made")
+
+    async def start(self, pod_id: str, call: Call) -> PodStatus:
+        await self._note("start", call, pod_id)
+        return pod_status(pod_id, state=PodState.RUNNING)
+
+    async def run(self, spec: PodSpec, call: Call) -> PodStatus:
+        await self._note("run", call, spec)
+        return pod_status(spec.id or "made", state=PodState.RUNNING)
+
+    async def stop(self, pod_id: str, grace_s: float | None, call: Call) -> PodStopped:
+        await self._note("stop", call, pod_id, grace_s)
+        return PodStopped(pod=pod_status(pod_id, state=PodState.STOPPED), outcome="graceful")
+
+    async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
+        await self._note("delete", call, pod_id, force)
+        return PodDeleted(pod_id=pod_id, existed=True)
+
+    def list(self, labels: Mapping[str, str], states: Sequence[PodState]) -> PodStatuses:
+        self.calls.append(("list", (labels, states)))
+        return PodStatuses(pods=tuple(self.pods))
+
+    def status(self, pod_id: str) -> PodStatus:
+        self.calls.append(("status", (pod_id,)))
+        if "status" in self.errors:
+            raise self.errors["status"]
+        return pod_status(pod_id)
+
+    async def exec(
+        self, pod_id: str, container_id: str | None, options: ExecOptions, call: Call
+    ) -> ExecResult:
+        await self._note("exec", call, pod_id, container_id, options)
+        raw = options.stdin.raw
+        output = Output(**Blob.of(raw).model_dump(), total_bytes=len(raw))
+        return ExecResult(exit_code=0, stdout=output, duration_ms=1.0)
+
+    async def create_container(self, pod_id: str, spec: ContainerSpec, call: Call) -> ContainerStatus:
+        await self._note("create_container", call, pod_id, spec)
+        return container_status(pod_id, spec.id or "made")
+
+    async def start_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
+        await self._note("start_container", call, pod_id, container_id)
+        return container_status(pod_id, container_id)
+
+    async def stop_container(
+        self, pod_id: str, container_id: str, grace_s: float | None, call: Call
+    ) -> ContainerStatus:
+        await self._note("stop_container", call, pod_id, container_id, grace_s)
+        return container_status(pod_id, container_id)
+
+    async def kill_container(
+        self, pod_id: str, container_id: str, signal: int, everyone: bool, call: Call
+    ) -> ContainerStatus:
+        await self._note("kill_container", call, pod_id, container_id, signal, everyone)
+        return container_status(pod_id, container_id)
+
+    async def delete_container(
+        self, pod_id: str, container_id: str, force: bool, call: Call
+    ) -> ContainerDeleted:
+        await self._note("delete_container", call, pod_id, container_id, force)
+        return ContainerDeleted(pod_id=pod_id, container_id=container_id, existed=True)
+
+    def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
+        self.calls.append(("list_containers", (pod_id, states)))
+        return ContainerStatuses(containers=())
+
+    def container_status(self, pod_id: str, container_id: str) -> ContainerStatus:
+        self.calls.append(("container_status", (pod_id, container_id)))
+        return container_status(pod_id, container_id)
+
+
+class FakeImages:
+    """One image, whatever its name."""
+
+    async def import_(self, name: str, path: str, call: Call) -> ImageStatus:
+        return image_status(name)
+
+    def list(self) -> ImageStatuses:
+        return ImageStatuses(images=(image_status(),))
+
+    def status(self, name: str) -> ImageStatus:
+        return image_status(name)
+
+    async def remove(self, name: str, call: Call) -> ImageRemoved:
+        return ImageRemoved(name=name, existed=True)
+
+
+class MemoryJournal:
+    """A journal without a disk; ``begin_gate`` makes it slow, ``finish_error`` makes it fail."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, tuple[str, str]] = {}
+        self.stored: dict[str, Stored] = {}
+        self.begin_gate: Gate | None = None
+        self.finish_error: Exception | None = None
+
+    async def begin(self, command_id: str, verb: str, digest: str) -> Stored | None:
+        if self.begin_gate is not None:
+            await self.begin_gate.pass_through()
+        if command_id in self.stored:
+            return self.stored[command_id]
+        self.begun[command_id] = (verb, digest)
+        return None
+
+    async def finish(self, command_id: str, stored: Stored) -> None:
+        if self.finish_error is not None:
+            raise self.finish_error
+        self.stored[command_id] = stored
+
+    async def forget(self, command_id: str) -> None:
+        if command_id not in self.stored:
+            self.begun.pop(command_id, None)
+
+
+class Counter:
+    """Notes how commands ended."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str]] = []
+
+    def command_done(self, verb: str, code: str, seconds: float) -> None:
+        self.done.append((verb, code))
+
+
+class World:
+    """A dispatcher with everything around it."""
+
+    def __init__(
+        self,
+        *,
+        journal: Any = None,
+        max_concurrent: int = 8,
+        max_request_bytes: int = 64 * 1024,
+        node_name: str = "n1",
+        clock: Callable[[], datetime] = lambda: NOW,
+    ) -> None:
+        self.pods = FakePods()
+        self.journal = MemoryJournal() if journal is None else journal
+        self.counter = Counter()
+        self.node = NodeService(
+            epoch=3,
+            settings=Settings(node_name=node_name),
+            hypervisors={},
+            agents={},
+            networks={},
+            pods=self.pods,
+            clock=clock,
+        )
+        self.dispatcher = Dispatcher(
+            Services(pods=self.pods, images=FakeImages(), node=self.node),
+            self.journal,
+            max_concurrent=max_concurrent,
+            max_request_bytes=max_request_bytes,
+            observer=self.counter,
+            clock=clock,
+        )
