@@ -38,8 +38,8 @@ R = TypeVar("R", bound="Reply")
 Work = Callable[..., Awaitable[int | None]]
 """A command's function; what it returns, if anything, is the exit code."""
 
-DISCOVERY_TIMEOUT_S = 0.5
-"""How long nodes may take to answer when none was named."""
+DISCOVERY_S = (0.25, 2.0)
+"""How long nodes may take to answer when none was named: at first, and once more when none did."""
 
 
 class Output(StrEnum):
@@ -161,7 +161,9 @@ async def only_node(client: Client) -> str:
     """
     from vcnode.errors import UnavailableError
 
-    found = sorted(ping.node for ping in await client.ping_all(timeout_s=DISCOVERY_TIMEOUT_S))
+    found: list[str] = []
+    for timeout_s in DISCOVERY_S:
+        found = found or sorted(ping.node for ping in await client.ping_all(timeout_s=timeout_s))
     if not found:
         raise UnavailableError(
             "No node answers on this NATS server; start one with 'vcnode node run', "

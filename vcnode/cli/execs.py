@@ -24,6 +24,11 @@ class ExecArguments(TypedDict):
     timeout_s: float | None
 
 
+def words(args: list[str]) -> list[str]:
+    """The command's own words: without the ``--`` that may set them off from ours."""
+    return args[1:] if args[:1] == ["--"] else args
+
+
 def arguments(flags: CmdFlags, *, stdin: bool, timeout_s: float | None) -> ExecArguments:
     """What the client's exec methods take, from the command line and, if asked for, standard input.
 

@@ -28,6 +28,8 @@ from typing import Any, TypeGuard
 
 from vcnode.errors import InvalidArgumentError, VcnodeError
 
+INTERNAL = 500
+"""Errors of this number and above are the node's own; its log tells more about them."""
 MAX_VIOLATIONS = 20
 """Wrong fields that are listed one by one."""
 
@@ -94,7 +96,7 @@ def as_text(error: VcnodeError) -> Iterator[str]:
             yield f"  left over: {item}"
     if hint := HINTS.get(error.code):
         yield f"  {hint}"
-    if error_id := error.details.get("error_id"):
+    if error.number >= INTERNAL and (error_id := error.details.get("error_id")):
         yield f"  The node's log has more under error id {error_id}."
 
 

@@ -236,7 +236,7 @@ async def exec_(
     """
     from vcnode.cli import execs, specs
 
-    described = specs.CmdFlags(args=args, env=env or (), workdir=workdir, user=user)
+    described = specs.CmdFlags(args=execs.words(args), env=env or (), workdir=workdir, user=user)
     request = execs.arguments(described, stdin=stdin, timeout_s=timeout)
     async with cli.node() as node:
         reply = await node.pod_exec(

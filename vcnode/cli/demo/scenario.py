@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 POD = "hello"
 CONTAINER = "main"
 IMAGE = "busybox"
+# Process 1 of a container ends at SIGTERM only if it handles it, as with any container.
+SERVICE = "trap 'exit 0' TERM; sleep 3600 & wait"
 SCRIPT = 'echo "Hello from $(hostname), Linux $(uname -r)"; echo "I am process $$ of user $(id -un)"; exit 7'
 EXPECTED_EXIT_CODE = 7
 READY_TIMEOUT_S = 60.0
@@ -161,7 +163,7 @@ async def _act(
 
 
 async def _run_pod(node: NodeClient, play: Play, screen: Screen) -> PodStatus:
-    container = ContainerSpec(id=CONTAINER, image=IMAGE, cmd=Cmd(args=("sleep", "3600")))
+    container = ContainerSpec(id=CONTAINER, image=IMAGE, cmd=Cmd(args=("sh", "-c", SERVICE)))
     spec = PodSpec(id=POD, resources=Resources(mem_size_mib=play.memory_mib), containers=(container,))
     with screen.step(f"pod.run {POD}: 1 vCPU, {play.memory_mib} MiB, 1 container"):
         pod = await node.pod_run(spec)
