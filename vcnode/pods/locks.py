@@ -28,6 +28,11 @@ class PodLocks:
     def __init__(self) -> None:
         self._held: dict[str, Hold] = {}
 
+    @property
+    def any_held(self) -> bool:
+        """Whether some pod is held."""
+        return bool(self._held)
+
     def holder(self, pod_id: str) -> str | None:
         """Verb of the command that holds the pod."""
         hold = self._held.get(pod_id)

@@ -219,6 +219,11 @@ class PodService:
         """One pod. Raises NotFoundError when there is none of that id."""
         return self._ledger.status(self._ledger.get(pod_id))
 
+    @property
+    def busy(self) -> bool:
+        """Whether any pod is held by a command, or by the handling of its VM's end."""
+        return self._parts.locks.any_held
+
     # ---- containers: see ContainerCommands -----------------------------------------------------------
 
     async def exec(
