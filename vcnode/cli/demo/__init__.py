@@ -18,6 +18,9 @@ def demo(
     hypervisor: Annotated[
         str, typer.Option("--hypervisor", metavar="qemu|mock", help="mock shows the play without a VM.")
     ] = "qemu",
+    accel: Annotated[
+        str, typer.Option("--accel", metavar="auto|kvm|tcg", help="auto tries KVM first.")
+    ] = "auto",
     guest_dir: Annotated[
         Path, typer.Option(envvar="VCNODE_GUEST_DIR", help="Guest image, from 'vcnode guest build'.")
     ] = Path("/var/lib/vcnode/guest"),
@@ -41,7 +44,7 @@ def demo(
     screen = Screen(console())
 
     async def play() -> int:
-        clean = await perform(Play(hypervisor, guest_dir, memory), screen)
+        clean = await perform(Play(hypervisor, accel, guest_dir, memory), screen)
         return Exit.OK if clean else Exit.FAILED
 
     sys.exit(execute(play))

@@ -43,6 +43,7 @@ READY_TIMEOUT_S = 60.0
 READY_POLL_S = 0.05
 EVENTS_TIMEOUT_S = 10.0
 UNDO_TIMEOUT_S = 60.0
+MAX_TEMP_PATH_BYTES = 40
 METRICS_TIMEOUT_S = 5.0
 METRICS_SHOWN = (
     "vcnode_commands_total",
@@ -57,6 +58,7 @@ class Play:
     """What the caller chose."""
 
     hypervisor: str
+    accel: str
     guest_dir: Path
     memory_mib: int
 
@@ -70,7 +72,7 @@ async def perform(play: Play, screen: Screen) -> bool:
     Raises:
         VcnodeError: A step failed. All is cleaned up then, too, as it is after a cancellation.
     """
-    place = Place(Path(tempfile.mkdtemp(prefix="vcdemo-", dir="/tmp")))
+    place = Place(Path(tempfile.mkdtemp(prefix="vcdemo-", dir=short_temp_dir())))
     network = traces.Network()
     try:
         async with AsyncExitStack() as stack:
@@ -94,6 +96,12 @@ async def perform(play: Play, screen: Screen) -> bool:
     return _report(screen, (*after, gone)) and clean
 
 
+def short_temp_dir() -> str:
+    """The directory for temporary files, or /tmp if its path is too long for the sockets to come below it."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= MAX_TEMP_PATH_BYTES else "/tmp"
+
+
 async def _set_the_stage(
     stack: AsyncExitStack, play: Play, place: Place, screen: Screen
 ) -> tuple[Client, NodeProcess, int]:
@@ -103,7 +111,13 @@ async def _set_the_stage(
         await stack.enter_async_context(nats)
     with screen.step(f"node agent '{NODE}' ({play.hypervisor})"):
         agent = await stack.enter_async_context(
-            node_agent(place, nats_url=nats.url, hypervisor=play.hypervisor, guest_dir=play.guest_dir)
+            node_agent(
+                place,
+                nats_url=nats.url,
+                hypervisor=play.hypervisor,
+                accel=play.accel,
+                guest_dir=play.guest_dir,
+            )
         )
         client = await Client.connect(NatsSettings(url=nats.url))
         stack.push_async_callback(client.close)

@@ -68,7 +68,7 @@ class NodeProcess:
 
 @asynccontextmanager
 async def node_agent(
-    place: Place, *, nats_url: str, hypervisor: str, guest_dir: Path
+    place: Place, *, nats_url: str, hypervisor: str, accel: str, guest_dir: Path
 ) -> AsyncIterator[NodeProcess]:
     """A node agent named ``demo`` for as long as the block runs."""
     place.roots.mkdir(mode=0o700, exist_ok=True)
@@ -77,6 +77,7 @@ async def node_agent(
         "--name": NODE,
         "--nats-url": nats_url,
         "--hypervisor": hypervisor,
+        "--accel": accel,
         "--state-dir": place.root / "state",
         "--run-dir": place.root / "run",
         "--guest-dir": guest_dir,
