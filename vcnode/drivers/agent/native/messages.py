@@ -150,7 +150,10 @@ def container_states(result: Mapping[str, Any]) -> Sequence[GuestContainerState]
     entries = result.get("containers")
     if type(entries) is not list or len(entries) > MAX_LISTED:
         raise BadFieldError("containers")
-    return [_container_state(entry) for entry in entries]
+    states = [_container_state(entry) for entry in entries]
+    if len({state.container_id for state in states}) != len(states):
+        raise BadFieldError("container_id")
+    return states
 
 
 def _container_state(entry: object) -> GuestContainerState:

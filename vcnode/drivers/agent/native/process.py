@@ -81,7 +81,7 @@ class NativeProcess:
         """The guest has started it."""
         self._process_id = process_id
         if self._closed:
-            self._let_go()
+            self._let_go(process_id)
 
     def on_data(self, stream: int, data: bytes) -> None:
         """Keep output until it is read; drop it when nobody will."""
@@ -112,11 +112,14 @@ class NativeProcess:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def abandon(self) -> None:
-        """Nobody waits for its start any more: drop its output, and kill it as soon as it has an id."""
-        self._closed = True
-        self._unread.clear()
-        self.wake()
+    def discard(self) -> None:
+        """Nobody wants it any more: drop output, kill it now or once it has an id. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._unread.clear()
+            self.wake()
+            if self._process_id is not None:
+                self._let_go(self._process_id)
 
     # -- RunningProcess ----------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class NativeProcess:
                 self._owner.consumed(self._streams[name], len(data))
                 yield name, data
                 continue
-            if self._closed or len(self._ended) == len(self._names):
+            if self._closed or self._exit is not None or len(self._ended) == len(self._names):
                 return
             self._owner.check()
             await changed.wait()
@@ -172,14 +175,11 @@ class NativeProcess:
 
     async def close(self) -> None:
         """See `RunningProcess.close`. The kill is on its way on return; ``wait`` still tells the end."""
-        if not self._closed:
-            self.abandon()
-            self._let_go()
+        self.discard()
 
-    def _let_go(self) -> None:
-        if self._process_id is not None:
-            if self._exit is None:
-                self._owner.kill_process(self._process_id)
-            self._owner.send_eof(self._stdin)
-            for stream in self._names:
-                self._owner.send_reset(stream)
+    def _let_go(self, process_id: int) -> None:
+        if self._exit is None:
+            self._owner.kill_process(process_id)
+        self._owner.send_eof(self._stdin)
+        for stream in self._names:
+            self._owner.send_reset(stream)

@@ -42,8 +42,9 @@ class NativeSession:
         self._lost: str | None = None
         self._closed = False
         self._waiting: dict[int, asyncio.Future[protocol.ReplyReceived | None]] = {}
-        self._late: dict[int, Callable[[protocol.ReplyReceived], None]] = {}
-        """What to do with the reply to a call that nobody waits for any more."""
+        self._on_arrival: dict[int, Callable[[protocol.ReplyReceived], None]] = {}
+        """What to do with a reply as soon as it is there, before anything that comes after it, and also when
+        nobody waits for it any more."""
         self._settling: dict[str, asyncio.Event] = {}
         """Containers whose creation was given up but not answered; calls about them wait."""
         self._by_stream: dict[int, NativeProcess] = {}
@@ -75,23 +76,31 @@ class NativeSession:
         async with self._bounded("create_container", timeout_s):
             await self._ready(container_id)
             request_id = self._send("create_container", params)
+            arrived: list[protocol.ReplyReceived] = []
+            self._on_arrival[request_id] = arrived.append
             try:
                 await self._reply("create_container", request_id)
             except asyncio.CancelledError:
-                self._settle_later(container_id, request_id)
+                if arrived:
+                    self._undo_creation(container_id, arrived[0])
+                else:
+                    self._undo_creation_later(container_id, request_id)
                 raise
 
-    def _settle_later(self, container_id: str, request_id: int) -> None:
+    def _undo_creation_later(self, container_id: str, request_id: int) -> None:
         settled = self._settling[container_id] = asyncio.Event()
 
-        def on_late(reply: protocol.ReplyReceived) -> None:
-            # An error means that nothing was made: what has this id then is an older container.
-            if reply.error is None:
-                self._send_unasked("delete_container", {"container_id": container_id})
+        def on_arrival(reply: protocol.ReplyReceived) -> None:
+            self._undo_creation(container_id, reply)
             self._settling.pop(container_id, None)
             settled.set()
 
-        self._late[request_id] = on_late
+        self._on_arrival[request_id] = on_arrival
+
+    def _undo_creation(self, container_id: str, reply: protocol.ReplyReceived) -> None:
+        # An error means that nothing was made: what has this id then is an older container.
+        if reply.error is None:
+            self._send_unasked("delete_container", {"container_id": container_id})
 
     async def start_container(self, container_id: str, *, timeout_s: float) -> int:
         """See `GuestSession.start_container`. Whether it started is unknown after a time-out."""
@@ -124,15 +133,14 @@ class NativeSession:
             running, params = self._prepare(process, container_id)
             try:
                 request_id = self._send("execute", params)
-                try:
-                    result = await self._reply("execute", request_id)
-                except asyncio.CancelledError:
-                    running.abandon()
-                    self._late[request_id] = lambda reply: self._on_late_start(running, reply)
-                    raise
-                self._checked(lambda: self._on_start(running, result))
             except VcnodeError:
                 self._forget_streams(running)
+                raise
+            self._on_arrival[request_id] = lambda reply: self._on_start(running, reply)
+            try:
+                await self._reply("execute", request_id)
+            except asyncio.CancelledError:
+                running.discard()
                 raise
         return running
 
@@ -316,24 +324,21 @@ class NativeSession:
                 self._open()
 
     def _on_reply(self, request_id: int, reply: protocol.ReplyReceived) -> None:
+        if (on_arrival := self._on_arrival.pop(request_id, None)) is not None:
+            on_arrival(reply)
         waiter = self._waiting.get(request_id)
         if waiter is not None and not waiter.done():
             waiter.set_result(reply)
-        elif (on_late := self._late.pop(request_id, None)) is not None:
-            on_late(reply)
 
-    def _on_start(self, running: NativeProcess, result: dict[str, Any]) -> None:
-        process_id = messages.process_id(result)
+    def _on_start(self, running: NativeProcess, reply: protocol.ReplyReceived) -> None:
+        if reply.result is None:
+            self._forget_streams(running)
+            return
+        process_id = messages.process_id(reply.result)
         if process_id in self._by_id:
             raise BadFieldError("process_id")
         self._by_id[process_id] = running
         running.started(process_id)
-
-    def _on_late_start(self, running: NativeProcess, reply: protocol.ReplyReceived) -> None:
-        if reply.result is None:
-            self._forget_streams(running)
-        else:
-            self._on_start(running, reply.result)
 
     def _on_guest_event(self, name: str, fields: dict[str, Any]) -> None:
         if name == "container_exited":
@@ -380,4 +385,4 @@ class NativeSession:
         for process in {*self._by_stream.values(), *self._by_id.values()}:
             process.wake()
         self._settling.clear()
-        self._late.clear()
+        self._on_arrival.clear()
