@@ -16,7 +16,7 @@ from vcnode.models.events import EventKind
 from vcnode.models.subjects import Subjects
 from vcnode.pods.journal import Journal
 from vcnode.pods.outbox import Outbox
-from vcnode.pods.store import Store
+from vcnode.pods.store import Store, Tx
 from vcnode.settings import NatsSettings
 
 WAIT_S = 20.0
@@ -65,6 +65,15 @@ class NatsNode:
         """Put an event into the outbox; returns its sequence."""
         event = await self.store.write(lambda tx: tx.emit(kind, subject, dict(data), time=NOW))
         return int(event.sequence)
+
+    async def emit_many(self, count: int) -> None:
+        """Put so many events into the outbox at once."""
+
+        def emit(tx: Tx) -> None:
+            for number in range(count):
+                tx.emit(EventKind.POD_CREATED, "p1", {"number": number, "ballast": "x" * 200}, time=NOW)
+
+        await self.store.write(emit)
 
     async def all_published(self) -> None:
         """Wait until the outbox is empty."""

@@ -53,8 +53,8 @@ class Connection:
         self._settings = settings
         self._name = name
         self._tasks = tasks
-        self._observer = observer
         self._setups: list[Setup] = []
+        self._listeners: list[Callable[[bool], None]] = [observer.nats_connected]
         self._client: SturdyClient | None = None
         self._up = asyncio.Event()
         self._changed = asyncio.Event()
@@ -93,6 +93,10 @@ class Connection:
         An error of NATS in *setup* closes the client, and a new one is made.
         """
         self._setups.append(setup)
+
+    def on_change(self, listener: Callable[[bool], None]) -> None:
+        """Have *listener* called whenever the connection comes up (True) or goes down."""
+        self._listeners.append(listener)
 
     def start(self) -> None:
         """Begin to connect, and go on for ever; returns at once.
@@ -141,7 +145,7 @@ class Connection:
             try:
                 await self._connect(client, closed)
                 await self._set_up(client)
-                self._set_up_state(True)
+                self._note_state(True)
                 log.info("Connected to NATS", extra={"url": self.url})
                 await closed.wait()
                 log.warning("NATS ended the connection for good; making a new one")
@@ -149,7 +153,7 @@ class Connection:
                 self._complain(exc)
             finally:
                 self._client = None
-                self._set_up_state(False)
+                self._note_state(False)
                 await self._close(client)
             await asyncio.sleep(options.retry_wait_s())
 
@@ -158,11 +162,11 @@ class Connection:
             self._complain(exc)
 
         async def on_disconnected() -> None:
-            self._set_up_state(False)
+            self._note_state(False)
 
         async def on_reconnected() -> None:
             log.info("Reconnected to NATS")
-            self._set_up_state(True)
+            self._note_state(True)
 
         async def on_closed() -> None:
             closed.set()
@@ -198,7 +202,7 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             log.warning("The connection to NATS did not close cleanly", exc_info=exc)
 
-    def _set_up_state(self, up: bool) -> None:
+    def _note_state(self, up: bool) -> None:
         if up == self._up.is_set():
             return
         if up:
@@ -206,7 +210,8 @@ class Connection:
             self._up.set()
         else:
             self._up.clear()
-        self._observer.nats_connected(up)
+        for listener in self._listeners:
+            listener(up)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -19,6 +19,7 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import RetentionPolicy, StorageType, StreamConfig
 
+from vcnode import aio
 from vcnode.bus.connection import Connection
 from vcnode.bus.library import uncancelled
 from vcnode.errors import VcnodeError
@@ -40,6 +41,10 @@ DUPLICATE_WINDOW_S = 600.0
 """How long JetStream remembers message ids; longer outages are bridged by `EventPublisher._skip_known`."""
 HEADER_RESERVE_BYTES = 4096
 CONTENT_TYPE = "application/cloudevents+json"
+
+
+class _ConnectionLost(Exception):  # noqa: N818 -- a signal, not a failure
+    """Ends a session; the next one begins when the connection is back."""
 
 
 class Outbox(Protocol):
@@ -95,20 +100,24 @@ class EventPublisher:
         self._settings = settings
         self._observer = observer
         self._last_complaint = ""
+        self._retry_s = RETRY_FIRST_S
+        self._session = aio.Interruptible()
+        connection.on_change(self._on_change)
 
     async def run(self) -> None:
         """Publish for ever; ends by cancellation only."""
-        retry_s = RETRY_FIRST_S
         while True:
             await self._connection.wait_connected()
+            self._session = aio.Interruptible()
             try:
-                await self._session()
+                async with self._session:
+                    await self._publish_all()
+            except _ConnectionLost:
+                continue
             except Exception as exc:  # whatever it is: without this task no event would ever leave the node
                 self._complain(exc)
-                await self._pause(retry_s)
-                retry_s = min(2 * retry_s, RETRY_MAX_S)
-            else:
-                retry_s = RETRY_FIRST_S
+                await self._pause(self._retry_s)
+                self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
 
     async def flush(self, *, timeout_s: float) -> bool:
         """Publish what waits now, at most *timeout_s* seconds; `run` must have ended. True: nothing waits.
@@ -125,14 +134,13 @@ class EventPublisher:
             self._complain(exc)
         return not await self._outbox.unpublished(1)
 
-    async def _session(self) -> None:
-        """Publish until the connection changes."""
-        changed = self._connection.changed
+    async def _publish_all(self) -> None:
+        """Publish whatever comes, over the present connection."""
         js = await self._open()
-        while not changed.is_set():
+        while True:
             while events := await self._outbox.unpublished(WINDOW):
                 await self._publish(js, events)
-            self._last_complaint = ""
+            self._last_complaint, self._retry_s = "", RETRY_FIRST_S
             await self._outbox.wait()
 
     async def _open(self) -> JetStreamContext:
@@ -216,6 +224,11 @@ class EventPublisher:
                 headers=headers,
             )
         )
+
+    def _on_change(self, up: bool) -> None:
+        """No answer comes over a connection that was lost: do not wait for it."""
+        if not up:
+            self._session.interrupt(_ConnectionLost())
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next attempt; a change of the connection ends it early."""

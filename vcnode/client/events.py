@@ -13,7 +13,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
 import nats.errors
@@ -50,11 +50,6 @@ class Sequences:
     """The per-node sequence numbers seen so far."""
 
     last: dict[str, tuple[int, datetime]] = field(default_factory=dict)
-
-    @property
-    def newest(self) -> datetime | None:
-        """Time of the newest event seen."""
-        return max((time for _, time in self.last.values()), default=None)
 
     def note(self, event: Event) -> int | None:
         """Note *event*.
@@ -103,7 +98,7 @@ class EventStream:
         self._live_only = False
         self._expected = 1
         self._start: int | datetime | None = None
-        self._entered_at = datetime.now(UTC)
+        self._stream_was_absent = False
         self._position: int | None = None
         self._done = False
         self._missed = 0
@@ -219,7 +214,8 @@ class EventStream:
         js = self._requester.client.jetstream(timeout=API_TIMEOUT_S)
         try:
             info = await uncancelled(js.stream_info(self._subjects.event_stream))
-        except (nats.js.errors.NotFoundError, nats.js.errors.ServiceUnavailableError):
+        except (nats.js.errors.NotFoundError, nats.js.errors.ServiceUnavailableError) as exc:
+            self._stream_was_absent = isinstance(exc, nats.js.errors.NotFoundError)
             await self._open_live()
             return
         except (nats.errors.Error, OSError, TimeoutError) as exc:
@@ -237,8 +233,8 @@ class EventStream:
         if self._position is not None:
             # A stream shorter than what was read has been made anew, or has lost its end.
             return self._position + 1 if last >= self._position else 1
-        if self._live_only:
-            return self._sequences.newest or self._entered_at  # the stream has come into being meanwhile
+        if self._stream_was_absent:
+            return 1  # all that it holds has been published since
         if self._start is not None:
             return self._start
         if self._since == "now":
