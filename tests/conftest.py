@@ -40,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(needs_root)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _watch_for_mounts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    leaks.directories.add(tmp_path_factory.getbasetemp())
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Remember what was held before the test's fixtures."""
@@ -60,8 +65,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 def short_dir() -> Iterator[Path]:
     """A directory whose path is short enough for UNIX sockets in it (pytest's own is not)."""
     path = Path(tempfile.mkdtemp(prefix="vc-", dir="/tmp"))
+    leaks.directories.add(path)
     yield path
     remove_tree(path)
+    leaks.directories.discard(path)
 
 
 def remove_tree(path: Path) -> None:

@@ -15,6 +15,8 @@ expected_children: set[int] = set()
 """Processes that live longer than one test on purpose (servers of session fixtures)."""
 expected_descriptors: set[str] = set()
 """Descriptors, by link target, that live longer than one test on purpose."""
+directories: set[Path] = set()
+"""Temporary directories of this run of the tests; other runs have mounts of their own."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def descriptors() -> Iterator[tuple[int, str]]:
 
 
 def mounts() -> set[str]:
-    """Mount points below the places that tests use."""
+    """Mount points below the temporary directories of this run."""
     points = (line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    return {point for point in points if point.startswith(("/tmp/", "/run/vc"))}
+    return {point for point in points if any(Path(point).is_relative_to(place) for place in directories)}
 
 
 def since(before: Held) -> list[str]:

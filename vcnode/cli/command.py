@@ -66,13 +66,25 @@ class Options:
         return replace(base, **given)
 
 
+def _complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
+    from vcnode.cli.complete import complete_node
+
+    return complete_node(ctx, incomplete)
+
+
 NatsUrl = Annotated[
     str | None, typer.Option("--nats-url", metavar="URL", help="NATS servers, separated by commas.")
 ]
 Prefix = Annotated[str | None, typer.Option("--prefix", metavar="TOKEN", help="First token of all subjects.")]
 Node = Annotated[
     str | None,
-    typer.Option("--node", "-n", metavar="NAME", help="Node to ask; not needed while there is only one."),
+    typer.Option(
+        "--node",
+        "-n",
+        metavar="NAME",
+        help="Node to ask; not needed while there is only one.",
+        autocompletion=_complete_node,
+    ),
 ]
 OutputOption = Annotated[
     Output | None, typer.Option("--output", "-o", help="Tables for people, JSON for programs.")

@@ -47,7 +47,8 @@ MAX_TEMP_PATH_BYTES = 40
 METRICS_TIMEOUT_S = 5.0
 METRICS_SHOWN = (
     "vcnode_commands_total",
-    "vcnode_start_phase_seconds_sum",
+    "vcnode_pods{",
+    "vcnode_pod_start_phase_seconds_sum",
     "vcnode_events_published_total",
     "vcnode_nats_connected",
 )
