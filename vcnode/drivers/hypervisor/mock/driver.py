@@ -17,6 +17,7 @@ from vcnode.models.vm import Disk, VmExit, VmRecord, VmSpec
 
 STOP_LIMIT_S = 5.0
 """Most that a fault may hold ``stop`` beyond its grace: the real ladder is bounded as well."""
+ENDED_BY_NODE = "The VM was ended by its node."
 
 
 class MockVm:
@@ -70,13 +71,19 @@ class MockVm:
         """See Protocol Vm. The pretended guest powers off within any grace but 0, unless it is paused."""
         if not self._machine.alive:
             return "absent"
-        async with self._operation("stop", grace_s + STOP_LIMIT_S):
-            if not self._machine.alive:  # the plan let it die meanwhile
-                return "absent"
-            graceful = grace_s > 0 and self._machine.running
-            reason = "The guest powered off." if graceful else "The VM was ended by its node."
-            self._machine.end(VmExit(expected=True, exit_code=0, reason=reason))
-            return "graceful" if graceful else "forced"
+        try:
+            async with self._operation("stop", grace_s + STOP_LIMIT_S):
+                if not self._machine.alive:  # the plan let it die meanwhile
+                    return "absent"
+                graceful = grace_s > 0 and self._machine.running
+                self._end("The guest powered off." if graceful else ENDED_BY_NODE)
+                return "graceful" if graceful else "forced"
+        except asyncio.CancelledError:
+            self._end(ENDED_BY_NODE)  # as the Protocol wants: first the kill, then the cancellation
+            raise
+
+    def _end(self, reason: str) -> None:
+        self._machine.end(VmExit(expected=True, exit_code=0, reason=reason))
 
     async def close(self) -> None:
         """See Protocol Vm."""
@@ -151,7 +158,7 @@ class MockHypervisor:
         machine = self._find(record)
         if machine is None:
             return False
-        machine.end(VmExit(expected=True, exit_code=-9, reason="The VM was ended by its node."))
+        machine.end(VmExit(expected=True, exit_code=-9, reason=ENDED_BY_NODE))
         return True
 
     async def close(self) -> None:

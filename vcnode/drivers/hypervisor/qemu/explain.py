@@ -6,8 +6,11 @@ import re
 import signal
 from dataclasses import dataclass
 
+from vcnode.drivers.hypervisor.qemu.fifolog import last_lines
 from vcnode.models.vm import VmExit
 
+TAIL_LINES = 20
+"""Lines of the console that go along."""
 MAX_QUOTE_CHARS = 200
 """Most characters of the guest's own words that enter a reason."""
 
@@ -34,9 +37,7 @@ class Evidence:
     shutdown: str | None
     """``reason`` of the event SHUTDOWN, if it came."""
     console: str
-    """Last lines of the guest's console."""
-    stderr: str
-    """Last lines of QEMU's standard error."""
+    """The end of the guest's console."""
     stopping: bool
     """Whether ``stop`` had been called."""
 
@@ -47,7 +48,7 @@ def explain(evidence: Evidence) -> VmExit:
         expected=evidence.stopping,
         exit_code=evidence.exit_code,
         reason=_reason(evidence),
-        console_tail=evidence.console,
+        console_tail=last_lines(evidence.console, TAIL_LINES),
     )
 
 

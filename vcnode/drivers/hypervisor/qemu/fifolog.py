@@ -29,8 +29,8 @@ CHUNK_BYTES = 65_536
 """As much as the pipe holds by default."""
 REST_S = 0.05
 """Pause between two reads of one FIFO; what comes meanwhile waits in the pipe."""
-TAIL_BYTES = 4096
-"""Most recent bytes kept in memory, for messages."""
+TAIL_BYTES = 8192
+"""Most recent bytes kept in memory, for messages: a kernel panic with its call trace fits."""
 
 
 class BoundedFile:
@@ -109,9 +109,9 @@ class FifoLog:
         while self._take():
             pass
 
-    def text(self, lines: int) -> str:
-        """The last *lines* lines, with control characters made harmless."""
-        return last_lines(bytes(self._tail), lines)
+    def text(self) -> str:
+        """The last lines (`TAIL_BYTES` at most), with control characters made harmless."""
+        return printable(bytes(self._tail))
 
     def close(self) -> None:
         """Stop reading. Idempotent; what is in the FIFO stays there while QEMU holds it."""
@@ -150,8 +150,13 @@ class FifoLog:
         return bool(data)
 
 
-def last_lines(data: bytes, lines: int) -> str:
-    """The last *lines* lines of *data* that are not empty, as printable text."""
+def printable(data: bytes) -> str:
+    """The lines of *data* that are not empty, without characters that could do anything to a terminal."""
     text = data.decode("utf-8", "replace").replace("\r", "")
     clean = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
-    return "\n".join([line.rstrip() for line in clean.split("\n") if line.strip()][-lines:])
+    return "\n".join(line.rstrip() for line in clean.split("\n") if line.strip())
+
+
+def last_lines(text: str, count: int) -> str:
+    """The last *count* lines of *text*."""
+    return "\n".join(text.split("\n")[-count:])

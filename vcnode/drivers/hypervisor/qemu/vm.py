@@ -33,7 +33,6 @@ AFTERMATH_LIMIT_S = 5.0
 """Most that reading the last events and removing the sockets may take."""
 LAST_EVENTS_WAIT_S = 1.0
 END_LIMIT_S = QUIT_WAIT_S * 2 + TERM_WAIT_S + KILL_WAIT_S + AFTERMATH_LIMIT_S
-TAIL_LINES = 20
 
 
 class QemuVm:
@@ -73,7 +72,7 @@ class QemuVm:
     def stderr_text(self) -> str:
         """QEMU's last words so far."""
         self._stderr.drain()
-        return self._stderr.text(TAIL_LINES)
+        return self._stderr.text()
 
     async def exit_code_within(self, seconds: float) -> int | None:
         """QEMU's exit code, if it ends within *seconds*."""
@@ -212,8 +211,7 @@ class QemuVm:
             Evidence(
                 exit_code=exit_code,
                 shutdown=self._shutdown_reason,
-                console=self._console.text(TAIL_LINES),
-                stderr=self._stderr.text(TAIL_LINES),
+                console=self._console.text(),
                 stopping=self._stopping,
             )
         )
@@ -221,7 +219,7 @@ class QemuVm:
         if not self._exit.done():
             self._exit.set_result(found)
         level = logging.INFO if found.expected else logging.WARNING
-        log.log(level, "VM %s ended: %s %s", self._record.vm_id, found.reason, self._stderr.text(TAIL_LINES))
+        log.log(level, "VM %s ended: %s\n%s", self._record.vm_id, found.reason, self._stderr.text())
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         self._disks.on_event(name, data)

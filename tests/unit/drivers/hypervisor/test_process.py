@@ -1,0 +1,166 @@
+"""vcnode.drivers.hypervisor.qemu.process: processes by pidfd, on a shell instead of QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from vcnode.drivers.hypervisor.qemu import process as processes
+from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, read_stat, reap, spawn
+from vcnode.errors import HypervisorError
+
+UUID = "11111111-2222-3333-4444-555555555555"
+
+
+@pytest.fixture
+def output(tmp_path: Path):
+    with (tmp_path / "output").open("wb") as file:
+        yield file.fileno()
+
+
+def start(
+    script: str, output: int, tmp_path: Path, *, vm_uuid: str = UUID, fds: tuple[int, ...] = ()
+) -> Process:
+    argv = ["/bin/sh", "-c", script, "-uuid", vm_uuid]
+    return spawn(argv, stderr_fd=output, fds=fds, directory=tmp_path)
+
+
+def child(*argv: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(argv)
+
+
+def until_ended(pid: int) -> None:
+    """Wait for a child's end and leave it a zombie."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def stranger() -> int:
+    """A process whose parent is gone."""
+    script = "sleep 100 >/dev/null & echo $!"
+    return int(subprocess.run(["/bin/sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout)
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", -9)])
+async def test_the_end_is_noticed_with_its_code(script: str, code: int, output: int, tmp_path: Path):
+    process = start(script, output, tmp_path)
+    assert await asyncio.wait_for(process.wait(), 10) == code
+    assert not process.alive
+    assert read_stat(process.pid) is None  # reaped
+
+
+async def test_it_gets_a_session_and_nothing_of_ours(output: int, tmp_path: Path):
+    os.environ["VCNODE_SECRET"] = "secret"
+    ours, theirs = os.pipe()
+    try:
+        os.set_inheritable(ours, True)
+        process = start(
+            'echo $(ls /proc/self/fd); env; cut -d" " -f6 /proc/$$/stat; pwd',
+            output,
+            tmp_path,
+            fds=(theirs,),
+        )
+        await asyncio.wait_for(process.wait(), 10)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+        del os.environ["VCNODE_SECRET"]
+    fds, *rest = (tmp_path / "output").read_text().splitlines()
+    assert set(fds.split()) <= {"0", "1", "2", "3", str(theirs)}  # 3: what ls reads
+    assert str(theirs) in fds.split()
+    assert "secret" not in "\n".join(rest)
+    assert rest[-2] == str(process.pid)  # leads its session
+    assert rest[-1] == str(tmp_path)
+
+
+async def test_a_program_that_is_missing_says_so(output: int, tmp_path: Path):
+    with pytest.raises(HypervisorError, match="/no/qemu could not be executed"):
+        spawn(["/no/qemu"], stderr_fd=output, fds=(), directory=tmp_path)
+
+
+async def test_it_can_be_adopted_again_after_it_was_let_go(output: int, tmp_path: Path):
+    process = start("exec sleep 100 -uuid " + UUID, output, tmp_path)
+    process.release()
+    process.release()
+    again = adopt(process.pid, process.start_ticks, UUID)
+    assert again is not None
+    again.signal(signal.SIGKILL)
+    assert await asyncio.wait_for(again.wait(), 10) == -9
+    again.signal(signal.SIGKILL)  # harmless
+
+
+async def test_another_process_is_not_adopted(output: int, tmp_path: Path):
+    process = start("sleep 100", output, tmp_path)
+    try:
+        assert adopt(process.pid, process.start_ticks + 1, UUID) is None
+        assert adopt(process.pid, process.start_ticks, str(uuid.uuid4())) is None
+        assert process.alive
+    finally:
+        process.signal(signal.SIGKILL)
+        await process.wait()
+    assert adopt(process.pid, process.start_ticks, UUID) is None
+
+
+async def test_a_child_that_ended_unwatched_is_reaped_and_not_adopted(output: int, tmp_path: Path):
+    process = start("exit 0", output, tmp_path)
+    process.release()
+    until_ended(process.pid)
+    assert adopt(process.pid, process.start_ticks, UUID) is None
+    assert read_stat(process.pid) is None
+
+
+async def test_a_zombie_of_somebody_else_with_a_reused_pid_is_left_alone():
+    other = child("/bin/true")
+    until_ended(other.pid)
+    assert adopt(other.pid, 1, UUID) is None
+    assert other.wait() == 0
+
+
+async def test_the_exit_code_of_a_stranger_is_not_known():
+    """A QEMU that an earlier node agent started: its end is seen, its code went to somebody else."""
+    pid = stranger()
+    pidfd = os.pidfd_open(pid)
+    process = Process(pid, 0, pidfd)
+    process.signal(signal.SIGKILL)
+    assert await asyncio.wait_for(process.wait(), 10) is None
+
+
+async def test_ended_within_is_bounded(output: int, tmp_path: Path):
+    process = start("sleep 100", output, tmp_path)
+    assert not await process.ended_within(0.01)
+    process.signal(signal.SIGKILL)
+    assert await process.ended_within(10)
+
+
+async def test_a_process_is_found_by_its_uuid(output: int, tmp_path: Path):
+    name = str(uuid.uuid4())
+    process = start("sleep 100; true", output, tmp_path, vm_uuid=name)
+    try:
+        assert find(name) == (process.pid, process.start_ticks)
+    finally:
+        process.signal(signal.SIGKILL)
+        await process.wait()
+    assert find(name) is None
+
+
+def test_the_start_time_is_read_past_an_odd_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    line = "7 (a) b (c)) S " + " ".join(str(n) for n in range(4, 53))
+    (tmp_path / "stat").write_text(line)
+    monkeypatch.setattr(processes, "Path", lambda _: tmp_path / "stat")
+    assert read_stat(7) == (22, False)
+
+
+def test_reap_of_a_live_child_does_not_wait():
+    sleeping = child("/bin/sleep", "100")
+    pidfd = os.pidfd_open(sleeping.pid)
+    try:
+        assert reap(pidfd) is None
+    finally:
+        os.close(pidfd)
+        sleeping.kill()
+        sleeping.wait()
