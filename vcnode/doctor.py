@@ -6,11 +6,9 @@ Checks look and try, and change nothing. What needs a driver or NATS is passed i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import shutil
-import signal
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -18,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vcnode.aio import finish
+from vcnode.drivers.storage import tools
 from vcnode.errors import VcnodeError
 from vcnode.settings import Settings
 
@@ -270,23 +268,8 @@ def check_memory(meminfo: str) -> Finding:
 async def _output(*argv: str) -> str | None:
     """What a short-lived program prints; None when it cannot be run, fails, or takes too long."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError:
-        return None
-    try:
         async with asyncio.timeout(_TOOL_TIMEOUT_S):
-            output, _ = await process.communicate()
-    except TimeoutError:
+            ended = await tools.run(argv, file_bytes=0)
+    except OSError:  # a TimeoutError is one
         return None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await finish(process.wait(), timeout_s=_TOOL_TIMEOUT_S)
-    return output.decode("utf-8", "replace") if process.returncode == 0 else None
+    return ended.output if ended.returncode == 0 else None

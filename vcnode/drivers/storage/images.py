@@ -57,6 +57,18 @@ _EPOCH_2100 = "4102444800"
 after it back to it: a moment far ahead keeps the files' own times."""
 
 
+def check_digest(digest: str) -> str:
+    """The 64 hex digits of *digest*.
+
+    Raises:
+        InvalidArgumentError: It is not ``sha256:`` and 64 hex digits in lower case.
+    """
+    match = _DIGEST.fullmatch(digest)
+    if match is None:
+        raise InvalidArgumentError(f"{digest!r} is not a digest.", digest=digest)
+    return match[1]
+
+
 def mkfs_argv(target: str, source: str) -> list[str]:
     """The command that makes the same bytes of the same tree, every time (with SOURCE_DATE_EPOCH)."""
     return [MKFS, "--quiet", "-U", _UUID, "--preserve-mtime", "-Eforce-inode-extended", target, source]
@@ -134,10 +146,7 @@ class ImageStore:
         _sync_directory(self._dir)
 
     def _path(self, digest: str) -> Path:
-        match = _DIGEST.fullmatch(digest)
-        if match is None:
-            raise InvalidArgumentError(f"{digest!r} is not a digest.", digest=digest)
-        return self._dir / f"sha256-{match[1]}.erofs"
+        return self._dir / f"sha256-{check_digest(digest)}.erofs"
 
     def _clear(self, name: str) -> None:
         job = self._tmp / name

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vcnode.drivers.base import ImageFile
 from vcnode.drivers.faults import FaultPlan
+from vcnode.drivers.storage.images import check_digest
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import check_name
 from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
@@ -123,6 +124,7 @@ class MockStorage:
     async def image_file(self, digest: str) -> ImageFile:
         """See `vcnode.drivers.base.Storage`."""
         await self._hit("image_file")
+        check_digest(digest)
         try:
             return self.world.images[digest]
         except KeyError as exc:
@@ -131,4 +133,5 @@ class MockStorage:
     async def remove_image(self, digest: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
         await self._hit("remove_image")
+        check_digest(digest)
         self.world.images.pop(digest, None)

@@ -1,11 +1,12 @@
-"""Runs one helper program to its end, bounded in time, memory, file size and output."""
+"""Runs one helper program to its end, with limits on memory, file size and output that it cannot shed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
-import resource
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from vcnode.aio import finish
 
 _TAIL_BYTES = 4096
+_START_S = 10.0
 _KILL_WAIT_S = 10.0
 
 
@@ -49,27 +51,41 @@ async def run(
         OSError: The program cannot be started.
         asyncio.CancelledError: The caller was cancelled; the program and all that it started are gone.
     """
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        pass_fds=tuple(pass_fds),
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", **(env or {})},
-        start_new_session=True,
-    )
+    if shutil.which(argv[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
+    limits = ["--core=0", f"--fsize={file_bytes}"]
+    if memory_bytes is not None:
+        limits.append(f"--as={memory_bytes}")
+    started: list[asyncio.subprocess.Process] = []
+
+    async def start() -> None:
+        started.append(
+            await asyncio.create_subprocess_exec(
+                "prlimit",
+                *limits,
+                "--",
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=tuple(pass_fds),
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", **(env or {})},
+                start_new_session=True,
+            )
+        )
+
     try:
-        with contextlib.suppress(ProcessLookupError):  # it may have ended already
-            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-            if memory_bytes is not None:
-                resource.prlimit(process.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        # create_subprocess_exec that is cancelled half-way kills the program only, not what that has
+        # started, and may then wait for ever for its pipes.
+        await finish(start(), timeout_s=_START_S)
+        [process] = started
         output, errors = await asyncio.gather(_tail(process.stdout), _tail(process.stderr))
         code = await process.wait()
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await finish(process.wait(), timeout_s=_KILL_WAIT_S)
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await finish(process.wait(), timeout_s=_KILL_WAIT_S)
         raise
     return ToolExit(code, output, errors)
 
