@@ -296,7 +296,10 @@ class Network(Protocol):
         ...
 
     async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
-        """Remove all that ``attach`` made. Idempotent."""
+        """Remove all that ``attach`` made, or had begun to make. Idempotent.
+
+        After a crash in the middle of ``attach`` the attachment holds no more than its ``vm_id``.
+        """
         ...
 
 

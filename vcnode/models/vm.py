@@ -182,6 +182,8 @@ class NetworkAttachment(Data):
 
     model: NetworkModel
     """Driver."""
+    vm_id: str
+    """VM that it was made for; what the driver makes is named after it, so this alone is enough to detach."""
     netns_path: str | None = None
     """Network namespace in which the VM runs."""
     endpoints: tuple[Endpoint, ...] = ()

@@ -9,6 +9,7 @@ from vcnode.errors import (
     AbortedError,
     AgentError,
     AlreadyExistsError,
+    StorageError,
     UnsupportedError,
 )
 from vcnode.models.call import Call
@@ -116,6 +117,7 @@ class ContainerCommands:
                 live = self._live(record, call)
                 grace = container.spec.stop_timeout_s if grace_s is None else grace_s
                 await self._containers.halt(live, cid, signal=stop_signal(container), grace_s=grace)
+                self._require_recorded(pod_id, cid)
             return self._parts.ledger.container_status(self._parts.ledger.get(pod_id), cid)
 
     async def kill(self, pod_id: str, cid: str, signal: int, everyone: bool, call: Call) -> ContainerStatus:
@@ -157,6 +159,7 @@ class ContainerCommands:
                 live = self._live(record, call)
                 if container.state in CONTAINER_ALIVE:
                     await self._containers.halt(live, cid, signal=stop_signal(container), grace_s=0)
+                    self._require_recorded(pod_id, cid)
                 await self._containers.remove(live, container)
             await self._parts.ledger.change(pod_id, edits.container_removed(cid), call)
             return ContainerDeleted(pod_id=pod_id, container_id=cid, existed=True)
@@ -207,6 +210,13 @@ class ContainerCommands:
             await self._containers.remove(live, container)
             raise
         await self._watcher.replay_exits(live)
+
+    def _require_recorded(self, pod_id: str, cid: str) -> None:
+        """See that the end of a container was saved, and not only seen."""
+        if find_container(self._parts.ledger.get(pod_id), cid).state in CONTAINER_ALIVE:
+            raise StorageError(
+                f"Container {pod_id}/{cid} has ended, but the node's database cannot be written; try again."
+            )
 
     def _find(self, pod_id: str, cid: str, call: Call) -> tuple[PodRecord, ContainerRecord]:
         record = self._parts.ledger.get(pod_id)

@@ -35,6 +35,8 @@ class LivePod:
         """Containers whose start is under way and not yet recorded."""
         self.early_exits: dict[str, ContainerExited] = {}
         """Exits of those, to be recorded after their starts."""
+        self.unsaved_exits: set[str] = set()
+        """Containers whose end was seen, but could not be recorded yet."""
         self.tasks: set[asyncio.Task[None]] = set()
         """Those that watch this VM."""
         self._exits: dict[str, asyncio.Event] = {}
@@ -50,7 +52,7 @@ class LivePod:
         return self.session
 
     def exit_event(self, container_id: str) -> asyncio.Event:
-        """Set once the end of the container's main process is recorded, or the VM is gone."""
+        """Set once the end of the container's main process is recorded (or cannot be), or the VM is gone."""
         event = self._exits.setdefault(container_id, asyncio.Event())
         if self.gone.is_set():
             event.set()

@@ -21,8 +21,8 @@ class Holdings:
         self._record = record
         self.vm = vm
         """The VM as far as it is known: without a pid before its launch."""
-        self.network: NetworkAttachment | None = record.network
-        """Set once the network is made."""
+        self.network = record.network or NetworkAttachment(model=record.network_model, vm_id=vm.vm_id)
+        """Its network; before that is known in full, what is enough to remove it."""
         self.live = parts.live.get(record.pod_id)
         """Set once the VM is launched, if this process has its handle."""
         self.outcome: StopOutcome = "absent"
@@ -54,10 +54,8 @@ class Holdings:
         undo.push(f"VM {self.vm.vm_id}", self._free_vm)
 
     async def _free_network(self) -> None:
-        if self.network is not None:
-            network = self._parts.network(self._record)
-            await network.detach(self.network, timeout_s=REQUEST_LIMIT_S)
-            self.network = None
+        network = self._parts.network(self._record)
+        await network.detach(self.network, timeout_s=REQUEST_LIMIT_S)
 
     async def _free_directory(self) -> None:
         await self._parts.storage.remove_vm_dir(self.vm.vm_id)

@@ -224,6 +224,11 @@ class PodService:
         """Whether any pod is held by a command, or by the handling of its VM's end."""
         return self._parts.locks.any_held
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether something happened that could not be saved yet, because the database cannot be written."""
+        return any(live.unsaved_exits for live in self._parts.live.values())
+
     # ---- containers: see ContainerCommands -----------------------------------------------------------
 
     async def exec(

@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 
 from vcnode import aio
@@ -15,7 +14,7 @@ from vcnode.errors import ResourceExhaustedError, UnsupportedError, VcnodeError
 from vcnode.models.call import Call
 from vcnode.models.pod import PodState
 from vcnode.models.records import PodRecord
-from vcnode.models.vm import GuestConfig, NetDev, NetworkAttachment, VmRecord, VmSpec
+from vcnode.models.vm import GuestConfig, NetDev, VmRecord, VmSpec
 from vcnode.pods import edits
 from vcnode.pods.containers import Containers
 from vcnode.pods.ledger import check_revision
@@ -157,19 +156,17 @@ class Starter:
 
     async def _attach_network(self, record: PodRecord, held: Holdings, undo: UndoStack) -> None:
         held.undo_network(undo)
+        planned = held.network
         held.network = await self._parts.network(record).attach(
             record.pod_id, held.vm.vm_id, timeout_s=REQUEST_LIMIT_S
         )
-        if held.network != NetworkAttachment(model=record.network_model):
+        if held.network != planned:  # else there is nothing to know that the record does not say
             await self._parts.ledger.change(record.pod_id, edits.networked(held.network))
 
     async def _launch(self, record: PodRecord, held: Holdings, undo: UndoStack, directory: Path) -> LivePod:
         parts = self._parts
-        endpoints = () if held.network is None else held.network.endpoints
         held.undo_vm(undo)
-        taps: Sequence[int] = ()
-        if held.network is not None:
-            taps = await parts.network(record).open_taps(held.network)
+        taps = await parts.network(record).open_taps(held.network)
         try:
             spec = VmSpec(
                 vm_id=held.vm.vm_id,
@@ -178,7 +175,9 @@ class Starter:
                 mem_size_mib=record.spec.resources.mem_size_mib,
                 directory=str(directory),
                 shared_dir=str(directory / "shared"),
-                netdevs=tuple(NetDev(tap_fd=fd, mac=e.mac) for fd, e in zip(taps, endpoints, strict=True)),
+                netdevs=tuple(
+                    NetDev(tap_fd=fd, mac=e.mac) for fd, e in zip(taps, held.network.endpoints, strict=True)
+                ),
             )
             vm = await parts.hypervisor(record).launch(spec, timeout_s=parts.settings.qemu.boot_timeout_s)
         finally:
@@ -200,7 +199,7 @@ class Starter:
             time_ns=int(parts.clock().timestamp() * 1_000_000) * 1000,
             entropy=os.urandom(64),
             machine_id=uuid.UUID(held.vm.uuid).hex,
-            endpoints=() if held.network is None else held.network.endpoints,
+            endpoints=held.network.endpoints,
         )
         await session.configure(config, timeout_s=REQUEST_LIMIT_S)
         phases.done("configure")

@@ -204,8 +204,7 @@ class Watcher:
             reason="It used more memory than its limit." if event.oom_killed else None,
             now=self._parts.clock(),
         )
-        await self._save(live.pod_id, edit)
-        live.container_ended(event.container_id)
+        await self._record_exit(live, event.container_id, edit)
 
     async def _ended_meanwhile(self, live: LivePod, cid: str, state: GuestContainerState | None) -> None:
         edit = edits.container_exited(
@@ -215,8 +214,28 @@ class Watcher:
             reason="The guest does not know it any more." if state is None else None,
             now=self._parts.clock(),
         )
-        await self._save(live.pod_id, edit)
+        await self._record_exit(live, cid, edit)
+
+    async def _record_exit(self, live: LivePod, cid: str, edit: edits.Edit) -> None:
+        """Save that a container ended, and wake whoever waits for it.
+
+        While the database cannot be written, that goes on beside, so that nobody waits for the disk.
+        """
+        if cid in live.unsaved_exits:
+            return
+        try:
+            await self._parts.ledger.change(live.pod_id, edit)
+        except (StorageError, ResourceExhaustedError) as exc:
+            log.warning("Pod %s: the end of container %s cannot be saved yet", live.pod_id, cid, exc_info=exc)
+            live.unsaved_exits.add(cid)
+            self._spawn(live, self._save_exit(live, cid, edit), f"exit of {live.pod_id}/{cid}")
         live.container_ended(cid)
+
+    async def _save_exit(self, live: LivePod, cid: str, edit: edits.Edit) -> None:
+        try:
+            await self._save(live.pod_id, edit)
+        finally:
+            live.unsaved_exits.discard(cid)
 
     async def _undo_unrecorded(
         self, live: LivePod, container: ContainerRecord, state: GuestContainerState

@@ -1,4 +1,4 @@
-"""A small host for the pod service: mock drivers on worlds that outlive the service, as VMs outlive a node."""
+"""A small host for the pod service: mock drivers on worlds that outlive it, as VMs outlive a node."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from vcnode.aio import Tasks
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.mock.guest import MockGuests
 from vcnode.drivers.agent.noop import NoopAgent
-from vcnode.drivers.faults import FaultPlan
+from vcnode.drivers.faults import FaultPlan, Rule
 from vcnode.drivers.hypervisor.mock import MockHypervisor, MockWorld
 from vcnode.drivers.storage.mock import MockStorage
 from vcnode.drivers.storage.mock import MockWorld as StorageWorld
+from vcnode.errors import StorageError
 from vcnode.models.call import Call
 from vcnode.models.events import Event
 from vcnode.models.node import DriverInfo
@@ -35,8 +37,10 @@ from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
 from vcnode.pods.outbox import Outbox
 from vcnode.pods.service import PodService
-from vcnode.pods.store import Store
+from vcnode.pods.store import Store, Tx
 from vcnode.settings import LimitSettings, Settings
+
+T = TypeVar("T")
 
 ROOT = "/roots/busybox"
 """A directory that the mock storage takes for one."""
@@ -53,21 +57,55 @@ class Clock:
         return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=next(self._seconds))
 
 
-class RecordingPlan(FaultPlan):
-    """A plan that also keeps the order of calls, and runs something of the test's before chosen ones."""
+class Killed(BaseException):
+    """The node agent was killed here: whatever would have come after does not happen."""
 
-    def __init__(self, *rules: object) -> None:
-        super().__init__(*rules)  # type: ignore[arg-type]
+
+class RecordingPlan(FaultPlan):
+    """A plan that keeps the order of driver calls and commits, and lets a test act at chosen ones."""
+
+    def __init__(self, *rules: Rule) -> None:
+        super().__init__(*rules)
         self.log: list[str] = []
-        self.before: dict[tuple[str, int], Callable[[], object]] = {}
-        """By operation and count: called before that call goes on."""
+        """Driver operations, and ``commit`` and ``committed`` around each write of the store."""
+        self.at: dict[int, Callable[[], None]] = {}
+        """By position in `log`: called when that is reached; may raise."""
+        self.dead = False
+        self.died = asyncio.Event()
+        self.failing: tuple[str, ...] = ()
+        """What fails at every call, for as long as it stands here."""
+
+    def reach(self, what: str) -> None:
+        """Note *what* and do what the test wants there."""
+        if self.dead:
+            raise Killed
+        self.log.append(what)
+        if (act := self.at.get(len(self.log) - 1)) is not None:
+            act()
+        if what in self.failing:
+            raise StorageError(f"{what} fails for now.")
+
+    def die(self) -> None:
+        """Play SIGKILL: from here on no driver does anything and nothing is committed."""
+        self.dead = True
+        self.died.set()
+        raise Killed
 
     async def hit(self, operation: str, *, vm_id: str | None = None) -> None:
-        self.log.append(operation)
-        run = self.before.get((operation, self.calls[operation] + 1))
-        if run is not None:
-            run()
+        self.reach(operation)
         await super().hit(operation, vm_id=vm_id)
+
+
+class RecordedStore(Store):
+    """A store whose commits a plan knows of."""
+
+    plan: RecordingPlan
+
+    async def write(self, work: Callable[[Tx], T]) -> T:
+        self.plan.reach("commit")
+        result = await super().write(work)
+        self.plan.reach("committed")
+        return result
 
 
 class TapNetwork:
@@ -85,7 +123,7 @@ class TapNetwork:
         await self.plan.hit("network.attach", vm_id=vm_id)
         endpoint = Endpoint(id=f"{vm_id}-0", name="eth0", tap_name=f"tap-{vm_id}", mac="52:54:00:00:00:01")
         attachment = NetworkAttachment(
-            model=NetworkModel.BRIDGE, netns_path=f"/netns/{vm_id}", endpoints=(endpoint,)
+            model=NetworkModel.BRIDGE, vm_id=vm_id, netns_path=f"/netns/{vm_id}", endpoints=(endpoint,)
         )
         self.made[vm_id] = attachment
         return attachment
@@ -96,8 +134,7 @@ class TapNetwork:
 
     async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
         await self.plan.hit("network.detach")
-        assert attachment.netns_path is not None
-        self.made.pop(attachment.netns_path.rpartition("/")[2], None)
+        self.made.pop(attachment.vm_id, None)
 
 
 class Observed:
@@ -149,7 +186,10 @@ class World:
         self.plan = plan = RecordingPlan(*rules)
         self.tasks = Tasks()
         self.observed = Observed()
-        self.store = await Store.open(self.path / "node.db", node_name="n1", clock=self.clock)
+        store = await RecordedStore.open(self.path / "node.db", node_name="n1", clock=self.clock)
+        assert isinstance(store, RecordedStore)
+        store.plan = plan
+        self.store = store
         self.outbox = Outbox(self.store, retention_s=3600)
         limits = self.settings.limits
         self.journal = Journal(
@@ -188,7 +228,7 @@ class World:
 
     async def crash(self) -> None:
         """End the node as SIGKILL would: no undo, no farewell; only what was committed remains."""
-        self.store.refuse_writes()
+        self.plan.dead = True
         await self.tasks.close()
         await self.store.close()
 

@@ -32,7 +32,7 @@ class NoopNetwork:
     async def attach(self, pod_id: str, vm_id: str, *, timeout_s: float) -> NetworkAttachment:
         """An attachment without namespace and endpoints."""
         await self._hit("attach", vm_id)
-        return NetworkAttachment(model=NetworkModel.NOOP)
+        return NetworkAttachment(model=NetworkModel.NOOP, vm_id=vm_id)
 
     async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
         """No descriptors."""
