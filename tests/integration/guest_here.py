@@ -84,7 +84,9 @@ class GuestHere:
         (cgroup / cgroups.PARENT).mkdir(exist_ok=True)
         devices.restrict(str(cgroup / cgroups.PARENT))
         mounts = Mounts(str(self.directory / "run"), share_mounted=True)
-        agent.Agent(theirs.fileno(), IDENTITY, lambda: None, mounts=mounts, cgroup_root=str(cgroup)).serve()
+        agent.Agent(
+            theirs.fileno(), IDENTITY, lambda: None, guard_oom=False, mounts=mounts, cgroup_root=str(cgroup)
+        ).serve()
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):

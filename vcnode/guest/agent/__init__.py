@@ -6,6 +6,6 @@ nothing to do: no timers, no polling.
 
 Who knows whom, top to bottom; nothing imports upward::
 
-    init > agent > service > containers, execs, identity > rootfs, process, disks, mounts, cgroups
-         > users, capabilities, limits > params, loop > syscalls, failures
+    init > agent > service > containers, execs, identity > rootfs, spawn, disks, mounts, cgroups
+         > process > users, capabilities, limits > params, loop > syscalls, failures
 """

@@ -13,6 +13,7 @@ from vcnode.guest.agent.execs import Execs
 from vcnode.guest.agent.loop import Loop
 from vcnode.guest.agent.mounts import Mounts
 from vcnode.guest.agent.service import Service
+from vcnode.guest.agent.spawn import Spawner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Agent:
         port_fd: The port, non-blocking; the caller keeps it.
         introduction: See `identity`.
         power_off: Called once when the host has asked for shutdown, with its reply sent.
+        guard_oom: Whether the kernel is to take containers and not the agent where memory is short.
         mounts: Where roots are prepared.
         cgroup_root: Where cgroup v2 is mounted; `cgroups.set_up` was called for it.
     """
@@ -53,19 +55,18 @@ class Agent:
         introduction: dict[str, str],
         power_off: Callable[[], None],
         *,
+        guard_oom: bool = True,
         mounts: Mounts | None = None,
         cgroup_root: str = cgroups.ROOT,
     ) -> None:
         self.loop = Loop()
         self._power_off = power_off
-        self._pidns_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        spawner = Spawner(guard_oom=guard_oom)
         self._port = port.Port(self.loop, port_fd, introduction)
         mounts = mounts or Mounts()
         disks = Disks(self.loop, f"{mounts.run}/disks")
-        self.containers = Containers(
-            self.loop, mounts, disks, self._pidns_fd, self._container_exited, cgroup_root
-        )
-        execs = Execs(self.loop, self._port, self._pidns_fd)
+        self.containers = Containers(self.loop, mounts, disks, spawner, self._container_exited, cgroup_root)
+        execs = Execs(self.loop, self._port, spawner)
         self._service = Service(self._port, self.containers, execs, self._shut_down)
         self._port.listener = self._service
 

@@ -1,8 +1,7 @@
-"""Capabilities: their names, the default set of a container, and how a process gives the others up."""
+"""Capabilities: their names, and the default set of a container."""
 
 from __future__ import annotations
 
-from vcnode.guest.agent import syscalls
 from vcnode.guest.agent.params import invalid
 
 TYPE_CHECKING = False
@@ -89,19 +88,6 @@ def mask(names: Iterable[str], path: str = "process.capabilities") -> int:
     return bits
 
 
-def limit_bounding_set(allowed: int) -> None:
-    """Give up, for ever, what is not in *allowed*: not even setuid root brings it back. Needs CAP_SETPCAP."""
-    dropped = ALL & ~allowed
-    for number in range(len(NAMES)):
-        if dropped & 1 << number:
-            syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)
-
-
-def limit(allowed: int) -> None:
-    """Leave the caller with *allowed* and nothing that a program could inherit beyond it.
-
-    The inheritable set stays empty (CVE-2022-24769), and so does the ambient one: a program run by a user
-    other than root starts with no capability at all, whatever the bounding set would let it gain.
-    """
-    syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
-    syscalls.capset(allowed, allowed, 0)
+def numbers(bits: int) -> tuple[int, ...]:
+    """The numbers of the capabilities in a mask."""
+    return tuple(number for number in range(len(NAMES)) if bits & 1 << number)

@@ -18,7 +18,7 @@ import os
 import signal
 import time
 
-from vcnode.guest.agent import process
+from vcnode.guest.agent import process, spawn
 from vcnode.guest.agent.cgroups import ROOT as CGROUP_ROOT
 from vcnode.guest.agent.cgroups import Cgroup
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.disks import Disks
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.mounts import Mounts
-    from vcnode.guest.agent.process import ProcessSpec, Spawned
+    from vcnode.guest.agent.process import ProcessSpec
+    from vcnode.guest.agent.spawn import Spawned, Spawner
 
     Done = Callable[[Failure | None], None]
 
@@ -122,7 +123,7 @@ class Containers:
         loop: Where to wait.
         mounts: Prepares roots.
         disks: Finds disks.
-        own_pidns_fd: The agent's own pid namespace.
+        spawner: Makes processes.
         exited: Called with a container whose main process has ended.
         cgroup_root: Where cgroup v2 is mounted.
     """
@@ -132,14 +133,14 @@ class Containers:
         loop: Loop,
         mounts: Mounts,
         disks: Disks,
-        own_pidns_fd: int,
+        spawner: Spawner,
         exited: Callable[[Container], None],
         cgroup_root: str = CGROUP_ROOT,
     ) -> None:
         self._loop = loop
         self._mounts = mounts
         self._disks = disks
-        self._own_pidns_fd = own_pidns_fd
+        self._spawner = spawner
         self._exited = exited
         self._cgroup_root = cgroup_root
         self._all: dict[str, Container] = {}
@@ -244,7 +245,8 @@ class Containers:
                 cgroup_procs_fd=procs_fd,
             )
             stdio = (opened[0], opened[1], opened[2])
-            spawned = process.spawn(spec.process, stdio, entry, self._own_pidns_fd)
+            plan = process.Plan(spec.process, entry.root, spec.hostname)
+            spawned = self._spawner.spawn(plan, stdio, entry)
         except (OSError, Failure) as exc:
             for fd in reading:
                 os.close(fd)
@@ -277,7 +279,7 @@ class Containers:
     def _on_status(self, container: Container) -> None:
         if container.state != STARTING or container.main is None:
             return
-        outcome = process.read_status(container.main.status_fd)
+        outcome = spawn.read_status(container.main.status_fd)
         if outcome is False:
             return
         self._close_status(container)
@@ -399,7 +401,8 @@ class Containers:
             Failure: ``not_found``, ``failed_precondition``, ``internal``.
         """
         container = self.get(container_id)
-        if container.state != RUNNING or container.main is None:
+        main = container.main
+        if container.state != RUNNING or main is None:
             raise Failure(
                 FAILED_PRECONDITION, f"Container {container_id!r} is {container.public_state}, not running."
             )
@@ -407,7 +410,7 @@ class Containers:
             procs_fd = container.cgroup.open_procs()
         except OSError as exc:
             raise Failure.of(exc, f"join container {container_id!r}") from exc
-        return JoinEntry(container.main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
+        return JoinEntry(main.pid, main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
 
 
 def _signal_pidfd(pidfd: int, number: int) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import termios
 
-from vcnode.guest.agent import process
+from vcnode.guest.agent import process, spawn
 from vcnode.guest.agent.failures import INTERNAL, Failure
 from vcnode.guest.agent.loop import IN, OUT
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.port import Port
-    from vcnode.guest.agent.process import Entry, ProcessSpec, Spawned
+    from vcnode.guest.agent.process import ProcessSpec
+    from vcnode.guest.agent.spawn import Entry, Spawned, Spawner
 
 _READ_BYTES = 32 * 1024
 _KILL_ROUNDS = 16
@@ -184,10 +185,10 @@ class Exec:
 class Execs:
     """All processes of the present protocol session, and those of earlier ones that are still dying."""
 
-    def __init__(self, loop: Loop, port: Port, own_pidns_fd: int) -> None:
+    def __init__(self, loop: Loop, port: Port, spawner: Spawner) -> None:
         self._loop = loop
         self._port = port
-        self._own_pidns_fd = own_pidns_fd
+        self._spawner = spawner
         self._last_id = 0
         self._all: dict[int, Exec] = {}
         self._dying: set[Exec] = set()
@@ -222,7 +223,8 @@ class Execs:
                 if stream is not None:
                     self._port.open_stream(stream, sending=number > 0)
                     opened.append(stream)
-            spawned = process.spawn(spec, (theirs[0], theirs[1], theirs[2]), entry, self._own_pidns_fd)
+            plan = process.Plan(spec, entry.root, entry.hostname)
+            spawned = self._spawner.spawn(plan, (theirs[0], theirs[1], theirs[2]), entry)
         except (OSError, Failure) as exc:
             for stream in opened:
                 self._port.forget_stream(stream)
@@ -267,7 +269,7 @@ class Execs:
     def _on_status(self, found: Exec) -> None:
         if found.spawned.status_fd < 0:
             return
-        outcome = process.read_status(found.spawned.status_fd)
+        outcome = spawn.read_status(found.spawned.status_fd)
         if outcome is False:
             return
         self._close_status(found)

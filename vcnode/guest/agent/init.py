@@ -183,9 +183,6 @@ def _run_agent() -> NoReturn:
     """Runs in the child; the console is its stderr."""
     code = 1
     try:
-        # Where memory is short, the kernel is to take containers.
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("-1000")
         agent.main(lambda: None)
         code = 0
     except BaseException:

@@ -14,7 +14,7 @@ import stat
 from vcnode.guest.agent import syscalls
 from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure, printable
 from vcnode.guest.agent.params import invalid
-from vcnode.guest.agent.process import Entry
+from vcnode.guest.agent.spawn import Entry
 from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC, MS_REMOUNT
 
 _NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWCGROUP
@@ -108,13 +108,15 @@ class JoinEntry(Entry):
     """Joins the namespaces and the group of a running container.
 
     Args:
+        pid: Its process 1.
         pidfd: Of its process 1.
         hostname: For the environment.
         cgroup_procs_fd: cgroup.procs of its group, open for writing.
     """
 
-    def __init__(self, pidfd: int, *, hostname: str, cgroup_procs_fd: int) -> None:
+    def __init__(self, pid: int, pidfd: int, *, hostname: str, cgroup_procs_fd: int) -> None:
         self.pid_namespace = pidfd
+        self.root = f"/proc/{pid}/root"
         self.hostname = hostname
         self.keep_fds = (pidfd, cgroup_procs_fd)
 
@@ -127,7 +129,7 @@ class JoinEntry(Entry):
         pidfd, cgroup_procs_fd = self.keep_fds
         os.write(cgroup_procs_fd, b"0")
         # The container must not look into a process that still holds the guest's memory (CVE-2016-9962).
-        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+        syscalls.set_undumpable()
         try:
             syscalls.setns(pidfd, _NAMESPACES)
         except ProcessLookupError:

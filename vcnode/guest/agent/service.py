@@ -10,7 +10,8 @@ from vcnode.guest.agent import cgroups, identity
 from vcnode.guest.agent.containers import ContainerSpec
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
 from vcnode.guest.agent.params import Params, invalid
-from vcnode.guest.agent.process import Entry, ProcessSpec
+from vcnode.guest.agent.process import ProcessSpec
+from vcnode.guest.agent.spawn import Entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -26,19 +26,18 @@ CLONE_NEWIPC = 0x0800_0000
 CLONE_NEWPID = 0x2000_0000
 
 # prctl(2); include/uapi/linux/prctl.h
-PR_SET_DUMPABLE = 4
-PR_SET_KEEPCAPS = 8
-PR_CAPBSET_DROP = 24
-PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
+_PR_SET_DUMPABLE = 4
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
 
-_CAPABILITY_VERSION_3 = 0x2008_0522
+# openat2(2); include/uapi/linux/openat2.h
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
 
 # Numbers of the calls that the C library does not wrap; arch/*/include/generated/uapi/asm/unistd_64.h
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "finit_module": 313, "bpf": 321},
-    "aarch64": {"pivot_root": 41, "capset": 91, "finit_module": 273, "bpf": 280},
+    "x86_64": {"pivot_root": 155, "finit_module": 313, "bpf": 321, "openat2": 437},
+    "aarch64": {"pivot_root": 41, "finit_module": 273, "bpf": 280, "openat2": 437},
 }
 
 # reboot(2); include/uapi/linux/reboot.h
@@ -111,20 +110,29 @@ def finit_module(fd: int) -> None:
     _numbered("finit_module", fd, b"", 0)
 
 
-def prctl(option: int, argument: int = 0) -> None:
-    """Set an attribute of the calling process; see prctl(2)."""
-    unused = ctypes.c_ulong(0)
-    _check(_libc.prctl(option, ctypes.c_ulong(argument), unused, unused, unused))
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
-def capset(effective: int, permitted: int, inheritable: int) -> None:
-    """Set the caller's capabilities, given as 64-bit masks."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    masks = (effective, permitted, inheritable)
-    low = [mask & 0xFFFF_FFFF for mask in masks]
-    high = [mask >> 32 for mask in masks]
-    data = (ctypes.c_uint32 * 6)(*low, *high)
-    _numbered("capset", ctypes.byref(header), ctypes.byref(data))
+def set_undumpable() -> None:
+    """Let nobody look into the calling process, until its next execve."""
+    _check(_prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+
+
+def drop_from_bounding_set(capability: int) -> None:
+    """Give up a capability for the next execve and for ever; needs CAP_SETPCAP."""
+    _check(_prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
+
+
+def set_no_new_privileges() -> None:
+    """Let no execve of the calling process and its children gain privileges."""
+    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def open_in_root(root_fd: int, path: str, flags: int) -> int:
+    """Open *path* as if *root_fd* were the root directory: no link leads out of it. See openat2(2)."""
+    how = struct.pack("<QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    return _numbered("openat2", root_fd, os.fsencode(path), how, len(how))
 
 
 def sethostname(name: str) -> None:

@@ -1,7 +1,7 @@
 """Users and groups as the root file system at hand defines them.
 
-Everything here reads /etc/passwd and /etc/group of a root that the caller has already made its own (chroot or
-pivot_root), so that no link in it can lead outside.
+The agent itself reads /etc/passwd and /etc/group; the kernel sees to it that no link in the container's
+files leads out of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 
+from vcnode.guest.agent import syscalls
 from vcnode.guest.agent.params import invalid
 
 TYPE_CHECKING = False
@@ -103,13 +104,14 @@ def _number(word: bytes) -> int | None:
     return number if number <= MAX_ID else None
 
 
-def read_database(path: str) -> bytes:
-    """Read a passwd or group file, at most `MAX_FILE_BYTES` of it; empty when there is none to be read.
+def read_database(root_fd: int, path: str) -> bytes:
+    """Read a passwd or group file below *root_fd*, at most `MAX_FILE_BYTES`; empty when it cannot be read.
 
-    The file is the container's: a pipe, a device or a directory in its place counts as absent.
+    The file is the container's: a pipe, a device or a directory in its place counts as absent, and a link
+    leads nowhere but into the same root.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = syscalls.open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return b""
     try:
@@ -126,7 +128,7 @@ def read_database(path: str) -> bytes:
         os.close(fd)
 
 
-def resolve_here(user: str, group: str | None, supplementary: Iterable[str]) -> Identity:
-    """`resolve` with the files of the caller's root."""
-    passwd, groups = read_database("/etc/passwd"), read_database("/etc/group")
+def resolve_in(root_fd: int, user: str, group: str | None, supplementary: Iterable[str]) -> Identity:
+    """`resolve` with the files below *root_fd*."""
+    passwd, groups = read_database(root_fd, "etc/passwd"), read_database(root_fd, "etc/group")
     return resolve(user, group, supplementary, passwd=passwd, groups=groups)
