@@ -47,7 +47,7 @@ def guest_vm(image: Path, *, mem_mib: int = 256) -> Iterator[GuestVm]:
             qmp_socket=directory / "qmp.sock",
             console=directory / "console.log",
         )
-        tsc = f" tsc_early_khz={khz}" if (khz := host_tsc_khz()) else ""
+        tsc = f" tsc_early_khz={khz} tsc=reliable" if (khz := host_tsc_khz()) else ""
         # fmt: off
         command = [
             "qemu-system-x86_64", "-M", "microvm,accel=tcg", "-cpu", "max", "-m", str(mem_mib), "-smp", "1",
