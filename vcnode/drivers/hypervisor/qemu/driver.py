@@ -280,6 +280,6 @@ class QemuHypervisor:
         if khz is None:
             self._notes += ("The host's TSC cannot be measured; a guest on a busy host may hang at boot.",)
         else:
-            # Without "reliable" the guest's watchdog compares it with jiffies, which a busy host delays, and falls
-            # back to them for good: a clock of 4 ms steps that loses ticks.
+            # Without "reliable" the guest's watchdog compares it with jiffies, which a busy host delays, and
+            # falls back to them for good: a clock of 4 ms steps that loses ticks.
             self._kernel_params = (*KERNEL_PARAMS, f"tsc_early_khz={khz}", "tsc=reliable")
