@@ -104,7 +104,8 @@ class Connection:
         Raises:
             InvalidArgumentError: Settings with which no connection can ever be made.
         """
-        options.connect_options(self._settings)
+        with contextlib.suppress(options.SecretError):  # the file may come later
+            options.connect_options(self._settings)
         self._task = self._tasks.spawn(self._supervise(), name="nats-connection")
 
     async def wait_connected(self) -> None:

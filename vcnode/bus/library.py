@@ -1,12 +1,13 @@
 """nats-py as it must be for a process that runs for months next to strangers.
 
-`SturdyClient` mends four behaviours of nats-py (read at 2.16.0, nats/aio/client.py):
+`SturdyClient` and `uncancelled` mend these behaviours of nats-py (read at 2.16.0, nats/aio/client.py):
 
 - A message whose subject, reply subject or status line is not UTF-8 raises in ``_process_msg``; the read
   loop logs that and ends, and the connection is deaf from then on. Anybody who may publish can do this.
 - An unexpected exception in ``_attempt_reconnect`` ends that task, and the client is RECONNECTING for ever.
 - A ``tls=`` context is used only if the server asks for TLS, so credentials go out in the clear to whoever
   answers without asking.
+- ``close`` of a client whose ``connect`` never got far enough fails an assertion.
 - ``_flush_pending`` swallows ``CancelledError``, so a cancelled publisher goes on (see `uncancelled`).
 """
 
@@ -38,6 +39,11 @@ class SturdyClient(Client):
     def __init__(self, *, require_tls: bool) -> None:
         super().__init__()
         self._require_tls = require_tls
+
+    async def close(self) -> None:
+        """Close; also what was never connected."""
+        if self._flush_queue is not None:
+            await super().close()
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         try:

@@ -86,6 +86,7 @@ def connect_options(settings: NatsSettings) -> dict[str, Any]:
 
     Raises:
         InvalidArgumentError: Settings that contradict each other, or TLS files that cannot be used.
+        SecretError: There is no usable nkey seed now.
     """
     options: dict[str, Any] = {
         "servers": servers(settings),
@@ -121,6 +122,7 @@ def _identity(settings: NatsSettings) -> dict[str, Any]:
     if settings.creds_file is not None:
         return _creds(settings.creds_file)
     if settings.nkey_seed_file is not None:
+        _key(_read(settings.nkey_seed_file).strip(), settings.nkey_seed_file)
         return {"nkeys_seed": str(settings.nkey_seed_file)}
     if settings.token_file is not None:
         return {"token": _reader(settings.token_file)}

@@ -92,10 +92,9 @@ class Requester:
                 await self._client.subscribe(f"{self._inbox}.*", cb=self._on_reply)
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             await self.close()
-            why = self._last_error or exc
             where = options.display(self._settings)
             raise UnavailableError(
-                f"NATS at {where} cannot be reached ({str(why) or type(why).__name__})."
+                f"NATS at {where} cannot be reached ({_why(self._last_error or exc)})."
             ) from exc
         except BaseException:
             await self.close()
@@ -208,6 +207,14 @@ class Requester:
                 limit_bytes=limit,
                 violations=[{"field": "", "message": f"at most {limit} bytes"}],
             )
+
+
+def _why(exc: Exception) -> str:
+    """What went wrong, for the message of an error."""
+    if isinstance(exc, ConnectionError) and not isinstance(exc, ConnectionRefusedError):
+        # nats-server closes so soon after "Authorization Violation" that the reset can overtake the word.
+        return f"the server ended the connection: {exc}; are the credentials right?"
+    return str(exc) or type(exc).__name__
 
 
 def _nobody_listens(msg: Msg) -> bool:
