@@ -5,13 +5,12 @@ Not imported by vcnode. Reads one JSON document from standard input and writes o
 
 import sys
 
-_STARTED_WITH = set(sys.modules)
-
 
 def imported(roots: list[list[str]]) -> list[dict[str, str]]:
-    """Import *roots* (``[module]`` or ``[module, name]``, where name may be a submodule); tell what that loaded.
+    """Import *roots* and tell what that loaded, with the files.
 
-    Modules that are part of the interpreter's binary are left out.
+    A root is ``[module]`` or ``[module, name, …]``, where a name may be a submodule. Modules that are
+    part of the interpreter's binary are left out.
     """
     for module, *names in roots:
         __import__(module)
@@ -20,8 +19,8 @@ def imported(roots: list[list[str]]) -> list[dict[str, str]]:
                 __import__(f"{module}.{name}")
     loaded = dict(sys.modules)
     found = []
-    for name, module in sorted(loaded.items()):
-        origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    for name, loaded_module in sorted(loaded.items()):
+        origin = getattr(getattr(loaded_module, "__spec__", None), "origin", None)
         if name != "__main__" and origin not in (None, "built-in", "frozen"):
             found.append({"name": name, "file": origin})
     return found

@@ -22,7 +22,8 @@ DEFAULT_DIR = Path("/var/lib/vcnode/guest")
 
 _BUSYBOX = ("/usr/bin/busybox",)
 _SKIPPED_MODULES = tuple(
-    f"/kernel/{part}/" for part in ("sound", "drivers/gpu", "drivers/media", "drivers/infiniband", "drivers/usb")
+    f"/kernel/{part}/"
+    for part in ("sound", "drivers/gpu", "drivers/media", "drivers/infiniband", "drivers/usb")
 )
 """Not even read: no device of a microvm is there, and they make half of the kernel package."""
 
@@ -116,7 +117,11 @@ def build(
             packages.prune(cache_dir, selection.all())
         except OSError as exc:
             raise GuestImageError(f"The guest image cannot be written: {exc.strerror or exc}.") from exc
-        progress(Progress("write", 1, 1, f"{out_dir}: kernel {image.kernel_release}, Python {image.python_version}"))
+        progress(
+            Progress(
+                "write", 1, 1, f"{out_dir}: kernel {image.kernel_release}, Python {image.python_version}"
+            )
+        )
         return dataclasses.replace(image, directory=out_dir)
 
 
@@ -170,16 +175,18 @@ def _fetch(
 
 def _contents(inputs: Inputs, files: Mapping[str, Path], scratch: Path, progress: Report) -> dict[str, bytes]:
     """The image's files, by name."""
-    progress(Progress("kernel", 0, 2, "unpacking"))
-    release, vmlinux, loadable = _kernel([files[package.name] for package in inputs.selection.kernel])
-    progress(Progress("kernel", 2, 2, f"{release}, {len(loadable)} modules"))
-
     progress(Progress("python", 0, 2, "unpacking"))
-    interpreter = python.unpack([files[package.name] for package in inputs.selection.python], scratch / "python")
+    interpreter = python.unpack(
+        [files[package.name] for package in inputs.selection.python], scratch / "python"
+    )
     tree = initrd.skeleton()
     progress(Progress("python", 1, 2, f"Python {interpreter.version}: finding what the agent imports"))
     count = python.install(interpreter, inputs.agent, tree, scratch)
     progress(Progress("python", 2, 2, f"Python {interpreter.version}, {count} modules"))
+
+    progress(Progress("kernel", 0, 2, "unpacking"))
+    release, vmlinux, loadable = _kernel([files[package.name] for package in inputs.selection.kernel])
+    progress(Progress("kernel", 2, 2, f"{release}, {len(loadable)} modules"))
 
     progress(Progress("initrd", 0, 1, ""))
     facts = inputs.facts()

@@ -71,9 +71,13 @@ def _lz4(data: bytes) -> bytes:
 
 def _piped(tool: str, *arguments: str, data: bytes) -> bytes:
     if shutil.which(tool) is None:
-        raise GuestImageError(f"The program '{tool}' is needed to unpack this kernel: apt-get install {tool}.")
+        raise GuestImageError(
+            f"The program '{tool}' is needed to unpack this kernel: apt-get install {tool}."
+        )
     try:
-        done = subprocess.run([tool, *arguments], input=data, capture_output=True, timeout=_TOOL_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            [tool, *arguments], input=data, capture_output=True, timeout=_TOOL_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired as exc:
         raise GuestImageError(f"'{tool}' took more than {_TOOL_TIMEOUT_S:.0f} s.") from exc
     if not done.stdout:

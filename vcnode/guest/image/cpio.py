@@ -66,7 +66,12 @@ class Tree:
             GuestImageError: The path is not in normal form, is taken, or leads through a non-directory.
         """
         parts = path.split("/")
-        if parts[0] != "" or any(part in ("", ".", "..") for part in parts[1:]) or "\0" in path:
+        if (
+            len(parts) < 2
+            or parts[0] != ""
+            or any(part in ("", ".", "..") for part in parts[1:])
+            or "\0" in path
+        ):
             raise GuestImageError(f"{path!r} is no path for the guest's tree.")
         for depth in range(2, len(parts)):
             parent = self._entries.setdefault("/".join(parts[:depth]), Directory())

@@ -30,7 +30,7 @@ def normal_path(name: str) -> str:
 
 
 def members(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | str]]:
-    """Path (normal) and content of the files for which *wanted*(path); for symbolic links, the target as text.
+    """Path (normal) and content of the files for which *wanted*(path); of symbolic links, the target.
 
     Raises:
         GuestImageError: The package is damaged, or dpkg-deb is not there.

@@ -102,7 +102,11 @@ def _notes(content: bytes, alignment: int) -> Iterator[tuple[bytes, int, bytes]]
         owner_size, size, kind = struct.unpack_from("<III", content, position)
         owner_at = position + 12
         content_at = position + aligned(12 + owner_size)
-        yield content[owner_at : owner_at + owner_size].rstrip(b"\0"), kind, content[content_at : content_at + size]
+        yield (
+            content[owner_at : owner_at + owner_size].rstrip(b"\0"),
+            kind,
+            content[content_at : content_at + size],
+        )
         position = content_at + aligned(size)
 
 

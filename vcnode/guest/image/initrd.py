@@ -83,7 +83,11 @@ def busybox_applets(binary: bytes) -> list[str]:
         path.chmod(0o700)
         try:
             done = subprocess.run(
-                [str(path), "--list"], capture_output=True, encoding="utf-8", timeout=_LIST_TIMEOUT_S, check=True
+                [str(path), "--list"],
+                capture_output=True,
+                encoding="utf-8",
+                timeout=_LIST_TIMEOUT_S,
+                check=True,
             )
         except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as exc:
             raise GuestImageError("The packaged busybox does not run on this host.") from exc

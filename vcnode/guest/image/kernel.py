@@ -49,7 +49,10 @@ def payload(image: bytes) -> bytes:
     """
     if len(image) < _PAYLOAD_AT + 8 or image[_MAGIC_AT : _MAGIC_AT + 4] != _MAGIC:
         raise GuestImageError("The kernel package holds no bzImage.")
-    boot_flag, version = struct.unpack_from("<H", image, _BOOT_FLAG_AT)[0], struct.unpack_from("<H", image, 0x206)[0]
+    boot_flag, version = (
+        struct.unpack_from("<H", image, _BOOT_FLAG_AT)[0],
+        struct.unpack_from("<H", image, 0x206)[0],
+    )
     if boot_flag != _BOOT_FLAG or version < 0x208:
         raise GuestImageError(f"The kernel's boot protocol {version >> 8}.{version & 0xFF:02} is too old.")
     offset, length = struct.unpack_from("<II", image, _PAYLOAD_AT)

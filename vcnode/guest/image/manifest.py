@@ -23,7 +23,7 @@ class GuestImage:
 
     directory: Path
     digest: str
-    """Over all inputs and outputs, hex: equal digests are equal images, whenever and wherever they were built."""
+    """Over all inputs and outputs, hex: equal digests are equal images, wherever they were built."""
     inputs_digest: str
     """Over the inputs alone; another one means that the image is out of date."""
     agent_version: str
@@ -96,7 +96,9 @@ def load(directory: Path) -> GuestImage:
             build_time=str(facts["build_time"]),
         )
     except (KeyError, TypeError) as exc:
-        raise GuestImageError(f"The manifest of the guest image in {directory} lacks something: {_MAKE}.") from exc
+        raise GuestImageError(
+            f"The manifest of the guest image in {directory} lacks something: {_MAKE}."
+        ) from exc
 
 
 def _read(directory: Path) -> dict[str, Any]:

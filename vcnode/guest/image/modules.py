@@ -63,7 +63,9 @@ def parse_module(name: str, content: bytes) -> Module:
     return Module(name, plain, tuple(part.replace("-", "_") for part in depends.split(",") if part))
 
 
-def load_order(wanted: Iterable[str], builtin: frozenset[str], find: Callable[[str], Module | None]) -> list[Module]:
+def load_order(
+    wanted: Iterable[str], builtin: frozenset[str], find: Callable[[str], Module | None]
+) -> list[Module]:
     """The modules *wanted* and all that they depend on, each after its dependencies, in a fixed order.
 
     Raises:
@@ -89,7 +91,9 @@ def load_order(wanted: Iterable[str], builtin: frozenset[str], find: Callable[[s
     return list(ordered.values())
 
 
-def select(files: Mapping[str, bytes], builtin: frozenset[str], wanted: Iterable[str] = WANTED) -> list[Module]:
+def select(
+    files: Mapping[str, bytes], builtin: frozenset[str], wanted: Iterable[str] = WANTED
+) -> list[Module]:
     """Pick from a kernel's module *files* (path to content, as packaged) what is to be loaded, in load order.
 
     Raises:

@@ -88,7 +88,17 @@ class Apt:
         with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as status:
             try:
                 process = subprocess.Popen(
-                    ["timeout", "-k", "10", str(_DOWNLOAD_TIMEOUT_S), "apt-get", "-qq", *options, "download", *wanted],
+                    [
+                        "timeout",
+                        "-k",
+                        "10",
+                        str(_DOWNLOAD_TIMEOUT_S),
+                        "apt-get",
+                        "-qq",
+                        *options,
+                        "download",
+                        *wanted,
+                    ],
                     cwd=directory,
                     env=_environment(),
                     stdin=subprocess.DEVNULL,
@@ -97,13 +107,19 @@ class Apt:
                     pass_fds=[write_end],
                 )
             except OSError as exc:
-                raise GuestImageError("apt-get cannot be started: the builder needs Debian or Ubuntu.") from exc
+                raise GuestImageError(
+                    "apt-get cannot be started: the builder needs Debian or Ubuntu."
+                ) from exc
             finally:
                 os.close(write_end)
             with process:
-                for line in status:
-                    if (share := parse_status(line)) is not None:
-                        report(share)
+                try:
+                    for line in status:
+                        if (share := parse_status(line)) is not None:
+                            report(share)
+                except BaseException:  # an interrupt from the terminal does not reach what `timeout` runs
+                    process.terminate()
+                    raise
             if process.returncode != 0:
                 errors.seek(0)
                 reason = _last_line(errors.read().decode(errors="replace"))
@@ -164,7 +180,9 @@ def parse_stanzas(text: str) -> dict[str, Package]:
 def parse_depends(field: str) -> tuple[tuple[str, ...], ...]:
     """Names in a dependency field: ``a (>= 1), b:any | c`` is ``(("a",), ("b", "c"))``."""
     groups = (group.split("|") for group in field.split(",") if group.strip())
-    return tuple(tuple(re.split(r"[\s:(\[<]", name.strip(), maxsplit=1)[0] for name in group) for group in groups)
+    return tuple(
+        tuple(re.split(r"[\s:(\[<]", name.strip(), maxsplit=1)[0] for name in group) for group in groups
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +230,16 @@ def select(index: Index) -> Selection:
 def _one(package: Package, pattern: str) -> str:
     names = _matching([package], re.compile(pattern))
     if not names:
-        raise GuestImageError(f"The package {package.name} {package.version} depends on nothing like {pattern}.")
+        raise GuestImageError(
+            f"The package {package.name} {package.version} depends on nothing like {pattern}."
+        )
     return names[0]
 
 
 def _matching(packages: Iterable[Package], pattern: re.Pattern[str]) -> list[str]:
-    found = {name for package in packages for group in package.depends for name in group if pattern.fullmatch(name)}
+    found = {
+        name for package in packages for group in package.depends for name in group if pattern.fullmatch(name)
+    }
     return sorted(found)
 
 
@@ -228,7 +250,12 @@ def _require(found: dict[str, Package], name: str) -> Package:
 
 
 def fetch(
-    index: Index, packages: Sequence[Package], cache_dir: Path, *, offline: bool, report: Callable[[int, int], None]
+    index: Index,
+    packages: Sequence[Package],
+    cache_dir: Path,
+    *,
+    offline: bool,
+    report: Callable[[int, int], None],
 ) -> dict[str, Path]:
     """Make sure that the cache holds *packages*; returns the file of each, by name.
 
@@ -245,13 +272,19 @@ def fetch(
     report(total - absent, total)
     if missing:
         if offline:
-            raise GuestImageError(f"Not in the package cache {cache_dir}: {', '.join(p.name for p in missing)}.")
+            raise GuestImageError(
+                f"Not in the package cache {cache_dir}: {', '.join(p.name for p in missing)}."
+            )
         with tempfile.TemporaryDirectory(prefix="partial-", dir=cache_dir) as partial:
-            index.download(missing, Path(partial), lambda share: report(total - absent + int(absent * share), total))
+            index.download(
+                missing, Path(partial), lambda share: report(total - absent + int(absent * share), total)
+            )
             arrived = {_digest_of(path): path for path in Path(partial).glob("*.deb")}
             for package in missing:
                 if package.sha256 not in arrived:
-                    raise IndexOutdatedError(f"What apt downloaded as {package.name} differs from apt's index: {_UPDATE}.")
+                    raise IndexOutdatedError(
+                        f"What apt downloaded as {package.name} differs from apt's index: {_UPDATE}."
+                    )
                 arrived[package.sha256].replace(cache_dir / package.file_name)
         report(total, total)
     return {package.name: cache_dir / package.file_name for package in packages}

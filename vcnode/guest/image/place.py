@@ -58,7 +58,8 @@ def workspace(directory: Path) -> Iterator[Path]:
 
 def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     """Make *directory* with *files*, all on stable storage."""
-    directory.mkdir(mode=0o755)
+    directory.mkdir()
+    directory.chmod(0o755)  # whatever the umask: the node agent may be another user than the builder
     for name, content in files.items():
         with (directory / name).open("xb") as file:
             file.write(content)

@@ -20,10 +20,10 @@ class Progress:
     """What is being done, for people; empty when the step says it all."""
 
 
-STEPS = ("resolve", "download", "kernel", "python", "initrd", "write")
-"""``resolve`` asks apt, ``download`` fetches packages, ``kernel`` unpacks kernel and modules, ``python``
-picks and compiles the interpreter's modules, ``initrd`` packs the archive, ``write`` puts the image in place.
-A build that finds the image current does ``resolve`` only."""
+STEPS = ("resolve", "download", "python", "kernel", "initrd", "write")
+"""``resolve`` asks apt, ``download`` fetches packages, ``python`` picks and compiles the interpreter's
+modules, ``kernel`` unpacks kernel and modules, ``initrd`` packs the archive, ``write`` puts the image in
+place. A build that finds the image current does ``resolve`` only."""
 
 Report = Callable[[Progress], None]
 

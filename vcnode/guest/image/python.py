@@ -144,15 +144,15 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, ...]]:
         case ast.ImportFrom(str(module), names, 0):
             yield (module, *sorted(alias.name for alias in names if alias.name != "*"))
         case ast.If(ast.Name("TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"), _, otherwise):
-            for child in otherwise:
-                yield from _imports(child)
+            for statement in otherwise:
+                yield from _imports(statement)
         case _:
             for child in ast.iter_child_nodes(node):
                 yield from _imports(child)
 
 
 def install(interpreter: Interpreter, agent_sources: Mapping[str, bytes], tree: Tree, scratch: Path) -> int:
-    """Put interpreter, needed modules, shared libraries and the agent into *tree*; returns the count of modules.
+    """Put interpreter, needed modules, libraries and the agent into *tree*; returns the count of modules.
 
     Modules are there in compiled form only, beside where their source would be: one file to look for.
 
@@ -177,7 +177,9 @@ def install(interpreter: Interpreter, agent_sources: Mapping[str, bytes], tree: 
         else:
             binaries.append(file.read_bytes())
             tree.add(guest_path, File(binaries[-1], 0o755))
-    tree.add(f"{interpreter.stdlib}/lib-dynload", Directory())  # its absence would be complained about at start
+    tree.add(
+        f"{interpreter.stdlib}/lib-dynload", Directory()
+    )  # its absence would be complained about at start
     for path, content in agent_sources.items():
         file = scratch / "agent" / path
         file.parent.mkdir(parents=True, exist_ok=True)

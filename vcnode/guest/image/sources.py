@@ -21,8 +21,7 @@ def agent_sources() -> dict[str, bytes]:
         GuestImageError: This installation has no sources.
     """
     guest = _PACKAGE / "guest"
-    files = [_PACKAGE / "__init__.py", guest / "__init__.py", guest / "protocol.py"]
-    files += sorted((guest / "agent").rglob("*.py"))
+    files = [_PACKAGE / "__init__.py", *sorted(guest.glob("*.py")), *sorted((guest / "agent").rglob("*.py"))]
     try:
         return {str(path.relative_to(_PACKAGE.parent)): path.read_bytes() for path in files}
     except OSError as exc:
