@@ -96,7 +96,7 @@ def parse_address(address: str) -> tuple[str | None, int]:
 
 
 class HttpServer:
-    """Serves the three pages from `start` to `close`.
+    """Serves the three pages from `start` to `close`, once.
 
     Args:
         registry: Metrics to show.
@@ -141,15 +141,16 @@ class HttpServer:
 
     async def close(self) -> None:
         """Stop listening and drop all connections. Idempotent."""
-        if self._server is not None:
-            self._server.close()
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
         await self._tasks.close()
-        if self._server is not None:
-            await self._server.wait_closed()
-            self._server = None
+        await server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._tasks.count >= self._max_connections:
+        # A connection may have been accepted just before the server closed, and be handed over after it.
+        if self._server is None or self._tasks.count >= self._max_connections:
             writer.transport.abort()
             return
         self._tasks.spawn(self._exchange(reader, writer), name="http exchange")

@@ -25,8 +25,8 @@ from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
 
 def default_node_name() -> str:
     """The host's name, made to fit the alphabet of ids."""
-    name = re.sub(r"[^a-z0-9_-]", "-", socket.gethostname().split(".")[0].lower()).strip("-_")
-    return name[:64] or "node"
+    name = re.sub(r"[^a-z0-9_-]", "-", socket.gethostname().split(".")[0].lower())
+    return name.strip("-_")[:64].rstrip("-_") or "node"
 
 
 class Group(BaseModel):
