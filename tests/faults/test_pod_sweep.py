@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -138,12 +139,12 @@ async def delete_all(world: World, where: str) -> None:
 
 async def settled(world: World) -> None:
     """Until what was noticed in the background is done: nobody holds a pod any more."""
-    while (
+    while (  # noqa: ASYNC110 -- bounded by the test's limit; no event says that all is quiet
         world.pods.busy
         or world.pods.unsaved
         or any(s.state in (PodState.STARTING, PodState.STOPPING) for s in world.pods.list({}, ()).pods)
     ):
-        await asyncio.sleep(0)  # noqa: ASYNC110 -- bounded by the test's limit; no event says "all is quiet"
+        await asyncio.sleep(0)
 
 
 def worlds(path: Path) -> Iterator[World]:
@@ -159,6 +160,14 @@ def raising(error: Exception) -> Callable[[], None]:
         raise error
 
     return act
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where that is possible: thousands of transactions, and no power failure among the faults."""
+    place = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="vc-", dir=place if place.is_dir() else None) as path:
+        yield Path(path)
 
 
 @pytest.fixture(autouse=True)
@@ -283,8 +292,8 @@ async def test_a_disk_that_is_full_from_a_step_on_loses_nothing(tmp_path: Path, 
 
 async def check_mended(world: World, where: str) -> None:
     """As `check`, but a pod may be half-way when its last commit failed: a stop mends that."""
-    while world.pods.busy:
-        await asyncio.sleep(0)  # noqa: ASYNC110
+    while world.pods.busy:  # noqa: ASYNC110
+        await asyncio.sleep(0)
     for status in world.pods.list({}, ()).pods:
         if status.state in (PodState.STARTING, PodState.STOPPING):
             await world.pods.stop(status.pod_id, 0, world.call("pod.stop"))

@@ -134,7 +134,8 @@ def exec_process(cmd: Cmd, container: ContainerSpec | None, config: ImageConfig 
         workdir=main.workdir or config.workdir,
         user=_user_and_group(main, config),
     )
-    return _process(cmd, cmd.args, lent, main.capabilities or DEFAULT_CAPABILITIES)
+    capabilities = DEFAULT_CAPABILITIES if main.capabilities is None else main.capabilities
+    return _process(cmd, cmd.args, lent, capabilities)
 
 
 def _process(

@@ -295,8 +295,8 @@ async def test_a_hanging_start_is_undone_when_overtaken(tmp_path, verb: str, ove
         start = asyncio.ensure_future(world.pods.start("p1", world.call(verb)))
     else:
         start = asyncio.ensure_future(world.pods.run(pod(), world.call(verb)))
-    while "agent.connect" not in world.plan.log:
-        await asyncio.sleep(0)  # noqa: ASYNC110 -- bounded by the test's limit
+    while "agent.connect" not in world.plan.log:  # noqa: ASYNC110 -- bounded by the test's limit
+        await asyncio.sleep(0)
     match overtaker:
         case "stop":
             stopped = await world.pods.stop("p1", None, world.call("pod.stop"))
