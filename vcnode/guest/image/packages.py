@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from vcnode.guest.image.errors import GuestImageError, IndexOutdatedError
 
@@ -82,34 +82,14 @@ class Apt:
         Raises:
             GuestImageError: It failed; usually the lists are older than the archive.
         """
-        wanted = [f"{package.name}={package.version}" for package in packages]
         read_end, write_end = os.pipe()
-        options = ["-o", f"APT::Status-Fd={write_end}", "-o", "Acquire::Retries=3"]
+        # Bounded by a program of its own, for the loop below waits for apt's next word without a limit.
+        command = ["timeout", "-k", "10", str(_DOWNLOAD_TIMEOUT_S), "apt-get", "-qq", "download"]
+        command += ["-o", f"APT::Status-Fd={write_end}", "-o", "Acquire::Retries=3"]
+        command += [f"{package.name}={package.version}" for package in packages]
         with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as status:
             try:
-                process = subprocess.Popen(
-                    [
-                        "timeout",
-                        "-k",
-                        "10",
-                        str(_DOWNLOAD_TIMEOUT_S),
-                        "apt-get",
-                        "-qq",
-                        *options,
-                        "download",
-                        *wanted,
-                    ],
-                    cwd=directory,
-                    env=_environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    pass_fds=[write_end],
-                )
-            except OSError as exc:
-                raise GuestImageError(
-                    "apt-get cannot be started: the builder needs Debian or Ubuntu."
-                ) from exc
+                process = _start(command, directory, errors, write_end)
             finally:
                 os.close(write_end)
             with process:
@@ -308,6 +288,23 @@ def _digest_of(path: Path) -> str | None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+
+
+def _start(
+    command: Sequence[str], directory: Path, errors: IO[bytes], status_fd: int
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=directory,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=[status_fd],
+        )
+    except OSError as exc:
+        raise GuestImageError(f"{command[0]} cannot be started: the builder needs Debian or Ubuntu.") from exc
 
 
 def _run(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:

@@ -58,7 +58,7 @@ def test_busybox_unpacks_the_archive_as_it_was_described(tmp_path: Path) -> None
 
 def test_same_tree_in_another_order_gives_the_same_bytes() -> None:
     backwards = Tree()
-    for path, entry in reversed(_tree().entries().items()):
+    for path, entry in reversed(list(_tree().entries().items())):
         backwards.add(path, entry)
     assert pack(backwards) == pack(_tree())
 

@@ -206,13 +206,13 @@ def _fake_program(directory: Path, name: str, script: str) -> None:
 def test_apt_failure_is_told_by_its_last_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _fake_program(tmp_path, "apt-get", 'echo "W: noise" >&2; echo "E: 404  Not Found" >&2; exit 100')
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(IndexOutdatedError, match="404  Not Found.*apt-get update"):
+    with pytest.raises(IndexOutdatedError, match=r"404  Not Found.*apt-get update"):
         packages.Apt().download([package("a")], tmp_path, lambda share: None)
 
 
 def test_apt_download_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = "for word; do case $word in APT::Status-Fd=*) fd=${word#*=};; esac; done\n"
-    script += "eval \"printf 'dlstatus:1:25.0:x\\ndlstatus:1:100.0:x\\n' >&$fd\""
+    script += "printf 'dlstatus:1:25.0:x\\ndlstatus:1:100.0:x\\n' >/proc/self/fd/$fd"
     _fake_program(tmp_path, "apt-get", script)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     shares: list[float] = []
