@@ -75,16 +75,25 @@ class Containers:
             )
 
     async def halt_all(self, live: LivePod, record: PodRecord, *, grace_s: float) -> None:
-        """Ask every running container to end and wait for all, at most *grace_s* seconds in all.
+        """Ask every running container to end; kill what still runs after *grace_s* seconds.
 
-        What still runs then ends with the VM.
+        Raises:
+            TimeoutError: One survived SIGKILL for `KILL_LIMIT_S`; it ends with the VM.
         """
         running = [c for c in record.containers if c.state is ContainerState.RUNNING]
-        async with asyncio.timeout(grace_s):
-            for container in running:
-                await self._signal(live, container_id(container), stop_signal(container), everyone=False)
-            for container in running:
-                await live.exit_event(container_id(container)).wait()
+        ends = [live.exit_event(container_id(container)) for container in running]
+        for container in running:
+            await self._signal(live, container_id(container), stop_signal(container), everyone=False)
+        try:
+            async with asyncio.timeout(grace_s):
+                for end in ends:
+                    await end.wait()
+        except TimeoutError:
+            async with asyncio.timeout(KILL_LIMIT_S):
+                for container, end in zip(running, ends, strict=True):
+                    if not end.is_set():
+                        await self._signal(live, container_id(container), SIGKILL, everyone=True)
+                        await end.wait()
 
     async def remove(self, live: LivePod, container: ContainerRecord) -> None:
         """Take a container that does not run out of the guest, and its root away. Can be repeated."""

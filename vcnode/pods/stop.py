@@ -13,11 +13,13 @@ from vcnode.models.records import PodRecord
 from vcnode.pods import edits
 from vcnode.pods.containers import Containers
 from vcnode.pods.live import LivePod
-from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
+from vcnode.pods.parts import KILL_LIMIT_S, Parts
 from vcnode.pods.release import Holdings
 
 log = logging.getLogger(__name__)
 
+SHUTDOWN_LIMIT_S = 5.0
+"""Seconds for an orderly power-off of the guest, besides the grace that its containers may use up."""
 FREE_LIMIT_S = 180.0
 """Seconds for killing the VM, freeing everything and recording it, all steps together."""
 
@@ -39,7 +41,8 @@ class Stopper:
         Args:
             pod_id: The pod.
             call: The command.
-            grace_s: Seconds that containers and guest may take in all; 0 kills at once.
+            grace_s: Seconds that containers may take to end by themselves, after which they are killed and
+                the guest powers off; 0 kills the VM at once.
 
         Returns:
             ``graceful``; ``forced`` when QEMU had to be killed; ``absent`` when nothing ran.
@@ -84,20 +87,16 @@ class Stopper:
 
     async def _ask_to_end(self, live: LivePod, record: PodRecord, *, grace_s: float) -> StopOutcome:
         """The gentle part: containers, then the guest, then the VM; returns how far it got."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + grace_s
         try:
             await self._containers.halt_all(live, record, grace_s=grace_s)
-            limit_s = min(REQUEST_LIMIT_S, max(0.0, deadline - loop.time()))
-            await live.require_session().shutdown(timeout_s=limit_s)
+            await live.require_session().shutdown(timeout_s=SHUTDOWN_LIMIT_S)
         except (VcnodeError, TimeoutError) as exc:
             log.info("Pod %s does not end by itself", live.pod_id, exc_info=exc)
             return "absent"
         if record.agent_type is AgentType.NOOP:
             return "absent"  # nobody in the guest has heard the request: do not wait for its effect
-        left_s = max(0.0, deadline - loop.time())
-        async with asyncio.timeout(left_s + KILL_LIMIT_S):
-            return await live.vm.stop(grace_s=left_s)
+        async with asyncio.timeout(SHUTDOWN_LIMIT_S + KILL_LIMIT_S):
+            return await live.vm.stop(grace_s=SHUTDOWN_LIMIT_S)
 
     async def _end(self, pod_id: str, outcome: StopOutcome, call: Call) -> StopOutcome:
         """The certain part: kill what lives, free everything, record it."""
