@@ -392,22 +392,23 @@ async def give_up_creating(guest: ScriptedGuest, session: NativeSession) -> None
 async def test_container_of_a_cancelled_creation_is_deleted_before_anything_else(
     guest: ScriptedGuest,
 ) -> None:
-    guest.methods["delete_container"] = lambda _: {}
+    guest.methods["delete_container"] = lambda _: None
     guest.methods["start_container"] = lambda _: {"pid": 5}
     async with session_with(guest) as session:
         await give_up_creating(guest, session)
         starting = asyncio.ensure_future(session.start_container("c1", timeout_s=LIMIT_S))
         await session.start_container("other", timeout_s=LIMIT_S)
-        assert [p["container_id"] for p in guest.named("start_container")] == ["other"]
-
         guest.core.send_reply(guest.requests[0], {})
         guest.flush()
+        await guest.until(lambda: guest.named("delete_container"))
+        await session.ping(timeout_s=LIMIT_S)
+        assert guest.named("start_container") == [{"container_id": "other"}]
+
+        guest.core.send_reply(next(r for r in guest.requests if r.method == "delete_container"), {})
+        guest.flush()
         await starting
-        assert [r.method for r in guest.requests[1:]] == [
-            "start_container",
-            "delete_container",
-            "start_container",
-        ]
+        assert guest.named("delete_container") == [{"container_id": "c1"}]
+        assert not session._settling
 
 
 async def test_cancelled_creation_that_the_guest_refused_deletes_nothing(guest: ScriptedGuest) -> None:
@@ -433,7 +434,8 @@ async def test_creation_cancelled_in_the_moment_of_its_reply_is_deleted(guest: S
         session._on_reply = and_cancel  # type: ignore[method-assign]
         with pytest.raises(asyncio.CancelledError):
             await creating
-        await guest.until(lambda: guest.named("delete_container"))
+        await session.delete_container("c1", timeout_s=LIMIT_S)
+        assert len(guest.named("delete_container")) == 2
         assert not session._settling
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
@@ -46,7 +45,7 @@ class NativeSession:
         """What to do with a reply as soon as it is there, before anything that comes after it, and also when
         nobody waits for it any more."""
         self._settling: dict[str, asyncio.Event] = {}
-        """Containers whose creation was given up but not answered; calls about them wait."""
+        """Containers whose creation was given up and is not undone yet; calls about them wait."""
         self._by_stream: dict[int, NativeProcess] = {}
         self._by_id: dict[int, NativeProcess] = {}
         self._events = EventQueue()
@@ -69,7 +68,7 @@ class NativeSession:
         """See `GuestSession.create_container`.
 
         When the answer does not come in time, or the caller is cancelled, the container is deleted as soon
-        as the guest says that it made one; calls about the same id wait until that is settled.
+        as the guest says that it made one; calls about the same id wait until that is done.
         """
         container_id = container.container_id
         params = messages.create_container_params(container)
@@ -81,26 +80,26 @@ class NativeSession:
             try:
                 await self._reply("create_container", request_id)
             except asyncio.CancelledError:
+                self._settling[container_id] = asyncio.Event()
                 if arrived:
                     self._undo_creation(container_id, arrived[0])
                 else:
-                    self._undo_creation_later(container_id, request_id)
+                    self._on_arrival[request_id] = lambda reply: self._undo_creation(container_id, reply)
                 raise
-
-    def _undo_creation_later(self, container_id: str, request_id: int) -> None:
-        settled = self._settling[container_id] = asyncio.Event()
-
-        def on_arrival(reply: protocol.ReplyReceived) -> None:
-            self._undo_creation(container_id, reply)
-            self._settling.pop(container_id, None)
-            settled.set()
-
-        self._on_arrival[request_id] = on_arrival
 
     def _undo_creation(self, container_id: str, reply: protocol.ReplyReceived) -> None:
         # An error means that nothing was made: what has this id then is an older container.
+        delete_id = None
         if reply.error is None:
-            self._send_unasked("delete_container", {"container_id": container_id})
+            delete_id = self._send_unasked("delete_container", {"container_id": container_id})
+        if delete_id is None:
+            self._settle(container_id)
+        else:
+            self._on_arrival[delete_id] = lambda _: self._settle(container_id)
+
+    def _settle(self, container_id: str) -> None:
+        if (settled := self._settling.pop(container_id, None)) is not None:
+            settled.set()
 
     async def start_container(self, container_id: str, *, timeout_s: float) -> int:
         """See `GuestSession.start_container`. Whether it started is unknown after a time-out."""
@@ -265,11 +264,14 @@ class NativeSession:
         self.link.flush()
         return request_id
 
-    def _send_unasked(self, method: str, params: Mapping[str, Any]) -> None:
-        """Send a request whose answer nobody awaits, if the session is still open."""
-        if self._lost is None and not self._closed:
-            with contextlib.suppress(AgentError):  # the session was just lost, and all who wait know it
-                self._send(method, params)
+    def _send_unasked(self, method: str, params: Mapping[str, Any]) -> int | None:
+        """Send a request whose answer nobody awaits; None when the session is over."""
+        if self._lost is not None or self._closed:
+            return None
+        try:
+            return self._send(method, params)
+        except AgentError:
+            return None  # the session was just lost, and all who wait know it
 
     async def _reply(self, method: str, request_id: int) -> dict[str, Any]:
         waiter: asyncio.Future[protocol.ReplyReceived | None] = asyncio.get_running_loop().create_future()
