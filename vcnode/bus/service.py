@@ -22,7 +22,9 @@ from vcnode import aio
 from vcnode.bus.connection import Connection
 from vcnode.bus.library import SturdyClient, uncancelled
 from vcnode.errors import UnavailableError, VcnodeError
-from vcnode.handlers.dispatch import Dispatcher, Outcome, Slot, oversized
+from vcnode.handlers.dispatch import Dispatcher
+from vcnode.handlers.lanes import Slot
+from vcnode.handlers.outcome import Outcome, oversized
 from vcnode.models.commands import BROADCAST, COMMANDS
 from vcnode.models.subjects import Subjects
 

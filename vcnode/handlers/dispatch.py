@@ -17,9 +17,8 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
 from typing import Any, Protocol
 
 import structlog
@@ -30,15 +29,15 @@ from vcnode.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     NodeError,
-    ResourceExhaustedError,
     UnavailableError,
     VcnodeError,
 )
 from vcnode.handlers import headers as meta_headers
 from vcnode.handlers.decode import decode
+from vcnode.handlers.lanes import Lanes, Slot
+from vcnode.handlers.outcome import Outcome, as_duplicate, error_outcome, from_stored, with_id
 from vcnode.handlers.routes import ROUTES
 from vcnode.handlers.services import Services
-from vcnode.models import wire
 from vcnode.models.base import Request
 from vcnode.models.call import Call
 from vcnode.models.commands import COMMANDS, Command
@@ -48,28 +47,6 @@ log = logging.getLogger(__name__)
 
 JOURNAL_TIMEOUT_S = 30.0
 """Limit of one write to the journal; a disk that takes longer counts as failed."""
-MAX_HEADER_CHARS = 512
-"""Longest error message in a header; the body has it whole."""
-ENDING = frozenset({"pod.stop", "pod.delete", "container.stop", "container.kill", "container.delete"})
-"""Verbs that end things; a node full of hanging commands must still take these."""
-
-EXECUTING = frozenset({"pod.exec", "container.exec"})
-"""Verbs whose effect the node cannot undo."""
-
-
-class Lane(Enum):
-    """Commands are bounded per lane, so that one kind cannot keep the others out."""
-
-    READ = "read"
-    WORK = "work"
-    END = "end"
-
-    @classmethod
-    def of(cls, command: Command) -> Lane:
-        """The lane of *command*."""
-        if not command.mutates:
-            return cls.READ
-        return cls.END if command.verb in ENDING else cls.WORK
 
 
 class Journal(Protocol):
@@ -97,24 +74,6 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """A reply, ready to be sent."""
-
-    body: bytes
-    headers: dict[str, str]
-    code: str = "ok"
-    """``ok``, or the error's code."""
-    number: int | None = None
-    """The error's number; None when the command succeeded."""
-    retryable: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether the command succeeded."""
-        return self.number is None
-
-
-@dataclass(frozen=True, slots=True)
 class _Prepared:
     """A command that has passed every check that needs no service."""
 
@@ -122,7 +81,9 @@ class _Prepared:
     request: Request
     call: Call
     seconds: float
-    """How long the handler may take."""
+    """How long it may take."""
+    deadline: float
+    """Loop time at which these have passed."""
     digest: str
 
 
@@ -133,19 +94,6 @@ class _Running:
     verb: str
     digest: str
     outcome: asyncio.Future[Outcome]
-
-
-class Slot:
-    """A place in a lane. Free it exactly when the command has been answered; freeing twice is harmless."""
-
-    def __init__(self, free: Callable[[], None]) -> None:
-        self._free: Callable[[], None] | None = free
-
-    def free(self) -> None:
-        """Give the place back."""
-        free, self._free = self._free, None
-        if free is not None:
-            free()
 
 
 class Dispatcher:
@@ -172,18 +120,17 @@ class Dispatcher:
     ) -> None:
         self._services = services
         self._journal = journal
-        self._max_concurrent = max_concurrent
+        self._lanes = Lanes(max_concurrent)
         self._max_request_bytes = max_request_bytes
         self._observer = observer
         self._clock = clock
-        self._taken = dict.fromkeys(Lane, 0)
         self._running: dict[str, _Running] = {}
         self._draining = False
 
     @property
     def in_progress(self) -> int:
         """How many slots are taken, over all lanes."""
-        return sum(self._taken.values())
+        return self._lanes.taken
 
     def drain(self) -> None:
         """From now on answer commands that change something with ``unavailable``; reads go on."""
@@ -197,19 +144,7 @@ class Dispatcher:
             ResourceExhaustedError: As many commands as the node takes are in progress.
             InvalidArgumentError: No such verb.
         """
-        lane = Lane.of(_command(verb))
-        if self._taken[lane] >= self._max_concurrent:
-            raise ResourceExhaustedError(
-                f"{self._max_concurrent} commands are in progress; try again later.",
-                limit=self._max_concurrent,
-                lane=lane.value,
-            )
-        self._taken[lane] += 1
-
-        def free() -> None:
-            self._taken[lane] -= 1
-
-        return Slot(free)
+        return self._lanes.take(_command(verb))
 
     def refuse(self, verb: str, headers: Mapping[str, str], error: VcnodeError) -> Outcome:
         """The reply to a command that is not even begun."""
@@ -217,7 +152,7 @@ class Dispatcher:
             command_id = meta_headers.parse(headers).command_id
         except InvalidArgumentError:
             command_id = None
-        outcome = _with_id(error_outcome(error, verb), command_id or new_command_id())
+        outcome = with_id(error_outcome(error, verb), command_id or new_command_id())
         self._observer.command_done(verb, outcome.code, 0.0)
         return outcome
 
@@ -245,7 +180,7 @@ class Dispatcher:
 
         outcome = await _settled(verb, work())
         self._observer.command_done(verb, outcome.code, time.monotonic() - started)
-        return _with_id(outcome, command_id)
+        return with_id(outcome, command_id)
 
     def _prepare(self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes) -> _Prepared:
         command = _command(verb)
@@ -270,14 +205,15 @@ class Dispatcher:
                     now=now.isoformat(),
                     begun=False,
                 )
+        deadline = asyncio.get_running_loop().time() + seconds
         call = Call(
             command_id=command_id,
             verb=verb,
-            deadline=asyncio.get_running_loop().time() + seconds,
+            deadline=deadline,
             expected_revision=meta.expected_revision,
             traceparent=meta.traceparent,
         )
-        return _Prepared(command, request, call, seconds, digest_of(request))
+        return _Prepared(command, request, call, seconds, deadline, digest_of(request))
 
     async def _run(self, prepared: _Prepared) -> Outcome:
         if not prepared.command.mutates:
@@ -305,13 +241,13 @@ class Dispatcher:
                 verb=running.verb,
             )
         async with aio.deadline_as(prepared.seconds, lambda: _too_late(prepared)):
-            return _as_duplicate(await asyncio.shield(running.outcome))
+            return as_duplicate(await asyncio.shield(running.outcome))
 
     async def _run_once(self, prepared: _Prepared) -> Outcome:
         """Run a command between its two journal entries."""
         stored = await self._begin(prepared)
         if stored is not None:
-            return _as_duplicate(_from_stored(stored))
+            return as_duplicate(from_stored(stored))
         outcome = await _settled(prepared.call.verb, self._handle(prepared))
         await self._conclude(prepared.call.command_id, outcome)
         return outcome
@@ -354,7 +290,8 @@ class Dispatcher:
 
     async def _handle(self, prepared: _Prepared) -> Outcome:
         handler = ROUTES[prepared.command.verb]
-        async with aio.deadline_as(prepared.seconds, lambda: _too_late(prepared)):
+        left_s = prepared.deadline - asyncio.get_running_loop().time()  # the journal has had its share
+        async with aio.deadline_as(left_s, lambda: _too_late(prepared)):
             reply = await handler(self._services, prepared.call, prepared.request)
         return Outcome(body=reply.model_dump_json().encode(), headers={})
 
@@ -378,93 +315,6 @@ def digest_of(request: Request) -> str:
     """Digest of what the caller asked for, the same however it was spelled in JSON."""
     fields = request.model_dump(mode="json", exclude_unset=True)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def oversized(verb: str, outcome: Outcome, *, limit_bytes: int) -> Outcome:
-    """What to reply instead of *outcome*, whose body does not fit into a message.
-
-    The command itself has succeeded or failed as *outcome* says.
-    """
-    error = ResourceExhaustedError(
-        f"{verb} is done, but its reply of {len(outcome.body)} bytes exceeds the {limit_bytes} that NATS "
-        "takes here; ask for less.",
-        size_bytes=len(outcome.body),
-        limit_bytes=limit_bytes,
-    )
-    return _with_id(error_outcome(error, verb, retryable=False), outcome.headers[wire.COMMAND_ID])
-
-
-def error_outcome(error: BaseException, verb: str, *, retryable: bool | None = None) -> Outcome:
-    """Turn any error into a reply, and log it under the reply's error id.
-
-    Errors of vcnode say by their own promise nothing that the caller must not see; of any other the caller
-    learns the error id only. *retryable* overrides what the error says of itself.
-    """
-    error_id = uuid.uuid4().hex[:16]
-    if isinstance(error, VcnodeError):
-        known = error
-    else:
-        known = NodeError("The node failed in an unexpected way; its log has the details under the error id.")
-    unexpected = known.number >= 500 and not isinstance(known, (UnavailableError, DeadlineExceededError))
-    log.log(
-        logging.ERROR if unexpected else logging.INFO,
-        "%s failed: %s",
-        verb,
-        known.message,
-        exc_info=error if unexpected else None,
-        extra={"error_id": error_id, "code": known.code},
-    )
-    # A command that ran inside a guest may have done anything before it was given up: not to be repeated.
-    if retryable is None:
-        retryable = known.retryable and not (verb in EXECUTING and isinstance(known, UnavailableError))
-    reply = wire.ErrorReply(
-        code=known.code,
-        message=known.message,
-        details=_plain(known.details),
-        retryable=retryable,
-        error_id=error_id,
-    )
-    return Outcome(
-        body=reply.model_dump_json().encode(),
-        headers=_error_headers(known.message, known.number),
-        code=known.code,
-        number=known.number,
-        retryable=retryable,
-    )
-
-
-def _plain(details: Mapping[str, object]) -> dict[str, object]:
-    """*details* as JSON data, whatever is in them."""
-    plain: dict[str, object] = json.loads(json.dumps(details, default=str, skipkeys=True))
-    return plain
-
-
-def _error_headers(message: str, number: int) -> dict[str, str]:
-    line = " ".join(message.split())
-    if len(line) > MAX_HEADER_CHARS:
-        line = f"{line[: MAX_HEADER_CHARS - 1]}…"
-    return {wire.SERVICE_ERROR: line, wire.SERVICE_ERROR_CODE: str(number)}
-
-
-def _from_stored(stored: Stored) -> Outcome:
-    if stored.ok:
-        return Outcome(body=stored.body, headers={})
-    number = stored.number or NodeError.number
-    message = wire.ErrorReply.model_validate_json(stored.body).message
-    return Outcome(
-        body=stored.body,
-        headers=_error_headers(message, number),
-        code=stored.code or NodeError.code,
-        number=number,
-    )
-
-
-def _as_duplicate(outcome: Outcome) -> Outcome:
-    return replace(outcome, headers={**outcome.headers, wire.DUPLICATE: "true"})
-
-
-def _with_id(outcome: Outcome, command_id: str) -> Outcome:
-    return replace(outcome, headers={**outcome.headers, wire.COMMAND_ID: command_id})
 
 
 def _command(verb: str) -> Command:

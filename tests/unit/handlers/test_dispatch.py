@@ -23,7 +23,8 @@ from vcnode.errors import (
     StorageError,
     UnavailableError,
 )
-from vcnode.handlers.dispatch import Dispatcher, Outcome, oversized
+from vcnode.handlers.dispatch import Dispatcher
+from vcnode.handlers.outcome import Outcome, oversized
 from vcnode.models import wire
 from vcnode.pods.journal import Journal
 from vcnode.pods.store import Store

@@ -8,7 +8,8 @@ import typing
 import pytest
 
 from tests.unit.handlers.fakes import World
-from vcnode.handlers.dispatch import ENDING, EXECUTING, Lane
+from vcnode.handlers.lanes import ENDING, Lane
+from vcnode.handlers.outcome import EXECUTING
 from vcnode.handlers.routes import ROUTES
 from vcnode.models.commands import BROADCAST, COMMANDS
 
