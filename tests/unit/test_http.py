@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import gzip
+import socket
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -154,24 +155,20 @@ async def test_client_that_hangs_up_in_the_middle_is_no_news(address, caplog):
     writer.write(b"GET /met")
     writer.transport.abort()
     assert (await get(address, "/healthz"))[0] == 200
-    assert caplog.records == []
+    assert [record for record in caplog.records if record.name.startswith("vcnode")] == []
 
 
-async def test_client_that_does_not_read_is_dropped_when_its_time_is_up(start, node):
-    for number in range(3000):
+async def test_client_that_does_not_read_is_dropped_when_its_time_is_up(node):
+    for number in range(2000):
         Counter(f"filler_{number}", "x" * 2000, registry=node.registry)
-    address = await start(timeout_s=0.3, max_connections=1)
-    reader, writer = await asyncio.open_connection(*address, limit=1024)
-    writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
-    async with asyncio.timeout(5):
-        while True:
-            try:
-                if (await get(address, "/healthz"))[0] == 200:
-                    break
-            except (OSError, IndexError, ValueError):
-                await asyncio.sleep(0.02)
-    writer.transport.abort()
-    assert reader is not None
+    server = HttpServer(node.registry, node.ask, timeout_s=0.3)
+    address = await server.start("127.0.0.1:0")
+    deaf = socket.create_connection(address)
+    deaf.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert (await get(address, "/healthz"))[0] == 200
+    assert await server._tasks.join(timeout_s=10)
+    deaf.close()
+    await server.close()
 
 
 async def test_hoarded_connections_do_not_add_up(start):

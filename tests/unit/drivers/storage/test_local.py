@@ -1,0 +1,102 @@
+"""Errors, cancellation and limits of the thin layer above; what it does is tested beside."""
+
+import asyncio
+import errno
+import os
+import threading
+
+import pytest
+
+from vcnode.drivers.storage import threads
+from vcnode.drivers.storage.local import LocalStorage
+from vcnode.errors import StorageError
+
+pytestmark = pytest.mark.root
+VM = "vm-0123456789ab"
+
+
+@pytest.fixture
+async def storage(host):
+    made = LocalStorage(host.state, host.run, [host.roots])
+    await made.open()
+    yield made
+    for vm_id in await made.vm_ids():
+        await made.remove_vm_dir(vm_id)
+
+
+class Gate:
+    """Holds a blocking call right after it has done its work."""
+
+    def __init__(self, real) -> None:
+        self.loop, self.reached, self.go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        self._real = real
+
+    def __call__(self, *args):
+        result = self._real(*args)
+        self.loop.call_soon_threadsafe(self.reached.set)
+        self.go_on.wait(10)
+        return result
+
+
+@pytest.mark.parametrize("call", ["make", "share"])
+async def test_cancelled_call_leaves_nothing(storage, host, monkeypatch, call):
+    if call == "share":
+        await storage.make_vm_dir(VM)
+    gate = Gate(getattr(storage._dirs, call))
+    monkeypatch.setattr(storage._dirs, call, gate)
+    work = storage.make_vm_dir(VM) if call == "make" else storage.share(VM, "c", str(host.roots / "app"))
+    task = asyncio.create_task(work)
+    await gate.reached.wait()
+    task.cancel()
+    await asyncio.wait({task}, timeout=0)
+    task.cancel()
+    gate.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if call == "share":
+        assert os.listdir(host.run / "vms" / VM / "shared") == []
+    else:
+        assert list(await storage.vm_ids()) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (PermissionError(errno.EPERM, "no"), "as root"),
+        (OSError(errno.EIO, "disk on fire"), "log says why"),
+    ],
+)
+async def test_what_the_host_says_becomes_a_storage_error(storage, monkeypatch, problem, text):
+    def fail(*_):
+        raise problem
+
+    monkeypatch.setattr(storage._dirs, "remove", fail)
+    with pytest.raises(StorageError, match=text) as caught:
+        await storage.remove_vm_dir(VM)
+    assert caught.value.__cause__ is problem
+    assert "fire" not in caught.value.message
+    monkeypatch.undo()
+
+
+async def test_host_that_does_not_answer_is_given_up(storage, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(threads, "LIMIT_S", 0.05)
+    monkeypatch.setattr(storage._roots, "check_directory", lambda _: release.wait(10))
+    with pytest.raises(StorageError, match="does not answer"):
+        await storage.check_rootfs("/x")
+    release.set()
+
+
+async def test_failing_undo_does_not_hide_the_error_nor_stop_the_rest(caplog):
+    ran = []
+
+    def make(undo):
+        undo.append(lambda: ran.append("first"))
+        undo.append(lambda: 1 / 0)
+        undo.append(lambda: ran.append("last"))
+        raise KeyError("the error")
+
+    with pytest.raises(KeyError, match="the error"):
+        await threads.make_in_thread(make)
+    assert ran == ["last", "first"]
+    assert "ZeroDivisionError" in caplog.text
