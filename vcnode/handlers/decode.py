@@ -54,7 +54,7 @@ def _text(body: bytes) -> str:
 def _check_json(text: str) -> None:
     """See what pydantic's own parser would let pass: NaN, and names given twice (the last would win)."""
     try:
-        value = json.loads(text, object_pairs_hook=_distinct_names, parse_constant=_no_constant)
+        value = _DECODER.decode(text)
     except InvalidArgumentError:
         raise
     except RecursionError as exc:
@@ -77,6 +77,9 @@ def _distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise _bad_body(f"the body holds {name}, which is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct_names, parse_constant=_no_constant)
 
 
 def _invalid(model: type[BaseModel], exc: ValidationError) -> InvalidArgumentError:

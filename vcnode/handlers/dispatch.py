@@ -213,7 +213,8 @@ class Dispatcher:
             expected_revision=meta.expected_revision,
             traceparent=meta.traceparent,
         )
-        return _Prepared(command, request, call, seconds, deadline, digest_of(request))
+        digest = digest_of(request) if command.mutates else ""
+        return _Prepared(command, request, call, seconds, deadline, digest)
 
     async def _run(self, prepared: _Prepared) -> Outcome:
         if not prepared.command.mutates:
