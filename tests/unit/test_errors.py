@@ -33,7 +33,9 @@ def test_codes_are_those_of_the_contract(cls, code, number, retryable):
 def test_the_table_is_complete():
     listed = {cls for cls, *_ in TABLE}
     inner = {errors.RequestError, errors.NodeError, errors.DriverError}
-    assert set(errors._leaves(errors.VcnodeError)) - inner == listed
+    # Layers above may refine these for their own use; on the wire there are only these.
+    ours = {cls for cls in errors._leaves(errors.VcnodeError) if cls.__module__ == errors.__name__}
+    assert ours - inner == listed
 
 
 @pytest.mark.parametrize("cls", [row[0] for row in TABLE if row[1] != "internal"])
