@@ -80,7 +80,8 @@ async def test_cancelled_connect_leaves_no_connection(guest: ScriptedGuest) -> N
         await asyncio.wait_for(guest.hung_up.wait(), LIMIT_S)
 
 
-async def test_sync_that_was_lost_is_repeated(guest: ScriptedGuest) -> None:
+async def test_sync_that_was_lost_is_repeated(guest: ScriptedGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vcnode.drivers.agent.native.agent._SYNC_INTERVAL_S", 0.01)
     sync_bytes = len(protocol.SYNC_ZEROS) + 100
     guest.deaf = True
     async with guest:

@@ -389,7 +389,7 @@ async def give_up_creating(guest: ScriptedGuest, session: NativeSession) -> None
         await creating
 
 
-async def test_container_of_a_cancelled_creation_is_deleted_before_anything_else(
+async def test_container_of_a_cancelled_creation_is_deleted_before_all_else(
     guest: ScriptedGuest,
 ) -> None:
     guest.methods["delete_container"] = lambda _: None

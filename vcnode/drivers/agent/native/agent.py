@@ -16,8 +16,8 @@ from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType
 
 _SOCKET_INTERVAL_S = 0.02
-_SYNC_INTERVAL_S = 0.25
-_SYNC_INTERVAL_MAX_S = 2.0
+_SYNC_INTERVAL_S = 1.0
+_SYNC_INTERVAL_MAX_S = 5.0
 
 
 class NativeAgent:
@@ -72,9 +72,10 @@ async def _say_hello(host: protocol.Host, session: NativeSession) -> None:
     """Send the sync until the guest answers it.
 
     Once is enough with QEMU as it is: its serial port reads nothing from the socket while the guest has not
-    opened its side, so the sync of a host that comes early waits in the socket. But the contract promises
-    less (a byte stream that may lose what is in flight), and the socket cannot tell when the guest opens its
-    side, so the sync is repeated: ever more rarely, and only if the socket took all of the previous one.
+    opened its side (hw/char/virtio-serial-bus.c, virtio_serial_guest_ready), so the sync of a host that comes
+    early waits in the socket. But the contract promises less (a byte stream that may lose what is in flight),
+    and the socket cannot tell when the guest opens its side, so the sync is repeated: rarely, for each copy
+    costs a booting guest a little, and only if the socket took all of the previous one.
     """
     interval_s = _SYNC_INTERVAL_S
     while not session.opened.done():

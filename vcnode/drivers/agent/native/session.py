@@ -80,7 +80,7 @@ class NativeSession:
             try:
                 await self._reply("create_container", request_id)
             except asyncio.CancelledError:
-                self._settling[container_id] = asyncio.Event()
+                self._settling.setdefault(container_id, asyncio.Event())
                 if arrived:
                     self._undo_creation(container_id, arrived[0])
                 else:
