@@ -18,8 +18,13 @@ from vcnode.errors import HypervisorError
 UUID = "11111111-2222-3333-4444-555555555555"
 
 
+WAITING = "read line < fifo"
+"""A shell that waits by itself for what never comes, so that killing it leaves no child of its own."""
+
+
 @pytest.fixture
 def output(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
     with (tmp_path / "output").open("wb") as file:
         yield file.fileno()
 
@@ -84,7 +89,7 @@ async def test_a_program_that_is_missing_says_so(output: int, tmp_path: Path):
 
 
 async def test_it_can_be_adopted_again_after_it_was_let_go(output: int, tmp_path: Path):
-    process = start("exec sleep 100 -uuid " + UUID, output, tmp_path)
+    process = start(WAITING, output, tmp_path)
     process.release()
     process.release()
     again = adopt(process.pid, process.start_ticks, UUID)
@@ -95,7 +100,7 @@ async def test_it_can_be_adopted_again_after_it_was_let_go(output: int, tmp_path
 
 
 async def test_another_process_is_not_adopted(output: int, tmp_path: Path):
-    process = start("sleep 100", output, tmp_path)
+    process = start(WAITING, output, tmp_path)
     try:
         assert adopt(process.pid, process.start_ticks + 1, UUID) is None
         assert adopt(process.pid, process.start_ticks, str(uuid.uuid4())) is None
@@ -131,7 +136,7 @@ async def test_the_exit_code_of_a_stranger_is_not_known():
 
 
 async def test_ended_within_is_bounded(output: int, tmp_path: Path):
-    process = start("sleep 100", output, tmp_path)
+    process = start(WAITING, output, tmp_path)
     assert not await process.ended_within(0.01)
     process.signal(signal.SIGKILL)
     assert await process.ended_within(10)
@@ -139,7 +144,7 @@ async def test_ended_within_is_bounded(output: int, tmp_path: Path):
 
 async def test_a_process_is_found_by_its_uuid(output: int, tmp_path: Path):
     name = str(uuid.uuid4())
-    process = start("sleep 100; true", output, tmp_path, vm_uuid=name)
+    process = start(WAITING, output, tmp_path, vm_uuid=name)
     try:
         assert find(name) == (process.pid, process.start_ticks)
     finally:
