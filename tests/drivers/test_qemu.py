@@ -16,6 +16,7 @@ from tests.support import guests
 from vcnode.aio import Tasks
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor, QemuVm
 from vcnode.drivers.hypervisor.qemu.process import read_stat
+from vcnode.drivers.hypervisor.qemu.tsc import measure_khz
 from vcnode.errors import HypervisorError, NotFoundError, UnavailableError
 from vcnode.models.vm import Disk, VmSpec
 from vcnode.settings import QemuSettings
@@ -178,6 +179,23 @@ async def test_a_path_too_long_for_sockets_is_refused(make_node: Node, short_dir
     node = await make_node(guests.IDLE)
     with pytest.raises(HypervisorError, match="run_dir"):
         await node.launch(guests.make_spec(short_dir / ("x" * 90)), timeout_s=LIMIT_S)
+
+
+async def test_a_directory_holds_one_vm(make_node: Node, spec: VmSpec):
+    node = await make_node(guests.IDLE)
+    async with launched(node, spec) as vm:
+        with pytest.raises(HypervisorError, match="belongs to another VM"):
+            await node.launch(spec, timeout_s=LIMIT_S)
+        await vm.close()
+        assert await node.recover(vm.record, timeout_s=LIMIT_S) is not None  # its sockets were left alone
+
+
+async def test_the_guest_is_told_the_rate_of_its_counter(make_node: Node, spec: VmSpec):
+    """Without it a guest under TCG hangs at boot on a busy host, before its console is up (see tsc.py)."""
+    if measure_khz() is None:
+        pytest.skip("this host's counter cannot be measured")
+    async with launched(await make_node(guests.IDLE), spec) as vm:
+        assert b" tsc_early_khz=" in Path(f"/proc/{vm.record.pid}/cmdline").read_bytes()
 
 
 async def test_a_missing_disk_file_is_not_found(make_node: Node, spec: VmSpec, short_dir: Path):

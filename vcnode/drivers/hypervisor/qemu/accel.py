@@ -145,7 +145,6 @@ async def try_accelerator(accelerator: Accelerator, binary: str, *, timeout_s: f
                 exit_code = await process.wait()
             finally:
                 process.signal(signal.SIGKILL)
-                # Not awaited through a cancellation: the kill is sent, and the pidfd reaps it.
                 ended = await process.ended_within(KILL_WAIT_S)
                 process.release()
             if not ended:

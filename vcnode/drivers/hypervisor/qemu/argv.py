@@ -349,6 +349,10 @@ class Launch:
     """File that holds the guest's memory; None: memory of its own."""
     ram_share: bool = False
     """Whether writes reach ``ram_file``: when a template is made, never in a clone."""
+    ram_fd: int | None = None
+    """Memory behind ``ram_file``, if that names an inherited descriptor."""
+    state_fd: int | None = None
+    """Where the state is read from or written to by a later QMP command; inherited."""
     incoming: str | None = None
     """Where the state comes from, such as ``defer``; None: boot."""
 
@@ -396,4 +400,9 @@ def build(launch: Launch) -> list[str]:
 
 def inherited_fds(launch: Launch) -> tuple[int, ...]:
     """Descriptors that the command line names, which QEMU must inherit under the same numbers."""
-    return (launch.qmp_fd, launch.agent_fd, *(netdev.tap_fd for netdev in launch.spec.netdevs))
+    return (
+        launch.qmp_fd,
+        launch.agent_fd,
+        *(netdev.tap_fd for netdev in launch.spec.netdevs),
+        *(fd for fd in (launch.ram_fd, launch.state_fd) if fd is not None),
+    )

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vcnode.aio import Spawner, deadline_as, finish
+from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.hypervisor.qemu import accel, tsc
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
 from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, spawn
+from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
+from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
 from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
 from vcnode.errors import HypervisorError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType
-from vcnode.models.vm import VmRecord, VmSpec
+from vcnode.models.vm import VmRecord, VmShape, VmSpec
 from vcnode.settings import QemuSettings
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ class QemuHypervisor:
         self._choice: accel.Choice | None = None
         self._kernel_params: tuple[str, ...] = KERNEL_PARAMS
         self._notes: tuple[str, ...] = ()
+        self._sources = Sources(state_dir / "templates")
 
     @property
     def info(self) -> DriverInfo:
@@ -69,7 +73,7 @@ class QemuHypervisor:
         return DriverInfo(
             type=HypervisorType.QEMU,
             version=self._build.version if self._build else None,
-            capabilities=("disks", "pause", "recover", "share"),
+            capabilities=("disks", "pause", "recover", "share", "templates"),
             notes=self._notes,
         )
 
@@ -95,6 +99,7 @@ class QemuHypervisor:
         self._notes = (self._choice.reason,)
         if self._choice.accelerator == "tcg":
             await self._tell_tsc()
+        await self._sources.open(self._build.key, self._choice.accelerator)
         log.info("QEMU %s with %s: %s", self._build.version, self.accelerator, self._choice.reason)
 
     async def launch(self, spec: VmSpec, *, timeout_s: float) -> QemuVm:
@@ -142,7 +147,32 @@ class QemuHypervisor:
         return True
 
     async def close(self) -> None:
-        """Nothing to free: each VM's handle holds its own."""
+        """Free the memory of the templates; each VM's handle holds its own."""
+        self._sources.close()
+
+    # -- templates -----------------------------------------------------------------------------------------
+
+    def template_key(self, shape: VmShape) -> str:
+        """See Protocol Templating."""
+        return self._sources.key(shape, (self._guest.kernel, self._guest.initrd))
+
+    async def list_templates(self) -> Sequence[TemplateInfo]:
+        """See Protocol Templating."""
+        return await self._sources.list()
+
+    async def load_template(self, key: str, *, timeout_s: float) -> bool:
+        """See Protocol Templating."""
+        return await self._sources.load(key, timeout_s=timeout_s)
+
+    async def save_template(self, vm: Vm, *, timeout_s: float) -> None:
+        """See Protocol Templating."""
+        if not isinstance(vm, QemuVm):
+            raise HypervisorError(f"VM {vm.record.vm_id} does not run on QEMU.")
+        await self._sources.save(vm, timeout_s=timeout_s)
+
+    async def drop_template(self, key: str) -> None:
+        """See Protocol Templating."""
+        await self._sources.drop(key)
 
     # -- launch --------------------------------------------------------------------------------------------
 
@@ -153,19 +183,32 @@ class QemuHypervisor:
         vm: QemuVm | None = None
         argv: Sequence[str] = ()
         try:
-            vm, argv = self._start(spec, files)
+            vm, argv, state_fd = self._start(spec, files)
             await self._greet(vm, timeout_s)
+            if spec.clone_of is not None:
+                await self._restore(vm, spec.clone_of, state_fd, timeout_s)
             vm.watch(self._tasks)
             return vm
         except BaseException as exc:
             if vm is not None:
                 words = f"{shlex.join(argv)}\n{vm.stderr_text}"
-                log.error("QEMU of VM %s did not start (%r): %s", spec.vm_id, exc, words)
+                level = logging.ERROR if isinstance(exc, Exception) else logging.WARNING  # or cancelled
+                log.log(level, "QEMU of VM %s did not start (%r): %s", spec.vm_id, exc, words)
                 await finish(vm.kill(), timeout_s=UNDO_LIMIT_S)
             files.remove()
+            self._sources.forget(spec.vm_id)
             raise
 
-    def _start(self, spec: VmSpec, files: VmFiles) -> tuple[QemuVm, Sequence[str]]:
+    async def _restore(self, vm: QemuVm, key: str, state_fd: int | None, timeout_s: float) -> None:
+        if state_fd is None:
+            raise HypervisorError(f"VM {vm.record.vm_id} has no state to start from.")
+        try:
+            await vm.migration.restore(state_fd, timeout_s=timeout_s)
+        except HypervisorError as exc:
+            await self._sources.drop(key)
+            raise BrokenTemplateError(f"QEMU could not resume a clone of template {key}.") from exc
+
+    def _start(self, spec: VmSpec, files: VmFiles) -> tuple[QemuVm, Sequence[str], int | None]:
         """Make files and process; on an error the caller removes the files."""
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as undo:
             try:
@@ -178,15 +221,17 @@ class QemuHypervisor:
                 ours.callback(os.close, stderr_fd)
             except OSError as exc:
                 raise HypervisorError(f"The sockets of VM {spec.vm_id} could not be made.") from exc
-            launch = self._describe(spec, files, qmp.fileno(), agent.fileno())
+            source = self._sources.take(spec, ours)
+            launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
             argv = build(launch)
             fds = inherited_fds(launch)
             process = spawn(argv, stderr_fd=stderr_fd, fds=fds, directory=files.directory)
             undo.pop_all()
             record = self._make_record(spec, process)
-            return QemuVm(record, process=process, files=files, console=console, stderr=stderr), argv
+            vm = QemuVm(record, process=process, files=files, console=console, stderr=stderr)
+            return vm, argv, source.state_fd
 
-    def _describe(self, spec: VmSpec, files: VmFiles, qmp_fd: int, agent_fd: int) -> Launch:
+    def _describe(self, spec: VmSpec, files: VmFiles, source: Source, qmp_fd: int, agent_fd: int) -> Launch:
         if self._build is None or self._choice is None:
             raise HypervisorError("The QEMU driver was used before it was opened.")
         return Launch(
@@ -199,6 +244,11 @@ class QemuHypervisor:
             qmp_fd=qmp_fd,
             agent_fd=agent_fd,
             console=files.console,
+            ram_file=source.ram_file,
+            ram_share=source.ram_share,
+            ram_fd=source.ram_fd,
+            state_fd=source.state_fd,
+            incoming=source.incoming,
         )
 
     def _make_record(self, spec: VmSpec, process: Process) -> VmRecord:

@@ -60,14 +60,20 @@ class VmFiles:
         """All FIFOs."""
         return self.directory / "console.in", self.console_fifo, self.stderr_fifo
 
+    @property
+    def _all(self) -> tuple[Path, ...]:
+        return self.qmp_socket, self.agent_socket, *self.fifos
+
     def check(self) -> None:
         """See that a VM can live here.
 
         Raises:
-            HypervisorError: The directory is missing, or too deep for UNIX sockets.
+            HypervisorError: The directory is missing, holds another VM, or is too deep for UNIX sockets.
         """
         if not self.directory.is_dir():
             raise HypervisorError(f"{self.directory} is no directory.")
+        if taken := [path.name for path in self._all if path.exists()]:
+            raise HypervisorError(f"{self.directory} belongs to another VM: it has {taken[0]}.")
         if len(os.fsencode(self.agent_socket)) > MAX_SOCKET_PATH_BYTES:
             raise HypervisorError(
                 f"{self.agent_socket} is too long for a UNIX socket; choose a run_dir that keeps it within"
@@ -81,7 +87,7 @@ class VmFiles:
 
     def remove(self) -> None:
         """Remove sockets and FIFOs; logs stay. Idempotent."""
-        for path in (self.qmp_socket, self.agent_socket, *self.fifos):
+        for path in self._all:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 

@@ -15,6 +15,7 @@ from vcnode.drivers.hypervisor.qemu.disks import Disks
 from vcnode.drivers.hypervisor.qemu.explain import Evidence, explain
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles
+from vcnode.drivers.hypervisor.qemu.migration import Migration
 from vcnode.drivers.hypervisor.qemu.process import Process
 from vcnode.drivers.hypervisor.qemu.qmp import QmpSession
 from vcnode.errors import HypervisorError, NotFoundError, UnavailableError
@@ -52,6 +53,7 @@ class QemuVm:
         self._stderr = stderr
         self.qmp = QmpSession(record.vm_id, files.qmp_socket, self._on_event)
         self._disks = Disks(record.vm_id, self.qmp)
+        self.migration = Migration(record.vm_id, self.qmp)
         self._exit: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
         self._watcher: asyncio.Task[None] | None = None
         self._shutdown_reason: str | None = None
@@ -223,6 +225,7 @@ class QemuVm:
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         self._disks.on_event(name, data)
+        self.migration.on_event(name, data)
         match name:
             case "SHUTDOWN" if self._shutdown_reason is None:
                 self._shutdown_reason = str(data.get("reason"))
