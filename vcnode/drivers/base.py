@@ -28,6 +28,7 @@ from vcnode.models.vm import (
     NetworkAttachment,
     VmExit,
     VmRecord,
+    VmShape,
     VmSpec,
 )
 
@@ -128,6 +129,50 @@ class Hypervisor(Protocol):
 
     async def close(self) -> None:
         """Free what the driver itself holds; VMs go on. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInfo:
+    """A template that a hypervisor keeps."""
+
+    key: str
+    used_bytes: int
+    """On disk; in use it takes about as much memory, once for all its clones."""
+
+
+class Templating(Protocol):
+    """A `Hypervisor` that can start VMs as copies of a booted one; declares the capability ``templates``.
+
+    ``launch`` of a spec with ``clone_of`` resumes such a copy instead of booting; it raises `HypervisorError`
+    when the template is missing or broken, and a broken one is dropped then.
+    """
+
+    def template_key(self, shape: VmShape) -> str:
+        """Digest of all that a template and its clones must have in common: shape, guest image, QEMU, …"""
+        ...
+
+    async def list_templates(self) -> Sequence[TemplateInfo]:
+        """All that are kept, those that were used last first."""
+        ...
+
+    async def load_template(self, key: str, *, timeout_s: float) -> bool:
+        """Verify a template and keep its memory at hand for the next clone; False when there is none.
+
+        A broken one is dropped, and counts as none.
+        """
+        ...
+
+    async def save_template(self, vm: Vm, *, timeout_s: float) -> None:
+        """Make *vm*, launched with ``template_key``, that template; ends the VM.
+
+        Its agent must have answered. On failure nothing of the template is left; the VM may still live and
+        must be stopped.
+        """
+        ...
+
+    async def drop_template(self, key: str) -> None:
+        """Forget and delete a template, finished or begun; its clones go on. Idempotent."""
         ...
 
 

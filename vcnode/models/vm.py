@@ -31,6 +31,28 @@ class VmSpec(Data):
     """Host directory that the guest sees as the 9p share ``shared``."""
     netdevs: tuple[NetDev, ...] = ()
     """Network devices."""
+    clone_of: str | None = None
+    """Key of the template to start from; None: boot."""
+    template_key: str | None = None
+    """Set when the VM is booted to become the template of this key (see `Templating.save_template`)."""
+
+    @property
+    def shape(self) -> VmShape:
+        """What the choice of a template hangs on."""
+        return VmShape(
+            vcpu_count=self.vcpu_count, mem_size_mib=self.mem_size_mib, netdev_count=len(self.netdevs)
+        )
+
+
+class VmShape(Data):
+    """What a template must have in common with its clones, besides kernel, guest image and QEMU."""
+
+    vcpu_count: int
+    """Virtual CPUs."""
+    mem_size_mib: int
+    """Guest memory in MiB."""
+    netdev_count: int = 0
+    """Network devices."""
 
 
 class NetDev(Data):
