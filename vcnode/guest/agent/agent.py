@@ -24,15 +24,17 @@ GOODBYE_S = 0.2
 """How long the reply to ``shutdown`` may take to leave before the guest ends all the same."""
 
 
-def identity(image_file: str = IMAGE_FILE) -> dict[str, str]:
-    """What the agent says of itself in its hello."""
+def introduction(image_file: str = IMAGE_FILE) -> dict[str, str]:
+    """What the agent says of itself in its hello.
+
+    The boot id comes with ``configure``: the kernel makes it up when it is first read, and all clones of a
+    template in which it was read would share it.
+    """
     with open(image_file, encoding="utf-8") as file:
         image = json.load(file)
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot_id = file.read().strip()
     return {
         "agent_version": str(image["agent_version"]),
-        "boot_id": boot_id,
+        "boot_id": "",
         "kernel": os.uname().release,
     }
 
@@ -42,7 +44,7 @@ class Agent:
 
     Args:
         port_fd: The port, non-blocking; the caller keeps it.
-        introduction: See `identity`.
+        introduction: See the function of this name.
         power_off: Called once when the host has asked for shutdown, with its reply sent.
         guard_oom: Whether the kernel is to take containers and not the agent where memory is short.
         mounts: Where roots are prepared.
@@ -67,7 +69,7 @@ class Agent:
         disks = Disks(self.loop, f"{mounts.run}/disks")
         self.containers = Containers(self.loop, mounts, disks, spawner, self._container_exited, cgroup_root)
         execs = Execs(self.loop, self._port, spawner)
-        self._service = Service(self._port, self.containers, execs, self._shut_down)
+        self._service = Service(self._port, self.containers, execs, introduction, self._shut_down)
         self._port.listener = self._service
 
     def _container_exited(self, container: Container) -> None:
@@ -93,4 +95,4 @@ def main(power_off: Callable[[], None]) -> None:
     cgroups.set_up()
     devices.restrict(f"{cgroups.ROOT}/{cgroups.PARENT}")
     port_fd = os.open(port.wait_for(), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    Agent(port_fd, identity(), power_off).serve()
+    Agent(port_fd, introduction(), power_off).serve()

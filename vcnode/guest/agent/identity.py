@@ -75,6 +75,12 @@ def apply(identity: Identity) -> None:
     _replace(f"{ETC}/hosts", f"127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{identity.hostname}\n")
 
 
+def boot_id() -> str:
+    """The kernel's boot id, which it makes up at the first reading: not before `add_entropy`."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
 def add_entropy(entropy: bytes) -> None:
     """Mix *entropy* into the kernel's generator, credit it, and let the generator start afresh from it.
 

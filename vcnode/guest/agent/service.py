@@ -74,9 +74,15 @@ class Service:
     """
 
     def __init__(
-        self, port: Port, containers: Containers, execs: Execs, power_off: Callable[[], None]
+        self,
+        port: Port,
+        containers: Containers,
+        execs: Execs,
+        introduction: dict[str, str],
+        power_off: Callable[[], None],
     ) -> None:
         self._port = port
+        self._introduction = introduction
         self._containers = containers
         self._execs = execs
         self._power_off = power_off
@@ -123,6 +129,7 @@ class Service:
 
     def _configure(self, params: Params, answer: Answer) -> None:
         identity.apply(identity.Identity(params))
+        self._introduction["boot_id"] = identity.boot_id()
         answer.result({})
 
     def _create_container(self, params: Params, answer: Answer) -> None:
