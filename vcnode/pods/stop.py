@@ -90,13 +90,13 @@ class Stopper:
         try:
             await self._containers.halt_all(live, record, grace_s=grace_s)
             await live.require_session().shutdown(timeout_s=SHUTDOWN_LIMIT_S)
+            if record.agent_type is AgentType.NOOP:
+                return "absent"  # nobody in the guest has heard the request: do not wait for its effect
+            async with asyncio.timeout(SHUTDOWN_LIMIT_S + KILL_LIMIT_S):
+                return await live.vm.stop(grace_s=SHUTDOWN_LIMIT_S)
         except (VcnodeError, TimeoutError) as exc:
             log.info("Pod %s does not end by itself", live.pod_id, exc_info=exc)
             return "absent"
-        if record.agent_type is AgentType.NOOP:
-            return "absent"  # nobody in the guest has heard the request: do not wait for its effect
-        async with asyncio.timeout(SHUTDOWN_LIMIT_S + KILL_LIMIT_S):
-            return await live.vm.stop(grace_s=SHUTDOWN_LIMIT_S)
 
     async def _end(self, pod_id: str, outcome: StopOutcome, call: Call) -> StopOutcome:
         """The certain part: kill what lives, free everything, record it."""

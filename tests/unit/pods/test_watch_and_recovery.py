@@ -60,6 +60,8 @@ async def test_what_could_not_be_freed_after_a_death_is_listed_and_delete_tries_
     await world.pods.run(pod(), world.call())
     world.vms.die(vm_id(world))
     await world.until_event("pod.failed", 2)
+    while world.pods.busy:  # noqa: ASYNC110
+        await asyncio.sleep(0)
     assert len(world.pods.status("p1").leftovers) == 1
     with pytest.raises(Exception, match="left something"):
         await world.pods.start("p1", world.call())
