@@ -30,7 +30,10 @@ from vcnode.errors import (
 )
 from vcnode.models.vm import ContainerRoot, GuestConfig, GuestContainer, GuestContainerState, GuestProcess
 
-LIMIT_S = 20.0
+pytestmark = pytest.mark.timeout(240)  # the first test waits for the boot, without KVM and on a busy host
+
+BOOT_LIMIT_S = 180.0
+LIMIT_S = 40.0
 _numbers = itertools.count(1)
 
 
@@ -45,7 +48,7 @@ class Rig:
 
     async def connect(self) -> GuestSession:
         """Another session; the one before must be closed."""
-        session = await self._agent.connect(self._vm.as_vm, timeout_s=60)
+        session = await self._agent.connect(self._vm.as_vm, timeout_s=BOOT_LIMIT_S)
         self._sessions.append(session)
         return session
 
