@@ -1,6 +1,8 @@
 """Saving and restoring a VM's state without its memory, which stays in a file of its own.
 
-Source: QEMU qapi/migration.json (``x-ignore-shared``, ``events``, event MIGRATION).
+Descriptors are used throughout: QEMU's sandbox lets it start no process, as ``exec:`` would.
+Source: QEMU qapi/migration.json (``x-ignore-shared``, ``events``, event MIGRATION); migration/fd.c, where
+an outgoing ``fd:`` takes names only, an incoming one numbers of inherited descriptors as well.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ _ENDED = frozenset({"completed", "failed", "cancelled"})
 
 
 class Migration:
-    """QEMU's migration of one VM, through descriptors that its process has inherited.
+    """QEMU's migration of one VM.
 
     Args:
         vm_id: For messages.
@@ -37,22 +39,23 @@ class Migration:
                 self._ended.set()
 
     async def save(self, fd: int, *, timeout_s: float) -> None:
-        """Stop the vCPUs and write the state to QEMU's descriptor *fd*. Raises HypervisorError."""
+        """Stop the vCPUs and write the state to *fd*, a descriptor of ours. Raises HypervisorError."""
         await self._qmp.execute("stop", timeout_s=timeout_s)
-        await self._run("migrate", fd, timeout_s)
+        await self._qmp.give_fd(fd, "state", timeout_s=timeout_s)
+        await self._run("migrate", "fd:state", timeout_s)
 
     async def restore(self, fd: int, *, timeout_s: float) -> None:
-        """Read the state from QEMU's descriptor *fd*, and let the vCPUs run. Raises HypervisorError."""
-        await self._run("migrate-incoming", fd, timeout_s)
+        """Read the state from *fd*, which QEMU inherited, and let the vCPUs run. Raises HypervisorError."""
+        await self._run("migrate-incoming", f"fd:{fd}", timeout_s)
         await self._qmp.execute("cont", timeout_s=timeout_s)
 
-    async def _run(self, command: str, fd: int, timeout_s: float) -> None:
+    async def _run(self, command: str, uri: str, timeout_s: float) -> None:
         self._ended.clear()
         capabilities = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
         await self._qmp.execute(
             "migrate-set-capabilities", {"capabilities": capabilities}, timeout_s=timeout_s
         )
-        await self._qmp.execute(command, {"uri": f"fd:{fd}"}, timeout_s=timeout_s)
+        await self._qmp.execute(command, {"uri": uri}, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._ended.wait()

@@ -77,6 +77,16 @@ class QmpSession:
             client = await self._connected()
             return await client.execute(command, arguments)
 
+    async def give_fd(self, fd: int, name: str, *, timeout_s: float) -> None:
+        """Let QEMU have a duplicate of *fd*, for commands that name descriptors. Raises as `execute`.
+
+        Source: QEMU qapi/misc.json, ``getfd``; unix(7), SCM_RIGHTS.
+        """
+        async with self._translated("getfd", timeout_s):
+            client = await self._connected()
+            client.send_fd_scm(fd)
+            await client.execute("getfd", {"fdname": name})
+
     async def ended(self, *, timeout_s: float) -> None:
         """Wait until QEMU has closed the connection, at most so long: all its events have come by then."""
         client = self._client

@@ -37,8 +37,6 @@ class _Making:
 
     key: str
     draft: Draft
-    state_fd: int
-    """Number of the descriptor in QEMU that its state goes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +123,8 @@ class Sources:
             )
         if spec.template_key is not None:
             draft = self._store.draft(spec.template_key)
-            try:
-                state = os.open(draft.state, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except OSError as exc:
-                self._store.discard(draft)
-                raise HypervisorError(f"Template {spec.template_key} cannot be begun.") from exc
-            ours.callback(os.close, state)
-            self._drafts[spec.vm_id] = _Making(spec.template_key, draft, state)
-            return Source(ram_file=draft.ram, ram_share=True, state_fd=state)
+            self._drafts[spec.vm_id] = _Making(spec.template_key, draft)
+            return Source(ram_file=draft.ram, ram_share=True)
         return Source()
 
     async def save(self, vm: QemuVm, *, timeout_s: float) -> None:
@@ -144,7 +136,8 @@ class Sources:
         late = HypervisorError(f"Template {making.key} was not saved within {timeout_s:g} s.")
         try:
             async with deadline_as(timeout_s, lambda: late):
-                await vm.migration.save(making.state_fd, timeout_s=timeout_s)
+                with making.draft.state.open("xb") as state:
+                    await vm.migration.save(state.fileno(), timeout_s=timeout_s)
                 # The memory is whole only once nobody writes to it any more.
                 await vm.stop(grace_s=0)
                 await asyncio.to_thread(self._store.publish, making.key, making.draft)
