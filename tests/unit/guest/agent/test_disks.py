@@ -1,0 +1,62 @@
+"""Disks by their serial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vcnode.guest.agent import disks
+from vcnode.guest.agent.loop import Loop
+
+
+def page(serial: str) -> bytes:
+    return b"\x00\x80" + len(serial).to_bytes(2, "big") + serial.encode()
+
+
+def plug(root: Path, name: str, content: bytes | None) -> None:
+    (root / name / "device").mkdir(parents=True)
+    if content is not None:
+        (root / name / "device/vpd_pg80").write_bytes(content)
+
+
+def test_the_serial_is_what_the_page_says() -> None:
+    assert disks.serial_of(page("d-one")) == "d-one"
+    assert disks.serial_of(page("  d-one ")) == "d-one"
+    assert disks.serial_of(page("d-one") + b"junk") == "d-one"
+    assert disks.serial_of(b"") == ""
+    assert disks.serial_of(b"\x00\x80\xff\xffabc") == "abc"
+
+
+def test_a_disk_is_found_among_others(tmp_path: Path) -> None:
+    plug(tmp_path, "loop0", page("d-one"))
+    plug(tmp_path, "sda", None)
+    plug(tmp_path, "sdb", page("d-other"))
+    plug(tmp_path, "sdc", page("d-one"))
+    assert disks.find("d-one", str(tmp_path)) == "sdc"
+    assert disks.find("d-none", str(tmp_path)) is None
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+def test_a_disk_that_is_there_is_given_at_once(tmp_path: Path, loop: Loop) -> None:
+    plug(tmp_path, "sda", page("d-one"))
+    found: list[str] = []
+    cancel = disks.Disks(loop, str(tmp_path), str(tmp_path)).when_there("d-one", found.append, pytest.fail)
+    assert (found, cancel) == (["sda"], None)
+
+
+def test_giving_up_says_so_once(tmp_path: Path, loop: Loop) -> None:
+    failures: list[str] = []
+    waiting = disks.Disks(loop, str(tmp_path), str(tmp_path))
+    cancel = waiting.when_there("d-one", pytest.fail, lambda failure: failures.append(failure.code))
+    assert cancel is not None
+    assert failures == []
+    cancel()
+    assert failures == ["not_found"]
+    loop.call_later(0, loop.stop)
+    loop.run()
+    assert failures == ["not_found"]
