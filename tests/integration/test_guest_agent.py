@@ -480,6 +480,22 @@ def test_delete_overtakes_a_start(guest: GuestClient) -> None:
     assert guest.states() == {}
 
 
+def test_a_command_that_races_with_the_end_of_its_container_is_refused_clearly(guest: GuestClient) -> None:
+    streams = {"stdin": None, "stdout": None, "stderr": None}
+    for _ in range(10):
+        guest.create("brief", "sh", "-c", "exit 0")
+        numbers = [guest.send("start_container", container_id="brief")]
+        guest.reply(numbers.pop())
+        for _ in range(3):
+            params = {"container_id": "brief", "process": process("true"), "streams": streams}
+            numbers.append(guest.send("execute", **params))
+        delete = guest.send("delete_container", container_id="brief")
+        guest.wait(lambda numbers=numbers: all(n in guest.replies for n in numbers), "all replies")
+        errors = {guest.replies[number].error for number in numbers} - {None}
+        assert {error[0] for error in errors if error} <= {"failed_precondition"}
+        guest.reply(delete)
+
+
 def test_refusals(guest: GuestClient, box: str) -> None:
     refused("already_exists", lambda: guest.create(box, "true"))
     refused("failed_precondition", lambda: guest.call("start_container", container_id=box))

@@ -233,7 +233,7 @@ class Execs:
                     os.close(fd)
             if isinstance(exc, Failure):
                 raise
-            raise Failure.of(exc, "start a process") from exc
+            raise entry.refusal(exc) from exc
         finally:
             for fd in theirs:
                 os.close(fd)

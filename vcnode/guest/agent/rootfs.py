@@ -8,6 +8,7 @@ a link in the container's files (``/dev -> /run``) can lead nowhere but into tho
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -132,8 +133,14 @@ class JoinEntry(Entry):
         syscalls.set_undumpable()
         try:
             syscalls.setns(pidfd, _NAMESPACES)
-        except ProcessLookupError:
-            raise Failure(FAILED_PRECONDITION, "The container ended while the process was started.") from None
+        except OSError as exc:
+            raise self.refusal(exc) from exc
+
+    def refusal(self, exc: OSError) -> Failure:
+        """The container may have ended meanwhile: its process is gone, or its pid namespace takes no more."""
+        if exc.errno in (errno.ESRCH, errno.ENOENT, errno.ENOMEM):
+            return Failure(FAILED_PRECONDITION, "The container ended while the process was started.")
+        return super().refusal(exc)
 
 
 def _exchange_root(root: str) -> None:

@@ -70,6 +70,10 @@ class Entry:
         """Runs in the child, as root of the guest; raises OSError or Failure."""
         os.chdir("/")
 
+    def refusal(self, exc: OSError) -> Failure:
+        """What it means that the kernel refused to make a process for this entry."""
+        return Failure.of(exc, "start a process")
+
 
 class Spawner:
     """Makes processes. There is one in the agent.
@@ -110,7 +114,7 @@ class Spawner:
                 _child(plan, stdio, entry, kept, status_write)
         except OSError as exc:
             os.close(status_read)
-            raise Failure.of(exc, "start a process") from exc
+            raise entry.refusal(exc) from exc
         finally:
             os.close(status_write)
         try:

@@ -117,7 +117,8 @@ def read_database(root_fd: int, path: str) -> bytes:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return b""
-        parts, left = [], MAX_FILE_BYTES
+        parts: list[bytes] = []
+        left = MAX_FILE_BYTES
         while left and (part := os.read(fd, left)):
             parts.append(part)
             left -= len(part)
