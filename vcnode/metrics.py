@@ -62,6 +62,14 @@ class Metrics:
             "Sessions with guest agents that ended without being closed.",
             registry=registry,
         )
+        self._templates_made = Counter(
+            "vcnode_templates_made", "VM templates that were booted and saved.", registry=registry
+        )
+        self._templates_broken = Counter(
+            "vcnode_templates_broken",
+            "VM templates that were dropped because a clone did not come up.",
+            registry=registry,
+        )
         self._build = Info("vcnode_build", "What this node runs.", registry=registry)
 
     def command_done(self, verb: str, code: str, seconds: float) -> None:
@@ -77,6 +85,14 @@ class Metrics:
     def session_lost(self) -> None:
         """A session with a guest was lost."""
         self._sessions_lost.inc()
+
+    def template_made(self) -> None:
+        """A VM template was booted and saved."""
+        self._templates_made.inc()
+
+    def template_broken(self) -> None:
+        """A VM template could not be used and was dropped."""
+        self._templates_broken.inc()
 
     def events_published(self, count: int) -> None:
         """JetStream acknowledged so many more events."""

@@ -189,6 +189,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         address = await _serve_http(settings, registry, connection, service, stack)
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
+        pods.templates.warm()
         yield Node(settings, drivers, pods, service, connection, address)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()

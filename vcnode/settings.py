@@ -20,7 +20,14 @@ from pydantic_settings import (
 )
 
 from vcnode.models.base import NodeName
-from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
+from vcnode.models.pod import (
+    MAX_MEM_SIZE_MIB,
+    MAX_VCPU_COUNT,
+    MIN_MEM_SIZE_MIB,
+    AgentType,
+    HypervisorType,
+    NetworkModel,
+)
 
 
 def default_node_name() -> str:
@@ -81,6 +88,24 @@ class QemuSettings(Group):
     """Limit from the launch of a VM to the first answer of its agent."""
     console_max_bytes: int = Field(default=256 * 1024, ge=4096)
     """Size at which a VM's console log is rotated; one older file is kept."""
+
+
+class ShapeSettings(Group):
+    """The size of a VM."""
+
+    vcpu_count: int = Field(default=1, ge=1, le=MAX_VCPU_COUNT)
+    """Virtual CPUs."""
+    mem_size_mib: int = Field(default=256, ge=MIN_MEM_SIZE_MIB, le=MAX_MEM_SIZE_MIB)
+    """Guest memory in MiB."""
+
+
+class TemplateSettings(Group):
+    """Booted VMs that pods are copied from."""
+
+    warm: tuple[ShapeSettings, ...] = ()
+    """Shapes whose template is made or loaded when the node starts, before a pod asks for it."""
+    max_total_mib: int = Field(default=4096, ge=0)
+    """Space of all templates on disk; beyond it, those that were not used for longest go first."""
 
 
 class LimitSettings(Group):
@@ -148,6 +173,7 @@ class Settings(BaseSettings):
     """Fault plan of the mock hypervisor, such as ``hypervisor.launch:2=fail`` (docs/mock.md)."""
     nats: NatsSettings = NatsSettings()
     qemu: QemuSettings = QemuSettings()
+    templates: TemplateSettings = TemplateSettings()
     limits: LimitSettings = LimitSettings()
 
     @property

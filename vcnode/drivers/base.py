@@ -46,6 +46,11 @@ class Vm(Protocol):
         """UNIX socket that leads to the guest agent's serial port. One client at a time."""
         ...
 
+    @property
+    def restore_s(self) -> float | None:
+        """Seconds that resuming from a template took; None when it was booted or found again."""
+        ...
+
     async def wait(self) -> VmExit:
         """Wait until the VM is gone and say how it ended. May be awaited by several, and again."""
         ...

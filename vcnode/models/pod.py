@@ -198,6 +198,9 @@ class PodSpec(Request):
     """Driver that reaches into the guest. Default: the node's."""
     network_model: NetworkModel | None = None
     """Driver that connects the pod. Default: the node's."""
+    template: Literal["auto", "require", "never"] = "auto"
+    """Whether the VM starts as a copy of a booted one of its shape: ``auto`` where that is possible,
+    ``require`` or fail, ``never`` (always boot)."""
     containers: tuple[ContainerSpec, ...] = Field(default=(), max_length=MAX_CONTAINERS)
     """Containers that start with the pod; more can be added later."""
     labels: Labels = {}

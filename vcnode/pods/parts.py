@@ -37,6 +37,14 @@ class Observer(Protocol):
         """A session with a guest was lost."""
         ...
 
+    def template_made(self) -> None:
+        """A VM template was booted and saved."""
+        ...
+
+    def template_broken(self) -> None:
+        """A VM template could not be used and was dropped."""
+        ...
+
 
 @dataclass(frozen=True)
 class Parts:

@@ -47,6 +47,7 @@ from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.start import Starter
 from vcnode.pods.stop import Stopper
 from vcnode.pods.store import Store
+from vcnode.pods.templates import Templates
 from vcnode.pods.watch import Watcher
 from vcnode.settings import Settings
 
@@ -121,7 +122,16 @@ class PodService:
         containers = Containers(parts)
         self._watcher = Watcher(parts, containers)
         self._admission = Admission(parts)
-        self._starter = Starter(parts, containers, self._watcher)
+        self.templates = Templates(
+            hypervisors=hypervisors,
+            agents=agents,
+            storage=storage,
+            settings=settings,
+            tasks=tasks,
+            observer=metrics,
+        )
+        """What pods start from."""
+        self._starter = Starter(parts, containers, self._watcher, self.templates)
         self._stopper = Stopper(parts, containers)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
 

@@ -10,7 +10,15 @@ import uuid
 from pathlib import Path
 
 from vcnode import aio
-from vcnode.errors import ResourceExhaustedError, UnsupportedError, VcnodeError
+from vcnode.drivers.base import GuestSession, Vm
+from vcnode.errors import (
+    AgentError,
+    HypervisorError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnsupportedError,
+    VcnodeError,
+)
 from vcnode.models.call import Call
 from vcnode.models.pod import PodState
 from vcnode.models.records import PodRecord
@@ -20,9 +28,10 @@ from vcnode.pods.containers import Containers
 from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
-from vcnode.pods.parts import REQUEST_LIMIT_S, Observer, Parts
+from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.release import Holdings
 from vcnode.pods.statuses import container_id, hostname_of
+from vcnode.pods.templates import Templates
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.watch import Watcher
 
@@ -30,6 +39,8 @@ log = logging.getLogger(__name__)
 
 GIVE_UP_LIMIT_S = 180.0
 """Seconds for the undo of a start and its record, all steps together."""
+CLONE_LIMIT_S = 20.0
+"""Seconds for a clone to be resumed, and for its agent to answer: both take tens of milliseconds."""
 INTERRUPTED = "The start was interrupted before it was done; everything was undone."
 
 
@@ -48,10 +59,14 @@ class Phases:
         self.ms: dict[str, float] = {}
         """Milliseconds of the phases that ended."""
 
-    def done(self, name: str) -> None:
-        """The phase *name* ends now."""
+    def done(self, name: str, *, of_which: tuple[str, float] | None = None) -> None:
+        """The phase *name* ends now; *of_which* is a phase within it, told apart: its name and seconds."""
         now = asyncio.get_running_loop().time()
-        self._note(name, now - self._last)
+        seconds = now - self._last
+        if of_which is not None:
+            self._note(*of_which)
+            seconds -= of_which[1]
+        self._note(name, seconds)
         self._last = now
 
     def total(self) -> dict[str, float]:
@@ -67,10 +82,11 @@ class Phases:
 class Starter:
     """Starts pods; the caller holds the pod's lock."""
 
-    def __init__(self, parts: Parts, containers: Containers, watcher: Watcher) -> None:
+    def __init__(self, parts: Parts, containers: Containers, watcher: Watcher, templates: Templates) -> None:
         self._parts = parts
         self._containers = containers
         self._watcher = watcher
+        self._templates = templates
 
     async def start(self, pod_id: str, call: Call, *, began: float) -> PodRecord:
         """Bring a pod up, with all its containers.
@@ -137,8 +153,9 @@ class Starter:
             held.undo_directory(undo)
             directory = await parts.storage.make_vm_dir(held.vm.vm_id)
             phases.done("storage")
-            live = await self._launch(record, held, undo, directory)
-            phases.done("qemu")
+            template = await self._templates.for_pod(record)
+            phases.done("template")
+            live = await self._launch(record, held, undo, directory, template, phases)
             async with aio.Interruptible() as section:
                 live.start_section = section
                 self._watcher.watch_vm(live)
@@ -152,6 +169,8 @@ class Starter:
                 # Until here the end of the VM undoes the start; from here on it is an event of its own.
                 live.start_section = None
         undo.drop()
+        if live.vm.restore_s is None:
+            self._templates.learn(record)
         return parts.ledger.get(record.pod_id)
 
     async def _attach_network(self, record: PodRecord, held: Holdings, undo: UndoStack) -> None:
@@ -163,7 +182,15 @@ class Starter:
         if held.network != planned:  # else there is nothing to know that the record does not say
             await self._parts.ledger.change(record.pod_id, edits.networked(held.network))
 
-    async def _launch(self, record: PodRecord, held: Holdings, undo: UndoStack, directory: Path) -> LivePod:
+    async def _launch(
+        self,
+        record: PodRecord,
+        held: Holdings,
+        undo: UndoStack,
+        directory: Path,
+        template: str | None,
+        phases: Phases,
+    ) -> LivePod:
         parts = self._parts
         held.undo_vm(undo)
         taps = await parts.network(record).open_taps(held.network)
@@ -179,21 +206,52 @@ class Starter:
                     NetDev(tap_fd=fd, mac=e.mac) for fd, e in zip(taps, held.network.endpoints, strict=True)
                 ),
             )
-            vm = await parts.hypervisor(record).launch(spec, timeout_s=parts.settings.qemu.boot_timeout_s)
+            vm, session = await self._clone_or_boot(record, spec, template, phases)
         finally:
             for fd in taps:
                 os.close(fd)
         live = LivePod(record.pod_id, vm)
+        live.session = session
         held.live = parts.live[record.pod_id] = live
         held.vm = vm.record
         return live
 
+    async def _clone_or_boot(
+        self, record: PodRecord, spec: VmSpec, template: str | None, phases: Phases
+    ) -> tuple[Vm, GuestSession | None]:
+        """Launch the VM; a clone's agent must answer as well, or the template is dropped and the VM boots."""
+        if template is not None:
+            try:
+                return await self._clone(record, spec.model_copy(update={"clone_of": template}), phases)
+            except (HypervisorError, AgentError, NotFoundError) as exc:
+                log.warning("Pod %s: template %s is broken; booting", record.pod_id, template, exc_info=exc)
+                await self._templates.broke(record, template)
+        limit_s = self._parts.settings.qemu.boot_timeout_s
+        vm = await self._parts.hypervisor(record).launch(spec, timeout_s=limit_s)
+        phases.done("qemu")
+        return vm, None
+
+    async def _clone(self, record: PodRecord, spec: VmSpec, phases: Phases) -> tuple[Vm, GuestSession]:
+        """Resume a clone and open its session; on failure nothing of it is left but its directory."""
+        parts = self._parts
+        vm = await parts.hypervisor(record).launch(spec, timeout_s=CLONE_LIMIT_S)
+        try:
+            phases.done("qemu", of_which=("restore", vm.restore_s or 0.0))
+            session = await parts.agent(record).connect(vm, timeout_s=CLONE_LIMIT_S)
+            phases.done("agent")
+            return vm, session
+        except BaseException:
+            await aio.finish(vm.stop(grace_s=0), timeout_s=KILL_LIMIT_S)
+            raise
+
     async def _connect(self, record: PodRecord, live: LivePod, held: Holdings, phases: Phases) -> None:
         parts = self._parts
         boot_limit_s = parts.settings.qemu.boot_timeout_s
-        live.session = session = await parts.agent(record).connect(live.vm, timeout_s=boot_limit_s)
+        if (session := live.session) is None:
+            session = await parts.agent(record).connect(live.vm, timeout_s=boot_limit_s)
+            live.session = session
+            phases.done("boot")
         self._watcher.follow(live)
-        phases.done("agent")
         config = GuestConfig(
             hostname=hostname_of(record),
             time_ns=int(parts.clock().timestamp() * 1_000_000) * 1000,

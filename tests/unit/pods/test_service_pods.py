@@ -91,7 +91,7 @@ async def test_start_runs_the_pod_and_its_containers_and_says_how_long_each_phas
     assert status.mock
     assert status.netns_path is not None
     assert [(c.state, c.pid) for c in status.containers] == [("running", 100)]
-    phases = ["queue", "network", "storage", "qemu", "agent", "configure", "containers", "total"]
+    phases = ["queue", "network", "storage", "template", "qemu", "boot", "configure", "containers", "total"]
     assert list(status.phases_ms) == phases
     assert [name for name, _ in world.observed.phases] == phases
     events = await world.events()

@@ -143,12 +143,20 @@ class Observed:
     def __init__(self) -> None:
         self.phases: list[tuple[str, float]] = []
         self.sessions_lost = 0
+        self.templates_made = 0
+        self.templates_broken = 0
 
     def phase(self, name: str, seconds: float) -> None:
         self.phases.append((name, seconds))
 
     def session_lost(self) -> None:
         self.sessions_lost += 1
+
+    def template_made(self) -> None:
+        self.templates_made += 1
+
+    def template_broken(self) -> None:
+        self.templates_broken += 1
 
 
 class World:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from vcnode.aio import deadline_as
+from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock.world import MockMachine, MockWorld
-from vcnode.errors import HypervisorError
+from vcnode.errors import HypervisorError, NotFoundError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, StopOutcome
-from vcnode.models.vm import Disk, VmExit, VmRecord, VmSpec
+from vcnode.models.vm import Disk, VmExit, VmRecord, VmShape, VmSpec
 
 STOP_LIMIT_S = 5.0
 """Most that a fault may hold ``stop`` beyond its grace: the real ladder is bounded as well."""
@@ -36,6 +37,11 @@ class MockVm:
     def agent_socket(self) -> Path:
         """A path as QEMU's driver would give; nobody listens there."""
         return Path(self._machine.spec.directory, "agent.sock")
+
+    @property
+    def restore_s(self) -> float | None:
+        """0 for a clone."""
+        return None if self._machine.spec.clone_of is None else 0.0
 
     async def wait(self) -> VmExit:
         """See Protocol Vm."""
@@ -109,9 +115,13 @@ class MockHypervisor:
     Args:
         plan: Faults; an empty plan if None.
         world: Where the VMs live; a new one if None. Two drivers on one world are one node, restarted.
+        templates: Whether to offer templates; their VMs count in the fault plan like any other.
     """
 
-    def __init__(self, plan: FaultPlan | None = None, *, world: MockWorld | None = None) -> None:
+    def __init__(
+        self, plan: FaultPlan | None = None, *, world: MockWorld | None = None, templates: bool = False
+    ) -> None:
+        self._templates = templates
         self.world = MockWorld() if world is None else world
         self._plan = FaultPlan() if plan is None else plan
         self._plan.on_die(self._die)
@@ -121,7 +131,7 @@ class MockHypervisor:
         """Marked as a mock."""
         return DriverInfo(
             type=HypervisorType.MOCK,
-            capabilities=("disks", "pause", "share"),
+            capabilities=("disks", "pause", "share", *(("templates",) if self._templates else ())),
             mock=True,
             notes=("No VM runs here: the mock hypervisor only pretends.",),
         )
@@ -138,6 +148,10 @@ class MockHypervisor:
         """See Protocol Hypervisor."""
         async with _bounded("hypervisor.launch", spec.vm_id, timeout_s):
             await self._plan.hit("hypervisor.launch", vm_id=spec.vm_id)
+            if spec.clone_of is not None:
+                await self._plan.hit("hypervisor.clone", vm_id=spec.vm_id)
+                if spec.clone_of not in self.world.templates:
+                    raise NotFoundError(f"There is no template {spec.clone_of}.")
         if spec.vm_id in self.world.machines:
             raise HypervisorError(f"VM {spec.vm_id} exists already.")
         machine = self.world.machines[spec.vm_id] = MockMachine(spec)
@@ -160,6 +174,32 @@ class MockHypervisor:
             return False
         machine.end(VmExit(expected=True, exit_code=-9, reason=ENDED_BY_NODE))
         return True
+
+    def template_key(self, shape: VmShape) -> str:
+        """See Protocol Templating."""
+        return f"mock-{shape.vcpu_count}-{shape.mem_size_mib}-{shape.netdev_count}"
+
+    async def list_templates(self) -> Sequence[TemplateInfo]:
+        """See Protocol Templating."""
+        return [TemplateInfo(key, 0) for key in self.world.templates]
+
+    async def load_template(self, key: str, *, timeout_s: float) -> bool:
+        """See Protocol Templating."""
+        return key in self.world.templates
+
+    async def save_template(self, vm: Vm, *, timeout_s: float) -> None:
+        """See Protocol Templating."""
+        async with _bounded("hypervisor.save_template", vm.record.vm_id, timeout_s):
+            await self._plan.hit("hypervisor.save_template", vm_id=vm.record.vm_id)
+        key = self.world.machines[vm.record.vm_id].spec.template_key
+        if key is None:
+            raise HypervisorError(f"VM {vm.record.vm_id} was not launched to become a template.")
+        await vm.stop(grace_s=0)
+        self.world.templates[key] = vm.record.vm_id
+
+    async def drop_template(self, key: str) -> None:
+        """See Protocol Templating."""
+        self.world.templates.pop(key, None)
 
     async def close(self) -> None:
         """Nothing to free; the world stays."""

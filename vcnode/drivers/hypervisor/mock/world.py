@@ -49,6 +49,8 @@ class MockWorld:
     def __init__(self) -> None:
         self.machines: dict[str, MockMachine] = {}
         """By VM id, the ended ones too."""
+        self.templates: dict[str, str] = {}
+        """The VM that each was made of, by key."""
 
     @property
     def launched(self) -> int:

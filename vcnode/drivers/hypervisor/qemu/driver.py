@@ -202,8 +202,11 @@ class QemuHypervisor:
     async def _restore(self, vm: QemuVm, key: str, state_fd: int | None, timeout_s: float) -> None:
         if state_fd is None:
             raise HypervisorError(f"VM {vm.record.vm_id} has no state to start from.")
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             await vm.migration.restore(state_fd, timeout_s=timeout_s)
+            vm.restore_s = loop.time() - began
         except HypervisorError as exc:
             await self._sources.drop(key)
             raise BrokenTemplateError(f"QEMU could not resume a clone of template {key}.") from exc

@@ -54,6 +54,8 @@ class QemuVm:
         self.qmp = QmpSession(record.vm_id, files.qmp_socket, self._on_event)
         self._disks = Disks(record.vm_id, self.qmp)
         self.migration = Migration(record.vm_id, self.qmp)
+        self.restore_s: float | None = None
+        """See Protocol Vm; set by the driver."""
         self._exit: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
         self._watcher: asyncio.Task[None] | None = None
         self._shutdown_reason: str | None = None

@@ -1,0 +1,214 @@
+"""Which template a pod starts from, and the making of those that are missing.
+
+A template is made in the background once a first pod of its shape has started cold, so that this pod is not
+slowed; pods that come meanwhile wait for it, which is quicker than a second boot beside the first. A broken
+template costs a slow start, never a failed one: the caller says so with `Templates.broke` and boots cold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from vcnode.aio import Spawner
+from vcnode.drivers.base import GuestAgent, Hypervisor, Storage, Templating
+from vcnode.errors import FailedPreconditionError, UnsupportedError, VcnodeError
+from vcnode.models.pod import AgentType, HypervisorType
+from vcnode.models.records import PodRecord
+from vcnode.models.vm import VmShape, VmSpec
+from vcnode.pods.undo import UndoStack
+from vcnode.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LOAD_LIMIT_S = 60.0
+SAVE_LIMIT_S = 120.0
+
+
+class Observer(Protocol):
+    """Hears what happens to templates."""
+
+    def template_made(self) -> None:
+        """One was made."""
+        ...
+
+    def template_broken(self) -> None:
+        """One could not be used and was dropped."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a template is made with and for."""
+
+    hypervisor: Hypervisor
+    agent: GuestAgent
+    shape: VmShape
+    key: str
+
+    @property
+    def templating(self) -> Templating:
+        """The hypervisor, as one that declares the capability ``templates``."""
+        return cast(Templating, self.hypervisor)
+
+
+class Templates:
+    """The templates of one node.
+
+    Args:
+        hypervisors: Drivers on offer; those with the capability ``templates`` are used.
+        agents: Drivers on offer; only the native agent stays silent until it is asked, as a clone must.
+        storage: For the directories of the VMs that become templates.
+        settings: Limits, and what to have ready from the start.
+        tasks: Runs the making.
+        observer: Hears what happens.
+    """
+
+    def __init__(
+        self,
+        *,
+        hypervisors: Mapping[HypervisorType, Hypervisor],
+        agents: Mapping[AgentType, GuestAgent],
+        storage: Storage,
+        settings: Settings,
+        tasks: Spawner,
+        observer: Observer,
+    ) -> None:
+        self._hypervisors = hypervisors
+        self._agents = agents
+        self._storage = storage
+        self._settings = settings
+        self._tasks = tasks
+        self._observer = observer
+        self._making: dict[str, asyncio.Task[None]] = {}
+
+    def warm(self) -> None:
+        """Begin to load or make the templates that the settings list; returns at once."""
+        for shape in self._settings.templates.warm:
+            kind = self._kind(
+                self._settings.hypervisor,
+                self._settings.agent_type,
+                VmShape(vcpu_count=shape.vcpu_count, mem_size_mib=shape.mem_size_mib),
+            )
+            if kind is None:
+                log.warning("The settings list templates to warm, but the default drivers have none")
+                return
+            self._make_in_background(kind)
+
+    async def for_pod(self, record: PodRecord) -> str | None:
+        """The key of the template that the pod starts from; None: it boots.
+
+        Raises:
+            UnsupportedError, FailedPreconditionError: The pod requires a template, and its drivers have none,
+                or it could not be made.
+        """
+        policy = record.spec.template
+        if policy == "never":
+            return None
+        kind = self._kind_of(record)
+        if kind is None:
+            if policy == "require":
+                raise UnsupportedError(
+                    f"Pod {record.pod_id} requires a template, which hypervisor_type"
+                    f" {record.hypervisor_type.value} with agent_type {record.agent_type.value} cannot make."
+                )
+            return None
+        if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+            return kind.key
+        if policy == "require":
+            self._make_in_background(kind)
+        if (making := self._making.get(kind.key)) is not None:
+            await asyncio.wait({making})
+            if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+                return kind.key
+        if policy == "require":
+            raise FailedPreconditionError(
+                f"Pod {record.pod_id} requires a template, and none could be made; see the node's log."
+            )
+        return None
+
+    def learn(self, record: PodRecord) -> None:
+        """A pod has started cold: begin to make the template that it would have liked; returns at once."""
+        if record.spec.template == "auto" and (kind := self._kind_of(record)) is not None:
+            self._make_in_background(kind)
+
+    async def broke(self, record: PodRecord, key: str) -> None:
+        """The pod's clone of template *key* did not come up: the template is dropped."""
+        self._observer.template_broken()
+        if (kind := self._kind_of(record)) is not None:
+            await kind.templating.drop_template(key)
+
+    def _kind_of(self, record: PodRecord) -> _Kind | None:
+        resources = record.spec.resources
+        shape = VmShape(
+            vcpu_count=resources.vcpu_count,
+            mem_size_mib=resources.mem_size_mib,
+            netdev_count=len(record.network.endpoints) if record.network else 0,
+        )
+        return self._kind(record.hypervisor_type, record.agent_type, shape)
+
+    def _kind(self, hypervisor_type: HypervisorType, agent_type: AgentType, shape: VmShape) -> _Kind | None:
+        hypervisor, agent = self._hypervisors.get(hypervisor_type), self._agents.get(agent_type)
+        if hypervisor is None or agent is None or shape.netdev_count:
+            return None  # how a template gets its taps comes with the networks that have some
+        if "templates" not in hypervisor.info.capabilities or "configure" not in agent.info.capabilities:
+            return None
+        return _Kind(hypervisor, agent, shape, cast(Templating, hypervisor).template_key(shape))
+
+    def _make_in_background(self, kind: _Kind) -> None:
+        if kind.key not in self._making:
+            task = self._tasks.spawn(self._make(kind), name=f"template {kind.key}")
+            self._making[kind.key] = task
+            task.add_done_callback(lambda _: self._making.pop(kind.key, None))
+
+    async def _make(self, kind: _Kind) -> None:
+        """Load a template, or make it; a failure is logged, for pods start without as well."""
+        try:
+            if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+                return
+            await self._boot_and_save(kind)
+            await self._evict(kind)
+            await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S)
+        except VcnodeError as exc:
+            log.warning("No template for %s could be made", kind.shape, exc_info=exc)
+        else:
+            self._observer.template_made()
+            log.info("Made template %s", kind.key, extra={"shape": kind.shape.model_dump()})
+
+    async def _boot_and_save(self, kind: _Kind) -> None:
+        vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+        limit_s = self._settings.qemu.boot_timeout_s
+        undo = UndoStack()
+        try:
+            undo.push(f"directory of {vm_id}", lambda: self._storage.remove_vm_dir(vm_id))
+            directory = await self._storage.make_vm_dir(vm_id)
+            spec = VmSpec(
+                vm_id=vm_id,
+                uuid=str(uuid.uuid4()),
+                vcpu_count=kind.shape.vcpu_count,
+                mem_size_mib=kind.shape.mem_size_mib,
+                directory=str(directory),
+                shared_dir=str(directory / "shared"),
+                template_key=kind.key,
+            )
+            vm = await kind.hypervisor.launch(spec, timeout_s=limit_s)
+            undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
+            session = await kind.agent.connect(vm, timeout_s=limit_s)
+            await session.close()
+            await kind.templating.save_template(vm, timeout_s=SAVE_LIMIT_S)
+        finally:
+            for left in await undo.unwind():
+                log.warning("Making a template has left %s", left)
+
+    async def _evict(self, new: _Kind) -> None:
+        """Keep the templates within their size on disk; those that were used last stay."""
+        room = self._settings.templates.max_total_mib * 1024 * 1024
+        for info in await new.templating.list_templates():
+            room -= info.used_bytes
+            if room < 0 and info.key != new.key:
+                log.info("Dropping template %s: more than max_total_mib", info.key)
+                await new.templating.drop_template(info.key)
