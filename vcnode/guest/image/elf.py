@@ -136,7 +136,7 @@ def _header(data: bytes) -> tuple[int, ...]:
 def _unpack(layout: struct.Struct, data: bytes, offset: int) -> tuple[int, ...]:
     try:
         return layout.unpack_from(data, offset)
-    except struct.error as exc:
+    except (struct.error, OverflowError) as exc:
         raise GuestImageError("An ELF file is cut short.") from exc
 
 

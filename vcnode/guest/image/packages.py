@@ -63,7 +63,16 @@ class Index(Protocol):
 
 
 class Apt:
-    """The host's apt, with whatever sources the host is set up with."""
+    """The host's apt, with whatever sources the host is set up with.
+
+    Args:
+        cache_dir: Where to keep the index in the form that apt reads quickly (37 MB). Containers are commonly
+            set up not to keep it in its usual place, and other users than root cannot: apt would make it anew
+            for each question, which takes it a second.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._cache_dir = cache_dir
 
     def lookup(self, names: Sequence[str]) -> dict[str, Package]:
         """Ask apt-cache; nothing goes over the network.
@@ -71,7 +80,13 @@ class Apt:
         Raises:
             GuestImageError: There is no apt, or it fails.
         """
-        done = _run(["apt-cache", "show", "--no-all-versions", *names], _QUERY_TIMEOUT_S)
+        try:
+            self._cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise GuestImageError(f"{self._cache_dir} cannot be made ({exc.strerror}).") from exc
+        index = self._cache_dir.absolute() / "pkgcache.bin"
+        options = ["-o", f"Dir::Cache::pkgcache={index}", "-o", "Dir::Cache::srcpkgcache="]
+        done = _run(["apt-cache", *options, "show", "--no-all-versions", *names], _QUERY_TIMEOUT_S)
         if done.returncode not in (0, 100):  # 100: none of the names is known
             raise GuestImageError(f"apt-cache failed: {_last_line(done.stderr)}.")
         return parse_stanzas(done.stdout)

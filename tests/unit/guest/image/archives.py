@@ -11,8 +11,9 @@ from vcnode.guest.image.errors import IndexOutdatedError
 from vcnode.guest.image.packages import Package
 
 
-def package(name: str, *depends: str, content: bytes = b"", version: str = "1") -> Package:
-    """A package whose .deb is *content*."""
+def package(name: str, *depends: str, content: bytes | None = None, version: str = "1") -> Package:
+    """A package whose .deb is *content*, by default its name."""
+    content = name.encode() if content is None else content
     digest = hashlib.sha256(content).hexdigest()
     return Package(name, version, "amd64", digest, len(content), tuple((name,) for name in depends))
 
@@ -40,7 +41,7 @@ class Archive:
         for number, wanted in enumerate(packages):
             report(number / len(packages))
             self.downloaded.append(wanted.name)
-            (directory / f"{number}.deb").write_bytes(self.contents.get(wanted.name, b""))
+            (directory / f"{number}.deb").write_bytes(self.contents.get(wanted.name, wanted.name.encode()))
 
     def refresh(self) -> bool:
         """As apt-get update."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.guest.image import elves
@@ -46,6 +46,7 @@ def test_what_is_no_64_bit_elf_is_refused(data: bytes) -> None:
         elf.needed_libraries(data)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_damage_is_an_error_or_nothing_but_never_a_crash(data: st.DataObject) -> None:
     damaged = bytearray(elves.module(depends="a"))

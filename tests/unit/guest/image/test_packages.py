@@ -192,9 +192,9 @@ def test_prune_keeps_what_is_in_use(tmp_path: Path) -> None:
 def test_a_host_without_apt_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GuestImageError, match="Debian or Ubuntu"):
-        packages.Apt().lookup(["libc6"])
+        packages.Apt(tmp_path).lookup(["libc6"])
     with pytest.raises(GuestImageError, match="Debian or Ubuntu"):
-        packages.Apt().download([package("a")], tmp_path, lambda share: None)
+        packages.Apt(tmp_path).download([package("a")], tmp_path, lambda share: None)
 
 
 def _fake_program(directory: Path, name: str, script: str) -> None:
@@ -207,7 +207,7 @@ def test_apt_failure_is_told_by_its_last_line(monkeypatch: pytest.MonkeyPatch, t
     _fake_program(tmp_path, "apt-get", 'echo "W: noise" >&2; echo "E: 404  Not Found" >&2; exit 100')
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(IndexOutdatedError, match=r"404  Not Found.*apt-get update"):
-        packages.Apt().download([package("a")], tmp_path, lambda share: None)
+        packages.Apt(tmp_path).download([package("a")], tmp_path, lambda share: None)
 
 
 def test_apt_download_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_apt_download_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_p
     _fake_program(tmp_path, "apt-get", script)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     shares: list[float] = []
-    packages.Apt().download([package("a")], tmp_path, shares.append)
+    packages.Apt(tmp_path).download([package("a")], tmp_path, shares.append)
     assert shares == [0.25, 1.0]
 
 
@@ -224,7 +224,7 @@ def test_refresh_needs_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     _fake_program(tmp_path, "apt-get", "exit 100")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert packages.Apt().refresh() is False
+    assert packages.Apt(tmp_path).refresh() is False
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(GuestImageError, match="apt-get update"):
-        packages.Apt().refresh()
+        packages.Apt(tmp_path).refresh()
