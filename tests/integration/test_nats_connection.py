@@ -355,6 +355,14 @@ async def test_a_command_sent_while_the_server_is_away_arrives_later(
         assert node.pods.count("create") == 1
 
 
+async def test_a_node_that_does_not_come_back_is_named_after_an_outage(nats_server: NatsServer) -> None:
+    async with await Client.connect(nats_server.url) as client:
+        await nats_server.kill()
+        await nats_server.start()
+        with pytest.raises(UnavailableError, match="No node named n1"):
+            await client.node("n1").pod_start("p1", deadline_s=0.1)
+
+
 async def test_the_embedded_server_keeps_port_and_events_over_a_crash(short_dir: Path) -> None:
     async with EmbeddedNats(short_dir / "store") as server:
         url, pid = server.url, server.pid

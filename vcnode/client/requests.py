@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,27 @@ MAX_SCATTER_REPLIES = 100_000
 class _Change(Enum):
     RECONNECTED = "reconnected"
     CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A request as it is sent, once or more."""
+
+    subject: str
+    body: bytes
+    headers: dict[str, str]
+    token: str
+    """Finds the request again for which a reply comes in."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What is known while a reply is awaited."""
+
+    outage: bool
+    """Whether the connection was away: then the other side may come back later than this one."""
+    nobody: bool = False
+    """Whether the last that was heard is that nobody listens."""
 
 
 class NobodyListensError(UnavailableError):
@@ -112,7 +134,8 @@ class Requester:
         """Send a request and wait for its reply.
 
         When the connection was lost meanwhile, the very same message is sent once more after the reconnect,
-        and again while nobody listens there: only for what carries a command id or changes nothing.
+        and again while nobody listens there (whoever is asked may come back later than this client): only
+        for what carries a command id or changes nothing.
 
         Raises:
             TimeoutError: No reply within *timeout_s* seconds.
@@ -121,23 +144,23 @@ class Requester:
             InvalidArgumentError: The message is larger than the server takes.
         """
         self._check_size(body)
-        token = secrets.token_hex(12)
+        message = _Message(subject, body, headers, secrets.token_hex(12))
         changes: asyncio.Queue[Msg | _Change] = asyncio.Queue()
-        self._waiting[token] = changes
+        self._waiting[message.token] = changes
+        outcome = _Waiting(outage=not self._client.is_connected)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._publish(subject, body, headers, token)
-                return await self._reply(subject, body, headers, token, changes)
+                await self._publish(message)
+                return await self._reply(message, changes, outcome)
+        except TimeoutError as exc:
+            if outcome.nobody:
+                raise NobodyListensError(f"Nobody listens on {subject}.") from exc
+            raise
         finally:
-            del self._waiting[token]
+            del self._waiting[message.token]
 
     async def _reply(
-        self,
-        subject: str,
-        body: bytes,
-        headers: dict[str, str],
-        token: str,
-        changes: asyncio.Queue[Msg | _Change],
+        self, message: _Message, changes: asyncio.Queue[Msg | _Change], waiting: _Waiting
     ) -> Msg:
         resent = False
         while True:
@@ -145,26 +168,28 @@ class Requester:
             if change is _Change.CLOSED:
                 raise UnavailableError("The connection to NATS was closed; make a new client.")
             if change is _Change.RECONNECTED:
+                waiting.outage = True
                 if not resent:
-                    await self._publish(subject, body, headers, token)
+                    await self._publish(message)
                 resent = True
             elif not _nobody_listens(change):
                 return change
-            elif not resent:
-                raise NobodyListensError(f"Nobody listens on {subject}.")
+            elif not waiting.outage:
+                raise NobodyListensError(f"Nobody listens on {message.subject}.")
             else:
+                waiting.nobody = True
                 await asyncio.sleep(RESEND_S)
-                await self._publish(subject, body, headers, token)
+                await self._publish(message)
 
     async def scatter(self, subject: str, body: bytes, *, timeout_s: float, enough: int) -> list[Msg]:
         """Ask everybody; collect the replies of *timeout_s* seconds, or until there are *enough*."""
-        token = secrets.token_hex(12)
+        message = _Message(subject, body, {}, secrets.token_hex(12))
         changes: asyncio.Queue[Msg | _Change] = asyncio.Queue()
-        self._waiting[token] = changes
+        self._waiting[message.token] = changes
         found: list[Msg] = []
         try:
             async with asyncio.timeout(timeout_s):
-                await self._publish(subject, body, {}, token)
+                await self._publish(message)
                 while len(found) < enough:
                     change = await changes.get()
                     if isinstance(change, _Change):
@@ -175,16 +200,21 @@ class Requester:
         except TimeoutError:
             pass  # that is how asking everybody ends
         finally:
-            del self._waiting[token]
+            del self._waiting[message.token]
         return found
 
-    async def _publish(self, subject: str, body: bytes, headers: dict[str, str], token: str) -> None:
+    async def _publish(self, message: _Message) -> None:
         try:
             await uncancelled(
-                self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers or None)
+                self._client.publish(
+                    message.subject,
+                    message.body,
+                    reply=f"{self._inbox}.{message.token}",
+                    headers=message.headers or None,
+                )
             )
         except (nats.errors.Error, OSError) as exc:
-            raise UnavailableError(f"A message to {subject} could not be handed to NATS.") from exc
+            raise UnavailableError(f"A message to {message.subject} could not be handed to NATS.") from exc
 
     async def _on_reply(self, msg: Msg) -> None:
         waiting = self._waiting.get(msg.subject.rpartition(".")[2])
