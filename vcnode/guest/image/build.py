@@ -73,7 +73,8 @@ def build(
     """Make *out_dir* hold the current guest image; does nothing more than look if it does already.
 
     Blocks: some 2 s when nothing changed, 5 s when only the agent did, 15 s when the packages did, and the
-    time to download 80 MB. Any number of builds at once are safe; the second waits, and then finds the work done.
+    time to download 80 MB. Any number of builds at once are safe; the second waits, and then finds the work
+    done.
 
     Args:
         out_dir: Made if missing; replaced as a whole, in one step, when the image is complete.

@@ -1,5 +1,8 @@
 """A file tree in memory, and the initramfs archive (cpio "newc") made of it. Pure and deterministic.
 
+The archive is not compressed: QEMU copies it into the guest's memory at once, while a guest under TCG takes
+0.3 s longer to start with lz4 or zstd and 2.3 s longer with xz.
+
 Source: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
 """
 
