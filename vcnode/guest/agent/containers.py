@@ -18,7 +18,7 @@ import os
 import signal
 import time
 
-from vcnode.guest.agent import process, spawn
+from vcnode.guest.agent import process, signals, spawn
 from vcnode.guest.agent.cgroups import ROOT as CGROUP_ROOT
 from vcnode.guest.agent.cgroups import Cgroup
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
@@ -80,6 +80,8 @@ class Container:
         self.state = CREATED
         self.undo = Undo()
         self.main: Spawned | None = None
+        self.ended_by = 0
+        """The signal whose effect was brought about by SIGKILL; 0: none."""
         self.exit_code: int | None = None
         self.oom_killed = False
         self.finished_at_ns: int | None = None
@@ -286,6 +288,7 @@ class Containers:
         if outcome is True:
             container.state = RUNNING
             container.exit_code, container.oom_killed, container.finished_at_ns = None, False, None
+            container.ended_by = 0
             self._answer_start(container, container.main.pid)
             return
         # The child is ending, and until it has, its mounts are in use: `_on_end` tells the request.
@@ -321,6 +324,8 @@ class Containers:
         container.main = None
         if container.state == RUNNING:
             container.exit_code = process.exit_code(status)
+            if container.ended_by and container.exit_code == 128 + signal.SIGKILL:
+                container.exit_code = 128 + container.ended_by
             container.oom_killed = container.cgroup.oom_killed() and container.exit_code != 0
             container.finished_at_ns = time.time_ns()
             container.state = STOPPED
@@ -334,13 +339,19 @@ class Containers:
     def signal(self, container_id: str, number: int, *, everyone: bool) -> None:
         """Signal the main process, or every process; nothing when it does not run.
 
+        A signal that ends any other process ends the main process as well, although the kernel protects
+        process 1 of a namespace from those that it has no handler for: see `signals.would_end`.
+
         Raises:
             Failure: ``not_found``.
         """
         container = self.get(container_id)
         if container.main is None or container.state != RUNNING:
             return
-        if not everyone:
+        if signals.would_end(container.main.pid, number):
+            container.ended_by = number
+            _signal_pidfd(container.main.pidfd, signal.SIGKILL)
+        elif not everyone:
             _signal_pidfd(container.main.pidfd, number)
         elif number == signal.SIGKILL:
             container.cgroup.kill()
