@@ -74,13 +74,12 @@ class Drivers:
 
 def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
     """What this node offers: all that is real, or, with the mock hypervisor, nothing that is."""
-    networks: dict[NetworkModel, Network] = {NetworkModel.NOOP: NoopNetwork()}
     if settings.hypervisor is HypervisorType.MOCK:
         plan = FaultPlan.parse(settings.faults)
         return Drivers(
             hypervisors={HypervisorType.MOCK: MockHypervisor(plan)},
             agents={AgentType.MOCK: MockAgent(plan, tasks=tasks), AgentType.NOOP: NoopAgent()},
-            networks=networks,
+            networks={NetworkModel.NOOP: NoopNetwork(plan)},
             storage=MockStorage(settings.allowed_roots, run_dir=settings.run_dir, faults=plan),
         )
     guest = Guest(kernel=settings.guest_dir / "vmlinux", initrd=settings.guest_dir / "initrd")
@@ -88,7 +87,7 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
     return Drivers(
         hypervisors={HypervisorType.QEMU: qemu},
         agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
-        networks=networks,
+        networks={NetworkModel.NOOP: NoopNetwork()},
         storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots),
     )
 
