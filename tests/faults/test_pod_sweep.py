@@ -79,6 +79,7 @@ COMMANDS: dict[str, tuple[Act, Act]] = {
 }
 """Name: what comes before, and the command that is swept."""
 
+SETTLE_LIMIT_S = 10.0
 UNDOS = ("network.detach", "storage.remove_vm_dir", "vm.stop", "hypervisor.kill", "storage.unshare")
 
 
@@ -99,8 +100,11 @@ async def attempt(world: World, name: str) -> BaseException | None:
     task = asyncio.ensure_future(COMMANDS[name][1](world))
     world.task = task  # type: ignore[attr-defined]
     died = asyncio.ensure_future(world.plan.died.wait())
-    await asyncio.wait([task, died], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([task, died], timeout=SETTLE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
     died.cancel()
+    if not task.done() and not world.plan.dead:
+        task.cancel()
+        pytest.fail(f"{name} does not end after step {len(world.plan.log)} ({world.plan.log[-1]})")
     if world.plan.dead:  # perhaps in a watcher, not in the command: that dies with its node, too
         task.cancel()
         await asyncio.wait([task])
@@ -110,7 +114,7 @@ async def attempt(world: World, name: str) -> BaseException | None:
 
 async def check(world: World, where: str) -> None:
     """The invariant, and that everything can be removed afterwards."""
-    await settled(world)
+    await settled(world, where)
     for status in world.pods.list({}, ()).pods:
         if status.state is PodState.RUNNING:
             for each in status.containers:
@@ -136,14 +140,14 @@ async def delete_all(world: World, where: str) -> None:
     assert world.leaks == [], where
 
 
-async def settled(world: World) -> None:
+async def settled(world: World, where: str) -> None:
     """Until what was noticed in the background is done: nobody holds a pod any more."""
-    while (  # noqa: ASYNC110 -- bounded by the test's limit; no event says that all is quiet
-        world.pods.busy
-        or world.pods.unsaved
-        or any(s.state in (PodState.STARTING, PodState.STOPPING) for s in world.pods.list({}, ()).pods)
-    ):
-        await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(SETTLE_LIMIT_S):
+            while world.pods.busy or world.pods.unsaved:  # noqa: ASYNC110 -- no event says that all is quiet
+                await asyncio.sleep(0)
+    except TimeoutError:
+        pytest.fail(f"{where}: it never gets quiet")
 
 
 def worlds(path: Path) -> Iterator[World]:
@@ -285,8 +289,7 @@ async def test_a_disk_that_is_full_from_a_step_on_loses_nothing(tmp_path: Path, 
 
 async def check_mended(world: World, where: str) -> None:
     """As `check`, but a pod may be half-way when its last commit failed: a stop mends that."""
-    while world.pods.busy:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await settled(world, where)
     for status in world.pods.list({}, ()).pods:
         if status.state in (PodState.STARTING, PodState.STOPPING):
             await world.pods.stop(status.pod_id, 0, world.call("pod.stop"))
