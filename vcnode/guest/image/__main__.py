@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except GuestImageError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(f"{image.directory}: {image.digest}")
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ from vcnode.guest.image.errors import GuestImageError, IndexOutdatedError
 _QUERY_TIMEOUT_S = 120.0
 _DOWNLOAD_TIMEOUT_S = 3600.0
 _UPDATE = "run 'apt-get update' as root, then build again"
+
+_PARTIAL = "partial-"
 
 _KERNEL_META = ("linux-image-amd64", "linux-image-virtual")
 """Names of the package that depends on the newest kernel: Debian's, Ubuntu's."""
@@ -270,7 +273,7 @@ def fetch(
             raise GuestImageError(
                 f"Not in the package cache {cache_dir}: {', '.join(p.name for p in missing)}."
             )
-        with tempfile.TemporaryDirectory(prefix="partial-", dir=cache_dir) as partial:
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=cache_dir) as partial:
             index.download(
                 missing, Path(partial), lambda share: report(total - absent + int(absent * share), total)
             )
@@ -286,11 +289,13 @@ def fetch(
 
 
 def prune(cache_dir: Path, keep: Iterable[Package]) -> None:
-    """Delete cached packages other than *keep*: yesterday's kernels are of no more use."""
+    """Delete cached packages other than *keep*, and what killed downloads left. Needs the lock."""
     names = {package.file_name for package in keep}
     for path in cache_dir.glob("*.deb"):
         if path.name not in names:
             path.unlink(missing_ok=True)
+    for directory in cache_dir.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _digest_of(path: Path) -> str | None:

@@ -182,6 +182,8 @@ def test_offline_uses_the_cache_and_names_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_prune_keeps_what_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "partial-abc").mkdir()
+    (tmp_path / "partial-abc/half.deb").touch()
     kept, old = package("a", version="2"), package("a", version="1")
     for name in (kept.file_name, old.file_name, ".lock"):
         (tmp_path / name).touch()
