@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 SETUP_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 PUBLISH_TIMEOUT_S = 15.0
+UNHURRIED_BYTES = 64 * 1024
+"""With less than this in its buffer nats-py does not wait for the server when something is published."""
 
 Setup = Callable[[SturdyClient], Awaitable[None]]
 
@@ -125,6 +127,10 @@ class Connection:
         """
         client = self.client
         try:
+            if client.is_connected and client.pending_data_size < UNHURRIED_BYTES:
+                # nats-py only appends to its buffer: nothing to wait for, so no timer is needed.
+                await client.publish(subject, body, reply=reply, headers=headers)
+                return
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
                 await uncancelled(client.publish(subject, body, reply=reply, headers=headers))
         except (nats.errors.Error, OSError, TimeoutError) as exc:

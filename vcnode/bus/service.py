@@ -25,6 +25,7 @@ from vcnode.errors import UnavailableError, VcnodeError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.lanes import Slot
 from vcnode.handlers.outcome import Outcome, oversized
+from vcnode.handlers.routes import AT_ONCE
 from vcnode.models.commands import BROADCAST, COMMANDS
 from vcnode.models.subjects import Subjects
 
@@ -89,7 +90,7 @@ class CommandService:
         self._node_name = node_name
         self._subjects = subjects
         self._tasks = aio.Tasks()
-        self._counts = {endpoint_name(verb): _Count() for verb in COMMANDS}
+        self._counts = {verb: _Count() for verb in COMMANDS}
         self._service: Service | None = None
         connection.on_client(self._set_up)
 
@@ -103,7 +104,7 @@ class CommandService:
                 description="Runs pods as small virtual machines on one host.",
                 metadata={"node": self._node_name, "prefix": self._subjects.prefix},
             ),
-            self._counts,
+            {endpoint_name(verb): count for verb, count in self._counts.items()},
         )
         await service.start()
         for command in COMMANDS.values():
@@ -159,16 +160,27 @@ class CommandService:
             log.warning("The NATS service did not stop cleanly", exc_info=exc)
 
     def _endpoint(self, verb: str) -> Callable[[Request], Awaitable[None]]:
+        take = self._answer if verb in AT_ONCE else self._take
+
         async def on_request(request: Request) -> None:
-            await self._take(verb, request._msg)  # its public face hides whether a reply is wanted
+            await take(verb, request._msg)  # its public face hides whether a reply is wanted
 
         return on_request
 
     def _broadcast(self, verb: str) -> Callable[[Msg], Awaitable[None]]:
+        take = self._answer if verb in AT_ONCE else self._take
+
         async def on_message(msg: Msg) -> None:
-            await self._take(verb, msg)
+            await take(verb, msg)
 
         return on_message
+
+    async def _answer(self, verb: str, msg: Msg) -> None:
+        """Carry out a command that need not wait; never raises."""
+        started = time.perf_counter_ns()
+        outcome = self._dispatcher.answer(verb, msg.headers or {}, msg.data)
+        self._count(verb, outcome, time.perf_counter_ns() - started)
+        await self._reply(verb, msg, outcome)
 
     async def _take(self, verb: str, msg: Msg) -> None:
         """Hand one message over to a task, or refuse it; never raises, never waits for the command."""
@@ -208,7 +220,7 @@ class CommandService:
             log.warning("A reply could not be sent; the same command id gets it later", exc_info=exc)
 
     def _count(self, verb: str, outcome: Outcome, nanoseconds: int) -> None:
-        count = self._counts[endpoint_name(verb)]
+        count = self._counts[verb]
         count.done += 1
         count.total_ns += nanoseconds
         if not outcome.ok:

@@ -44,11 +44,11 @@ async def container_delete(node: Services, call: Call, request: ContainerDelete)
     return await node.pods.delete_container(request.pod_id, request.container_id, request.force, call)
 
 
-async def container_list(node: Services, call: Call, request: ContainerList) -> ContainerStatuses:
+def container_list(node: Services, call: Call, request: ContainerList) -> ContainerStatuses:
     """``container.list``."""
     return node.pods.list_containers(request.pod_id, request.states)
 
 
-async def container_status(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
+def container_status(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
     """``container.status``."""
     return node.pods.container_status(request.pod_id, request.container_id)

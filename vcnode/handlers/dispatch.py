@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import logging
+import secrets
 import time
-import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import structlog
 
@@ -36,15 +37,18 @@ from vcnode.handlers import headers as meta_headers
 from vcnode.handlers.decode import decode
 from vcnode.handlers.lanes import Lanes, Slot
 from vcnode.handlers.outcome import Outcome, as_duplicate, error_outcome, from_stored, with_id
-from vcnode.handlers.routes import ROUTES
+from vcnode.handlers.routes import AT_ONCE, ROUTES
 from vcnode.handlers.services import Services
-from vcnode.models.base import Request
+from vcnode.models import wire
+from vcnode.models.base import Reply, Request
 from vcnode.models.call import Call
 from vcnode.models.commands import COMMANDS, Command
 from vcnode.pods.journal import Stored
 
 log = logging.getLogger(__name__)
 
+_RUN = secrets.token_hex(12)
+_NUMBERS = itertools.count(1)
 JOURNAL_TIMEOUT_S = 30.0
 """Limit of one write to the journal; a disk that takes longer counts as failed."""
 
@@ -168,6 +172,8 @@ class Dispatcher:
             The reply, for errors of every kind too. A cancellation (the node stops) is answered with
             ``unavailable`` after the command's undo; it does not propagate.
         """
+        if verb in AT_ONCE:
+            return self.answer(verb, headers, body)
         started = time.monotonic()
         command_id = new_command_id()
 
@@ -182,10 +188,29 @@ class Dispatcher:
         self._observer.command_done(verb, outcome.code, time.monotonic() - started)
         return with_id(outcome, command_id)
 
-    def _prepare(self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes) -> _Prepared:
-        command = _command(verb)
-        if self._draining and command.mutates:
-            raise UnavailableError("The node is stopping and takes no new commands.")
+    def answer(self, verb: str, headers: Mapping[str, str], body: bytes) -> Outcome:
+        """Carry out one command of `AT_ONCE`; as `dispatch`, but without waiting for anything.
+
+        These are most of what a scheduler sends, so they get no task, no slot and no timer.
+        """
+        started = time.monotonic()
+        command_id = new_command_id()
+        try:
+            meta = meta_headers.parse(headers)
+            command_id = meta.command_id or command_id
+            call = Call(command_id, verb, None, meta.expected_revision, meta.traceparent)
+            request = self._decode(COMMANDS[verb], body)
+            if meta.deadline is not None:
+                self._seconds_until(meta.deadline)
+            reply = cast(Reply, ROUTES[verb](self._services, call, request))
+            outcome = Outcome(reply.encoded, {wire.COMMAND_ID: command_id})
+        except Exception as exc:
+            with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
+                outcome = with_id(error_outcome(exc, verb), command_id)
+        self._observer.command_done(verb, outcome.code, time.monotonic() - started)
+        return outcome
+
+    def _decode(self, command: Command, body: bytes) -> Request:
         if len(body) > self._max_request_bytes:
             raise InvalidArgumentError(
                 f"The body has {len(body)} bytes; at most {self._max_request_bytes} are taken.",
@@ -193,18 +218,28 @@ class Dispatcher:
                 limit_bytes=self._max_request_bytes,
                 violations=[{"field": "", "message": f"at most {self._max_request_bytes} bytes"}],
             )
-        request = decode(command.request, body)
+        return decode(command.request, body)
+
+    def _seconds_until(self, deadline: datetime) -> float:
+        now = self._clock()
+        seconds = (deadline - now).total_seconds()
+        if seconds <= 0:
+            raise DeadlineExceededError(
+                "By this node's clock the deadline had passed on arrival; nothing was done.",
+                deadline=deadline.isoformat(),
+                now=now.isoformat(),
+                begun=False,
+            )
+        return seconds
+
+    def _prepare(self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes) -> _Prepared:
+        command = _command(verb)
+        if self._draining and command.mutates:
+            raise UnavailableError("The node is stopping and takes no new commands.")
+        request = self._decode(command, body)
         seconds = command.default_timeout_s
         if meta.deadline is not None:
-            now = self._clock()
-            seconds = (meta.deadline - now).total_seconds()
-            if seconds <= 0:
-                raise DeadlineExceededError(
-                    "By this node's clock the deadline had passed on arrival; nothing was done.",
-                    deadline=meta.deadline.isoformat(),
-                    now=now.isoformat(),
-                    begun=False,
-                )
+            seconds = self._seconds_until(meta.deadline)
         deadline = asyncio.get_running_loop().time() + seconds
         call = Call(
             command_id=command_id,
@@ -293,8 +328,8 @@ class Dispatcher:
         handler = ROUTES[prepared.command.verb]
         left_s = prepared.deadline - asyncio.get_running_loop().time()  # the journal has had its share
         async with aio.deadline_as(left_s, lambda: _too_late(prepared)):
-            reply = await handler(self._services, prepared.call, prepared.request)
-        return Outcome(body=reply.model_dump_json().encode(), headers={})
+            reply = await cast(Awaitable[Reply], handler(self._services, prepared.call, prepared.request))
+        return Outcome(body=reply.encoded, headers={})
 
 
 async def _settled(verb: str, work: Coroutine[Any, Any, Outcome]) -> Outcome:
@@ -309,7 +344,7 @@ async def _settled(verb: str, work: Coroutine[Any, Any, Outcome]) -> Outcome:
 
 def new_command_id() -> str:
     """An id for a command that came without one."""
-    return f"c-{uuid.uuid4().hex}"
+    return f"c-{_RUN}-{next(_NUMBERS):x}"
 
 
 def digest_of(request: Request) -> str:

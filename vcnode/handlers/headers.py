@@ -27,6 +27,9 @@ class Meta:
     traceparent: str | None = None
 
 
+_NOTHING = Meta()
+
+
 def parse(headers: Mapping[str, str]) -> Meta:
     """Read the headers; names in any case, unknown ones ignored.
 
@@ -34,6 +37,8 @@ def parse(headers: Mapping[str, str]) -> Meta:
         InvalidArgumentError: A header of ours has a value that cannot be right. A malformed traceparent is
             ignored instead (W3C Trace Context, 3.2.2.3: restart the trace).
     """
+    if not headers:
+        return _NOTHING
     given = {name.lower(): value.strip() for name, value in headers.items()}
 
     def value_of(name: str) -> str | None:

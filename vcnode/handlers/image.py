@@ -13,12 +13,12 @@ async def image_import(node: Services, call: Call, request: ImageImport) -> Imag
     return await node.images.import_(request.name, request.path, call)
 
 
-async def image_list(node: Services, call: Call, request: Empty) -> ImageStatuses:
+def image_list(node: Services, call: Call, request: Empty) -> ImageStatuses:
     """``image.list``."""
     return node.images.list()
 
 
-async def image_status(node: Services, call: Call, request: ImageRef) -> ImageStatus:
+def image_status(node: Services, call: Call, request: ImageRef) -> ImageStatus:
     """``image.status``."""
     return node.images.status(request.name)
 

@@ -8,11 +8,11 @@ from vcnode.models.commands import Empty
 from vcnode.models.node import NodeInfo, NodePing
 
 
-async def node_info(node: Services, call: Call, request: Empty) -> NodeInfo:
+def node_info(node: Services, call: Call, request: Empty) -> NodeInfo:
     """``node.info``."""
     return node.node.info()
 
 
-async def node_ping(node: Services, call: Call, request: Empty) -> NodePing:
+def node_ping(node: Services, call: Call, request: Empty) -> NodePing:
     """``node.ping``."""
     return node.node.ping()

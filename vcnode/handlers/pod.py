@@ -42,11 +42,11 @@ async def pod_delete(node: Services, call: Call, request: PodDelete) -> PodDelet
     return await node.pods.delete(request.pod_id, request.force, call)
 
 
-async def pod_list(node: Services, call: Call, request: PodList) -> PodStatuses:
+def pod_list(node: Services, call: Call, request: PodList) -> PodStatuses:
     """``pod.list``."""
     return node.pods.list(request.labels, request.states)
 
 
-async def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:
+def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:
     """``pod.status``."""
     return node.pods.status(request.pod_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -30,8 +31,11 @@ from vcnode.handlers.services import Services
 from vcnode.models.base import Reply
 from vcnode.models.call import Call
 
-Handler = Callable[[Services, Call, Any], Awaitable[Reply]]
-"""Given the services, what came with the command, and the request (of the model that COMMANDS names)."""
+Handler = Callable[[Services, Call, Any], Awaitable[Reply] | Reply]
+"""Given the services, what came with the command, and the request (of the model that COMMANDS names).
+
+A handler that need not wait for anything is a plain function: its command is answered at once.
+"""
 
 ROUTES: dict[str, Handler] = {
     "pod.create": pod_create,
@@ -57,3 +61,6 @@ ROUTES: dict[str, Handler] = {
     "node.info": node_info,
     "node.ping": node_ping,
 }
+
+AT_ONCE = frozenset(verb for verb, handler in ROUTES.items() if not inspect.iscoroutinefunction(handler))
+"""Verbs that are answered from memory, without a task, a slot or a deadline of their own."""

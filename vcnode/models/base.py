@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -22,6 +24,17 @@ class Reply(BaseModel):
     """Base of what the node sends: readers ignore fields that they do not know."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        """The reply as JSON; made once, since a reply does not change."""
+        return self.model_dump_json().encode()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with *update*; pydantic would copy the JSON of the original along."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("encoded", None)
+        return copied
 
 
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]

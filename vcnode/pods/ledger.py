@@ -38,6 +38,7 @@ class Ledger:
         self._store = store
         self._clock = clock
         self._is_mock = is_mock
+        self._statuses: dict[str, tuple[PodRecord, PodStatus]] = {}
 
     @property
     def records(self) -> Mapping[str, PodRecord]:
@@ -64,7 +65,13 @@ class Ledger:
 
     def status(self, record: PodRecord) -> PodStatus:
         """The record as callers see it."""
-        return pod_status(record, node=self._store.node_name, mock=self._is_mock(record))
+        known = self._statuses.get(record.pod_id)
+        if known is not None and known[0] is record:  # a record never changes; another one takes its place
+            return known[1]
+        status = pod_status(record, node=self._store.node_name, mock=self._is_mock(record))
+        if self.find(record.pod_id) is record:
+            self._statuses[record.pod_id] = (record, status)
+        return status
 
     def container_status(self, record: PodRecord, wanted: str) -> ContainerStatus:
         """A container of the record as callers see it. Raises NotFoundError when it has none of that id."""
@@ -139,6 +146,7 @@ class Ledger:
                 self._emit(tx, record, News(EventKind.POD_DELETED), call)
 
         await self._store.write(remove)
+        self._statuses.pop(pod_id, None)
         log.info("Pod %s: deleted", pod_id)
 
     async def announce(self, kind: EventKind, data: JsonObject, *, mock: bool) -> None:
