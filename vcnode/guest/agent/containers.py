@@ -21,10 +21,10 @@ import time
 from vcnode.guest.agent import process, signals, spawn
 from vcnode.guest.agent.cgroups import ROOT as CGROUP_ROOT
 from vcnode.guest.agent.cgroups import Cgroup
+from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
 from vcnode.guest.agent.loop import IN
 from vcnode.guest.agent.ring import Ring
-from vcnode.guest.agent.rootfs import JoinEntry, MainEntry
 from vcnode.guest.agent.undo import Undo
 
 TYPE_CHECKING = False
@@ -240,7 +240,7 @@ class Containers:
                 os.set_blocking(read_end, False)
             procs_fd = container.cgroup.open_procs()
             opened.append(procs_fd)
-            entry = MainEntry(
+            entry = Entry.main(
                 self._mounts.root(spec.container_id),
                 readonly=spec.readonly,
                 hostname=spec.hostname,
@@ -405,8 +405,8 @@ class Containers:
 
     # -- execute -----------------------------------------------------------------------------------
 
-    def join_entry(self, container_id: str) -> JoinEntry:
-        """How a further process gets into a running container. To be closed after the fork.
+    def join_entry(self, container_id: str) -> Entry:
+        """How a further process gets into a running container. Its ``fds[0]`` is the caller's to close.
 
         Raises:
             Failure: ``not_found``, ``failed_precondition``, ``internal``.
@@ -421,7 +421,7 @@ class Containers:
             procs_fd = container.cgroup.open_procs()
         except OSError as exc:
             raise Failure.of(exc, f"join container {container_id!r}") from exc
-        return JoinEntry(main.pid, main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
+        return Entry.join(main.pid, main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
 
 
 def _signal_pidfd(pidfd: int, number: int) -> None:

@@ -20,10 +20,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vcnode.guest.agent.entries import Entry
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.port import Port
     from vcnode.guest.agent.process import ProcessSpec
-    from vcnode.guest.agent.spawn import Entry, Spawned, Spawner
+    from vcnode.guest.agent.spawn import Spawned, Spawner
 
 _READ_BYTES = 32 * 1024
 _KILL_ROUNDS = 16

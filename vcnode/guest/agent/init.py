@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import struct
 import sys
 
@@ -39,7 +40,6 @@ _ROOT_COPY = "/run/root"
 _ETC_LINKS = ("hostname", "hosts", "machine-id", "resolv.conf")
 
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
-_AF_INET, _SOCK_DGRAM = 2, 2
 
 
 def main() -> NoReturn:
@@ -147,13 +147,10 @@ def load_modules(list_file: str = MODULES_LIST, directory: str = MODULES_DIRECTO
 
 
 def _loopback_up() -> None:
-    fd = syscalls.socket(_AF_INET, _SOCK_DGRAM, 0)
-    try:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sh22x", b"lo", 0)
-        (flags,) = struct.unpack_from("h", fcntl.ioctl(fd, _SIOCGIFFLAGS, request), 16)
-        fcntl.ioctl(fd, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
-    finally:
-        os.close(fd)
+        (flags,) = struct.unpack_from("h", fcntl.ioctl(sock, _SIOCGIFFLAGS, request), 16)
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
 
 
 def _leave_ramfs() -> None:

@@ -1,22 +1,25 @@
 """What a container sees: its namespaces, its root, and the file systems that the kernel provides.
 
-`MainEntry` runs in the child that becomes process 1 of a container, `JoinEntry` in each later one.
+`enter_main` runs in the child that becomes process 1 of a container, `enter_join` in each later one.
 
-The order in `MainEntry` matters: the root is exchanged first, and everything is mounted from inside, so that
+The order in `enter_main` matters: the root is exchanged first, and everything is mounted from inside, so that
 a link in the container's files (``/dev -> /run``) can lead nowhere but into those files.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 
 from vcnode.guest.agent import syscalls
-from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure, printable
+from vcnode.guest.agent.entries import ended, is_gone
+from vcnode.guest.agent.failures import printable
 from vcnode.guest.agent.params import invalid
-from vcnode.guest.agent.spawn import Entry
 from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC, MS_REMOUNT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWCGROUP
 
@@ -68,79 +71,38 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
-class MainEntry(Entry):
-    """Makes the namespaces of a container and moves into them.
-
-    Args:
-        root: The prepared root, a mount point in the guest's namespace.
-        readonly: Whether the container may not write to it.
-        hostname: In its UTS namespace.
-        cgroup_procs_fd: cgroup.procs of its group, open for writing.
-    """
-
-    pid_namespace = Entry.NEW
-
-    def __init__(self, root: str, *, readonly: bool, hostname: str, cgroup_procs_fd: int) -> None:
-        self.root = root
-        self.readonly = readonly
-        self.hostname = hostname
-        self.keep_fds = (cgroup_procs_fd,)
-
-    def enter(self) -> None:
-        """Become the container's: see the module."""
-        # First the group, then its namespace: what a cgroup namespace shows starts at the group of its maker.
-        os.write(self.keep_fds[0], b"0")
-        syscalls.unshare(_NAMESPACES)
-        syscalls.sethostname(self.hostname)
-        _exchange_root(self.root)
-        for target, fstype, flags, options in _MOUNTS:
-            _mount(target, fstype, flags, options)
-            if target == "/dev":
-                _fill_dev()
-        for path in MASKED_PATHS:
-            _mask(path)
-        for path in READONLY_PATHS:
-            _make_readonly(path)
-        if self.readonly:
-            syscalls.mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
+    """Make the namespaces of a container around its root, and move into them. See `entries.Entry.main`."""
+    root, readonly, hostname = fields
+    # First the group, then its namespace: what a cgroup namespace shows starts at the group of its maker.
+    os.write(fds[0], b"0")
+    syscalls.unshare(_NAMESPACES)
+    syscalls.sethostname(hostname)
+    _exchange_root(root)
+    for target, fstype, flags, options in _MOUNTS:
+        _mount(target, fstype, flags, options)
+        if target == "/dev":
+            _fill_dev()
+    for path in MASKED_PATHS:
+        _mask(path)
+    for path in READONLY_PATHS:
+        _make_readonly(path)
+    if readonly:
+        syscalls.mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
-class JoinEntry(Entry):
-    """Joins the namespaces and the group of a running container.
-
-    Args:
-        pid: Its process 1.
-        pidfd: Of its process 1.
-        hostname: For the environment.
-        cgroup_procs_fd: cgroup.procs of its group, open for writing.
-    """
-
-    def __init__(self, pid: int, pidfd: int, *, hostname: str, cgroup_procs_fd: int) -> None:
-        self.pid_namespace = pidfd
-        self.root = f"/proc/{pid}/root"
-        self.hostname = hostname
-        self.keep_fds = (pidfd, cgroup_procs_fd)
-
-    def close(self) -> None:
-        """Close what was opened for this entry; to be called in the parent after the fork."""
-        os.close(self.keep_fds[1])
-
-    def enter(self) -> None:
-        """Become the container's; its root becomes the caller's root and working directory."""
-        pidfd, cgroup_procs_fd = self.keep_fds
-        os.write(cgroup_procs_fd, b"0")
-        # The container must not look into a process that still holds the guest's memory (CVE-2016-9962).
-        syscalls.set_undumpable()
-        try:
-            syscalls.setns(pidfd, _NAMESPACES)
-        except OSError as exc:
-            raise self.refusal(exc) from exc
-
-    def refusal(self, exc: OSError) -> Failure:
-        """The container may have ended meanwhile: its process is gone, or its pid namespace takes no more."""
-        if exc.errno in (errno.ESRCH, errno.ENOENT, errno.ENOMEM):
-            return Failure(FAILED_PRECONDITION, "The container ended while the process was started.")
-        return super().refusal(exc)
+def enter_join(_fields: tuple[Any, ...], fds: list[int]) -> None:
+    """Join a running container; its root becomes the caller's. See `entries.Entry.join`."""
+    cgroup_procs_fd, pidfd = fds
+    os.write(cgroup_procs_fd, b"0")
+    # The container must not look into a process that still holds the guest's memory (CVE-2016-9962).
+    syscalls.set_undumpable()
+    try:
+        syscalls.setns(pidfd, _NAMESPACES)
+    except OSError as exc:
+        if is_gone(exc):
+            raise ended() from exc
+        raise
 
 
 def _exchange_root(root: str) -> None:

@@ -8,10 +8,10 @@ import signal
 
 from vcnode.guest.agent import cgroups, identity
 from vcnode.guest.agent.containers import ContainerSpec
+from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
 from vcnode.guest.agent.params import Params, invalid
 from vcnode.guest.agent.process import ProcessSpec
-from vcnode.guest.agent.spawn import Entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -169,15 +169,13 @@ class Service:
         params.done()
         started = _told(answer, "process_id")
         if container_id is None:
-            entry = Entry()
-            entry.hostname = os.uname().nodename
-            self._execs.start(spec, entry, streams, started)
+            self._execs.start(spec, Entry.guest(), streams, started)
             return
         joined = self._containers.join_entry(container_id)
         try:
             self._execs.start(spec, joined, streams, started)
         finally:
-            joined.close()
+            os.close(joined.fds[0])
 
     def _signal_process(self, params: Params, answer: Answer) -> None:
         process_id, number = params.integer("process_id", 1, 1 << 62), _signal_number(params)

@@ -36,8 +36,8 @@ _RESOLVE_IN_ROOT = 0x10
 
 # Numbers of the calls that the C library does not wrap; arch/*/include/generated/uapi/asm/unistd_64.h
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "finit_module": 313, "bpf": 321, "openat2": 437},
-    "aarch64": {"pivot_root": 41, "finit_module": 273, "bpf": 280, "openat2": 437},
+    "x86_64": {"pivot_root": 155, "clone": 56, "finit_module": 313, "bpf": 321, "openat2": 437},
+    "aarch64": {"pivot_root": 41, "clone": 220, "finit_module": 273, "bpf": 280, "openat2": 437},
 }
 
 # reboot(2); include/uapi/linux/reboot.h
@@ -50,7 +50,12 @@ _BPF_PROG_ATTACH = 8
 _BPF_PROG_TYPE_CGROUP_DEVICE = 15
 _BPF_CGROUP_DEVICE = 6
 
+_CLONE_PARENT = 0x8000
+_SIGCHLD = 17
+
 _libc = ctypes.CDLL(None, use_errno=True)
+# Keeps the interpreter's lock during a call: for the one call that returns twice.
+_libc_locked = ctypes.PyDLL(None, use_errno=True)
 
 
 def _check(result: int, path: str | bytes | None = None) -> int:
@@ -93,6 +98,17 @@ def umount(target: str | bytes, flags: int = 0) -> None:
 def unshare(flags: int) -> None:
     """Move the caller (for CLONE_NEWPID: its future children) into new namespaces."""
     _check(_libc.unshare(flags))
+
+
+def fork_sibling() -> int:
+    """Fork a process whose parent is the caller's parent: 0 in the child, its pid in the caller.
+
+    Python is not told, so this is for a process with a single thread whose child calls execve soon.
+    """
+    number = ctypes.c_long(_NUMBERS[os.uname().machine]["clone"])
+    unused = ctypes.c_long(0)
+    flags = ctypes.c_long(_CLONE_PARENT | _SIGCHLD)
+    return _check(_libc_locked.syscall(number, flags, unused, unused, unused, unused))
 
 
 def setns(fd: int, flags: int) -> None:
@@ -144,16 +160,6 @@ def sethostname(name: str) -> None:
 def reboot(command: int) -> None:
     """Stop or restart the machine at once, without a sync."""
     _check(_libc.reboot(ctypes.c_int(command)))
-
-
-def socket(family: int, kind: int, protocol: int) -> int:
-    """Open a socket as a bare descriptor: for two calls the ``socket`` module is too much to load."""
-    return _check(_libc.socket(family, kind, protocol))
-
-
-def bind(fd: int, address: bytes) -> None:
-    """Bind a socket to a packed address."""
-    _check(_libc.bind(fd, address, len(address)))
 
 
 def load_device_program(instructions: bytes) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 
-from vcnode.guest.agent import syscalls
-
-_AF_NETLINK, _SOCK_RAW, _SOCK_NONBLOCK, _SOCK_CLOEXEC = 16, 3, 0o4000, 0o2000000
-_NETLINK_KOBJECT_UEVENT = 15
+_NETLINK_KOBJECT_UEVENT = 15  # include/uapi/linux/netlink.h
 _KERNEL_GROUP = 1
 
 
@@ -17,18 +15,10 @@ def listen() -> int:
 
     Look at sysfs after this call and before waiting: then nothing is missed.
     """
-    fd = syscalls.socket(_AF_NETLINK, _SOCK_RAW | _SOCK_NONBLOCK | _SOCK_CLOEXEC, _NETLINK_KOBJECT_UEVENT)
-    try:
-        syscalls.bind(fd, _address(_KERNEL_GROUP))
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _address(groups: int) -> bytes:
-    """struct sockaddr_nl: family, padding, port (0: the kernel chooses), groups; netlink(7)."""
-    return _AF_NETLINK.to_bytes(2, "little") + bytes(6) + groups.to_bytes(4, "little")
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    with socket.socket(socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT) as sock:
+        sock.bind((0, _KERNEL_GROUP))
+        return sock.detach()
 
 
 def drain(fd: int) -> None:

@@ -1,0 +1,146 @@
+"""What the child of a fork does to become a program.
+
+::
+
+    close all descriptors but its own  ->  new session  ->  enter (the namespaces and root of a container)
+        ->  working directory  ->  limits  ->  capabilities, user, no_new_privs  ->  execve
+
+A step that fails is told to the agent through the status pipe, which execve closes: end of file means that
+the program runs, or could not be executed, in which case the child itself says so on its stderr and exits
+with 126 or 127 as a shell would.
+
+Each page that the child writes to costs a copy: what can be found out before the fork stands in the order.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+
+from vcnode.guest.agent import limits, rootfs, syscalls
+from vcnode.guest.agent.entries import GUEST, JOIN, MAIN
+from vcnode.guest.agent.failures import INTERNAL, Failure, printable
+from vcnode.guest.agent.params import invalid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from vcnode.guest.agent.spawn import Order
+
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+_SETUP_FAILED = 125  # exit code that nobody sees: the status pipe has told more
+
+
+def enter_guest(_fields: tuple[Any, ...], _fds: list[int]) -> None:
+    """Stay in the guest."""
+    os.chdir("/")
+
+
+_ENTER = {GUEST: enter_guest, MAIN: rootfs.enter_main, JOIN: rootfs.enter_join}
+
+
+def run(order: Order, fds: list[int]) -> NoReturn:
+    """Become the program of *order*. Never returns, whatever happens: the parent's loop is below.
+
+    Args:
+        order: See `spawn.Order`.
+        fds: stdin, stdout, stderr, the status pipe, and those of the entry.
+    """
+    status_fd = fds[3]
+    try:
+        _become(order, fds)
+    except Failure as exc:
+        _tell(status_fd, exc)
+    except OSError as exc:
+        _tell(status_fd, Failure.of(exc, "set up the process"))
+    except BaseException as exc:  # also KeyboardInterrupt: nothing may unwind into the loop
+        _tell(status_fd, Failure(INTERNAL, f"The process could not be set up: {type(exc).__name__}: {exc}"))
+    finally:
+        os._exit(_SETUP_FAILED)
+
+
+def _tell(status_fd: int, failure: Failure) -> None:
+    os.write(status_fd, json.dumps([failure.code, failure.message[:1000]]).encode())
+
+
+def _become(order: Order, fds: list[int]) -> NoReturn:
+    args, env, files, workdir, rlimits, dropped, no_new_privileges, ids, kind, fields = order
+    for number in range(3):
+        os.dup2(fds[number], number)
+    # Nothing of the guest's may be within reach of the container's files (CVE-2024-21626).
+    _close_all_but(sorted(fds[3:]))
+    os.setsid()
+    _ENTER[kind](fields, fds[4:])
+    if workdir != "/":
+        _enter_workdir(workdir)
+    limits.apply(rlimits)
+    _drop_privileges(ids, dropped, no_new_privileges=no_new_privileges)
+    _execute(files, args, env)
+
+
+def _close_all_but(kept: list[int]) -> None:
+    lowest = 3
+    for fd in kept:
+        os.closerange(lowest, fd)
+        lowest = fd + 1
+    os.closerange(lowest, limits.AGENT_NOFILE)
+
+
+def _enter_workdir(path: str) -> None:
+    try:
+        try:
+            os.chdir(path)
+        except FileNotFoundError:
+            os.makedirs(path, 0o755, exist_ok=True)
+            os.chdir(path)
+    except OSError as exc:
+        raise invalid("process.workdir", f"{printable(path)!r} cannot be used: {exc.strerror}") from exc
+
+
+def _drop_privileges(
+    ids: tuple[int, int, tuple[int, ...]], dropped: tuple[int, ...], *, no_new_privileges: bool
+) -> None:
+    """Give up what the program is not to have.
+
+    The bounding set is all that needs to be cut: the agent's inheritable and ambient sets are empty, so
+    execve leaves root with exactly the bounding set, and any other user with nothing; capabilities(7),
+    Transformation of capabilities during execve().
+    """
+    uid, gid, groups = ids
+    if uid:
+        _give_pipes_to(uid)
+    for number in dropped:
+        syscalls.drop_from_bounding_set(number)
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    if no_new_privileges:
+        syscalls.set_no_new_privileges()
+
+
+def _give_pipes_to(uid: int) -> None:
+    """Let the user open /dev/stdout and the like again; runc does the same (fixStdioPermissions)."""
+    for fd in (0, 1, 2):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, uid, -1)
+
+
+def _execute(files: tuple[bytes, ...], args: tuple[bytes, ...], env: dict[bytes, bytes]) -> NoReturn:
+    problem: OSError | None = None
+    for file in files:
+        try:
+            os.execve(file, args, env)  # noqa: S606 (what else)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as exc:
+            # As shells do: what is there but cannot be executed is remembered, the search goes on.
+            problem = problem or exc
+            if exc.errno != errno.EACCES:
+                break
+    text = problem.strerror if problem is not None else "not found"
+    os.write(2, f"vcnode: {printable(args[0])}: {text}\n".encode())
+    os._exit(NOT_FOUND if problem is None else NOT_EXECUTABLE)
