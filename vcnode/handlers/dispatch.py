@@ -34,7 +34,7 @@ from vcnode.errors import (
     VcnodeError,
 )
 from vcnode.handlers import headers as meta_headers
-from vcnode.handlers.decode import decode
+from vcnode.handlers.decode import decode, decode_again
 from vcnode.handlers.lanes import Lanes, Slot
 from vcnode.handlers.outcome import Outcome, as_duplicate, error_outcome, from_stored, with_id
 from vcnode.handlers.routes import AT_ONCE, ROUTES
@@ -199,7 +199,8 @@ class Dispatcher:
             meta = meta_headers.parse(headers)
             command_id = meta.command_id or command_id
             call = Call(command_id, verb, None, meta.expected_revision, meta.traceparent)
-            request = self._decode(COMMANDS[verb], body)
+            self._check_size(body)
+            request = decode_again(COMMANDS[verb].request, body)
             if meta.deadline is not None:
                 self._seconds_until(meta.deadline)
             reply = cast(Reply, ROUTES[verb](self._services, call, request))
@@ -210,7 +211,7 @@ class Dispatcher:
         self._observer.command_done(verb, outcome.code, time.monotonic() - started)
         return outcome
 
-    def _decode(self, command: Command, body: bytes) -> Request:
+    def _check_size(self, body: bytes) -> None:
         if len(body) > self._max_request_bytes:
             raise InvalidArgumentError(
                 f"The body has {len(body)} bytes; at most {self._max_request_bytes} are taken.",
@@ -218,7 +219,6 @@ class Dispatcher:
                 limit_bytes=self._max_request_bytes,
                 violations=[{"field": "", "message": f"at most {self._max_request_bytes} bytes"}],
             )
-        return decode(command.request, body)
 
     def _seconds_until(self, deadline: datetime) -> float:
         now = self._clock()
@@ -236,7 +236,8 @@ class Dispatcher:
         command = _command(verb)
         if self._draining and command.mutates:
             raise UnavailableError("The node is stopping and takes no new commands.")
-        request = self._decode(command, body)
+        self._check_size(body)
+        request = decode(command.request, body)
         seconds = command.default_timeout_s
         if meta.deadline is not None:
             seconds = self._seconds_until(meta.deadline)
