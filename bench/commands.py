@@ -24,29 +24,34 @@ async def commands(options: Options) -> Result:
     rounds, count = (5, 3000) if options.quick else (15, 10_000)
     ours: list[float] = []
     floor: list[float] = []
+    small: list[float] = []
     async with stage(hypervisor="mock") as held, _echo(held.nats.url):
         container = ContainerSpec(id="main", image=IMAGE, cmd=Cmd(args=("sleep", "600")))
-        await held.node.pod_run(PodSpec(id="bench", containers=(container,)))
+        status = await held.node.pod_run(PodSpec(id="bench", containers=(container,)))
+        reply = status.model_dump_json().encode()  # the echo moves the same bytes to the caller
         subject = f"vcnode.rpc.{NODE}.pod.status"
 
-        async def rate(target: str, number: int) -> float:
+        async def rate(target: str, number: int, body: bytes) -> float:
             port = held.nats.port
-            seconds = await asyncio.to_thread(flood, port, target, BODY, in_flight=IN_FLIGHT, count=number)
+            seconds = await asyncio.to_thread(flood, port, target, body, in_flight=IN_FLIGHT, count=number)
             return number / seconds
 
         for target in (subject, ECHO):  # both warm
-            await rate(target, 500)
+            await rate(target, 500, BODY)
         for _ in range(rounds):
-            floor.append(await rate(ECHO, count))
-            ours.append(await rate(subject, count))
+            floor.append(await rate(ECHO, count, reply))
+            ours.append(await rate(subject, count, BODY))
+            small.append(await rate(ECHO, count, BODY))
     mine, echo = Series("pod.status", "1/s", tuple(ours)), Series("echo", "1/s", tuple(floor))
+    tiny = Series("echo of the request", "1/s", tuple(small))
     return Result(
         "commands",
         mine.median / echo.median,
-        of=f"pod.status per second, {IN_FLIGHT} in flight, against an echo with nats-py on the same server",
+        of=f"pod.status per second, {IN_FLIGHT} in flight, against an echo of as many bytes with nats-py",
         reach=0.5,
         at_most=False,
-        series=(echo, mine),
+        series=(echo, mine, tiny),
+        facts={"reply_bytes": len(reply), "ratio_to_echo_of_request": round(mine.median / tiny.median, 4)},
     )
 
 
