@@ -57,15 +57,10 @@ async def test_demo_runs_a_pod_and_leaves_nothing(hypervisor: str, guest_dir: Pa
 
     text = out.decode()
     assert process.returncode == 0, text
-    order = (
-        "node.started demo",
-        "pod.created hello",
-        "pod.started hello",
-        "exit code 7",
-        "pod.deleted hello",
-    )
-    places = [text.index(words) for words in order]
+    events = ("node.started demo", "pod.created hello", "pod.started hello", "pod.deleted hello")
+    places = [text.index(words) for words in events]
     assert places == sorted(places)
+    assert "exit code 7" in text
     if hypervisor == "qemu":
         assert "Hello from hello, Linux" in text
     assert 'vcnode_commands_total{code="ok",verb="pod.run"} 1.0' in text
@@ -89,5 +84,5 @@ async def test_demo_that_is_interrupted_leaves_nothing(
 
     assert code == 130, rest
     assert list(short_dir.iterdir()) == []
-    assert list(traces.processes(short_dir, keep=())) == []
+    assert list(traces.processes(str(short_dir))) == []
     assert traces.mounts(short_dir) == []

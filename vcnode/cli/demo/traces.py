@@ -7,18 +7,30 @@ as a file or socket below it. The network of a pod is known from its status.
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vcnode.models.pod import PodStatus
+
 
 @dataclass(frozen=True, slots=True)
-class Network:
-    """What a pod had on the host's network, by its status."""
+class Held:
+    """What a pod had on the host, by its status."""
 
+    vm_id: str
+    """Names its directory, and with that its sockets, its mounts and the command lines of its processes."""
     netns_path: str | None = None
     tap_names: tuple[str, ...] = ()
+
+    @classmethod
+    def by(cls, pod: PodStatus) -> Held:
+        """What *pod*, which is running, has."""
+        return cls(
+            vm_id=pod.hypervisor.vm_id if pod.hypervisor is not None else pod.pod_id,
+            netns_path=pod.netns_path,
+            tap_names=tuple(e.tap_name for e in pod.endpoints if e.tap_name is not None),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +41,32 @@ class Check:
     found: tuple[str, ...]
 
 
-def look(root: Path, *, keep: Collection[int], network: Network) -> tuple[Check, ...]:
-    """Look for what is left of pods below *root*.
-
-    Args:
-        root: The demo's directory.
-        keep: Process ids that may still run (the demo, its node agent and its NATS server).
-        network: What the pod had.
-    """
+def of_pod(root: Path, held: Held) -> tuple[Check, ...]:
+    """Look for what is left of a pod while the node agent, with other VMs perhaps, goes on below *root*."""
+    directory = root / "run" / "vms" / held.vm_id
     return (
-        Check("QEMU and helper processes", tuple(processes(root, keep=keep))),
-        Check("mounts", tuple(mounts(root))),
-        Check("VM directories and sockets", tuple(vm_files(root))),
-        Check("network namespaces and taps", tuple(links(network))),
+        Check("process of the pod's VM", tuple(processes(held.vm_id))),
+        Check("mount", tuple(mounts(directory))),
+        Check("directory or socket of the VM", (str(directory),) if directory.exists() else ()),
+        Check("network namespace or tap", tuple(links(held))),
     )
 
 
-def processes(root: Path, *, keep: Collection[int]) -> Iterator[str]:
-    """Processes whose command line names something below *root*."""
-    needle = os.fsencode(root)
+def of_demo(root: Path) -> tuple[Check, ...]:
+    """Look for what is left when everything below *root* should have ended."""
+    return (Check("process", tuple(processes(str(root)))), Check("mount", tuple(mounts(root))))
+
+
+def processes(needle: str) -> Iterator[str]:
+    """Processes, but this one, whose command line holds *needle*; each as its id and command."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal() or int(entry.name) in keep:
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         try:
             line = (entry / "cmdline").read_bytes()
         except OSError:  # it ended meanwhile
             continue
-        if needle in line:
+        if os.fsencode(needle) in line:
             words = line.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
             yield f"{entry.name} {words[:100]}"
 
@@ -71,19 +82,10 @@ def mounts(root: Path) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def vm_files(root: Path) -> Iterator[str]:
-    """Everything in the node's directory of running VMs, and every socket below *root*."""
-    for path in sorted(root.rglob("*")):
-        inside = path.relative_to(root).parts
-        of_a_vm = inside[:2] == ("run", "vms") and len(inside) > 2
-        if of_a_vm or stat.S_ISSOCK(path.lstat().st_mode):
-            yield str(path)
-
-
-def links(network: Network) -> Iterator[str]:
-    """What is still there of *network*."""
-    if network.netns_path is not None and Path(network.netns_path).exists():
-        yield network.netns_path
-    for name in network.tap_names:
+def links(held: Held) -> Iterator[str]:
+    """What is still there of the network of *held*."""
+    if held.netns_path is not None and Path(held.netns_path).exists():
+        yield held.netns_path
+    for name in held.tap_names:
         if Path("/sys/class/net", name).exists():
             yield name

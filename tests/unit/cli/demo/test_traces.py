@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,8 @@ def found(checks: tuple[traces.Check, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def test_nothing_left(short_dir: Path) -> None:
-    assert found(traces.look(short_dir, keep=(), network=traces.Network())) == {}
+    assert found(traces.of_demo(short_dir)) == {}
+    assert found(traces.of_pod(short_dir, traces.Held("vm-1"))) == {}
 
 
 def test_a_process_that_names_the_directory_is_found(short_dir: Path) -> None:
@@ -26,13 +25,11 @@ def test_a_process_that_names_the_directory_is_found(short_dir: Path) -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()  # by now it has its own command line
-        left = list(traces.processes(short_dir, keep={os.getpid()}))
-        kept = list(traces.processes(short_dir, keep={os.getpid(), process.pid}))
+        left = list(traces.processes(str(short_dir)))
         process.communicate()
 
     assert [line.split(" ")[0] for line in left] == [str(process.pid)]
-    assert kept == []
-    assert list(traces.processes(short_dir, keep={os.getpid()})) == []
+    assert list(traces.processes(str(short_dir))) == []
 
 
 @pytest.mark.root
@@ -48,20 +45,21 @@ def test_a_mount_is_found_even_below_a_name_with_blanks(short_dir: Path) -> None
     assert left == [str(point)]
 
 
-def test_sockets_and_vm_directories_are_found(short_dir: Path) -> None:
-    (short_dir / "run/vms/vm-1").mkdir(parents=True)
-    (short_dir / "state").mkdir()
-    (short_dir / "state/db").touch()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(short_dir / "s.sock"))
-        left = list(traces.vm_files(short_dir))
+def test_other_vms_are_not_the_pods(short_dir: Path) -> None:
+    for vm_id in ("vm-1", "vm-2"):
+        (short_dir / "run/vms" / vm_id).mkdir(parents=True)
 
-    assert left == [str(short_dir / "run/vms/vm-1"), str(short_dir / "s.sock")]
+    left = found(traces.of_pod(short_dir, traces.Held("vm-1")))
+
+    assert left == {"directory or socket of the VM": (str(short_dir / "run/vms/vm-1"),)}
 
 
 def test_network_leftovers_are_found(short_dir: Path) -> None:
     namespace = short_dir / "netns"
     namespace.touch()
 
-    assert list(traces.links(traces.Network(str(namespace), ("lo", "no-such-tap")))) == [str(namespace), "lo"]
-    assert list(traces.links(traces.Network(str(short_dir / "gone"), ()))) == []
+    assert list(traces.links(traces.Held("vm-1", str(namespace), ("lo", "no-such-tap")))) == [
+        str(namespace),
+        "lo",
+    ]
+    assert list(traces.links(traces.Held("vm-1", str(short_dir / "gone")))) == []
