@@ -8,11 +8,18 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from bench.boot import guest_boot
 from bench.commands import commands
+from bench.execs import execute
 from bench.options import Options
 from bench.report import Result
+from bench.starts import cold_start, pod_start
 
 BENCHES: dict[str, Callable[[Options], Awaitable[Result]]] = {
+    "pod-start": pod_start,
+    "cold-start": cold_start,
+    "guest-boot": guest_boot,
+    "exec": execute,
     "commands": commands,
 }
 

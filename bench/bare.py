@@ -1,6 +1,7 @@
 """The floor: the smallest script that does the same physical work with QEMU, by raw sockets.
 
-Nothing of vcnode is used here. The guest runs the same kernel and modules with ``bare_guest.py`` as init.
+Nothing of vcnode is used here. The guest runs the same kernel and modules with ``bare_guest.py`` as init, or
+a few lines of shell where only the boot counts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.options import Options
 
 QEMU = "qemu-system-x86_64"
 
@@ -29,11 +32,42 @@ def _cpio_entry(name: str, mode: int, data: bytes, ino: int) -> bytes:
     return head + data + b"\0" * (-len(data) % 4)
 
 
-def bare_initrd(initrd: Path, init: bytes, out: Path) -> None:
-    """Write *out*: the image's initrd with another ``/init`` (the kernel unpacks archives in turn)."""
-    extra = _cpio_entry("init", 0o100755, init, 1) + _cpio_entry("TRAILER!!!", 0, b"", 2)
-    base = initrd.read_bytes()
-    out.write_bytes(base + b"\0" * (-len(base) % 4) + extra)
+def _entries(archive: bytes) -> Iterator[tuple[str, bytes]]:
+    """Names and raw entries of a newc archive, without its end. Source: cpio(5)."""
+    at = 0
+    while True:
+        name_size = int(archive[at + 94 : at + 102], 16)
+        data_at = (at + 110 + name_size + 3) & ~3
+        end = (data_at + int(archive[at + 54 : at + 62], 16) + 3) & ~3
+        name = archive[at + 110 : at + 110 + name_size - 1].decode()
+        if name == "TRAILER!!!":
+            return
+        yield name, archive[at:end]
+        at = end
+
+
+def bare_initrd(
+    initrd: Path, init: bytes, out: Path, *, keep: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Write *out*: what *keep* wants of the image's initrd, with another ``/init``."""
+    kept = [raw for name, raw in _entries(initrd.read_bytes()) if name != "init" and keep(name)]
+    end = _cpio_entry("TRAILER!!!", 0, b"", 0)
+    out.write_bytes(b"".join([*kept, _cpio_entry("init", 0o100755, init, 1 << 20), end]))
+
+
+SHELL_INIT = b"""#!/bin/busybox sh
+busybox mount -t devtmpfs devtmpfs /dev
+while read -r module; do busybox insmod /lib/modules/$module; done </etc/vcnode/modules
+until [ -c /dev/vport0p1 ]; do :; done
+echo -n x >/dev/vport0p1
+busybox sleep 1000000
+"""
+
+
+def shell_needs(name: str) -> bool:
+    """Whether the shell init needs this file of the image: no Python, no libraries."""
+    wanted = ("usr/lib/modules", "etc/", "usr/bin/busybox", "dev/console")
+    return name.startswith(wanted) or (name.count("/") < 2 and not name.startswith("usr/lib/"))
 
 
 class BareVm:
@@ -98,6 +132,17 @@ class BareVm:
         if self._port is not None:
             self._port.close()
             self._port = None
+
+    def exchange(self, greeting: bytes, until: bytes) -> None:
+        """Write *greeting* and read up to *until*."""
+        assert self._port is not None
+        self._port.sendall(greeting)
+        found = b""
+        while until not in found:
+            chunk = self._port.recv(65536)
+            if not chunk:
+                raise RuntimeError("the guest's port was closed")
+            found += chunk
 
     def read_line(self) -> dict[str, Any]:
         """The guest's next line."""
@@ -167,19 +212,34 @@ class Floor:
         """Besides the fixed ones; a busy host without KVM needs ``tsc_early_khz`` to boot at all."""
         self.initrd = work / "bare-initrd"
         bare_initrd(guest_dir / "initrd", Path(__file__).with_name("bare_guest.py").read_bytes(), self.initrd)
+        self.full_initrd = guest_dir / "initrd"
+        self.shell_initrd = work / "shell-initrd"
+        bare_initrd(self.full_initrd, SHELL_INIT, self.shell_initrd, keep=shell_needs)
         self.template = work / "template"
 
-    def _spawn(self, ram: Path, *, share: bool, incoming: bool, fds: tuple[int, ...] = ()) -> BareVm:
+    def _spawn(
+        self,
+        ram: Path | None,
+        *,
+        share: bool = False,
+        incoming: bool = False,
+        fds: tuple[int, ...] = (),
+        initrd: Path | None = None,
+    ) -> BareVm:
         directory = Path(tempfile.mkdtemp(dir=self.work, prefix="b"))
         (directory / "shared").mkdir()
         size = f"{self.mem_size_mib}M"
         cpu = "host" if self.accel == "kvm" else "max"
+        backend = f"memory-backend-ram,id=ram,size={size}"
+        if ram is not None:
+            mapping = f"mem-path={ram},share={'on' if share else 'off'}"
+            backend = f"memory-backend-file,id=ram,size={size},{mapping}"
         argv = [
-            QEMU, "-M", f"microvm,accel={self.accel},memory-backend=ram", "-cpu", cpu, "-m", size, "-smp", "1",
-            "-object", f"memory-backend-file,id=ram,size={size},mem-path={ram},share={'on' if share else 'off'}",
+            QEMU, "-M", f"microvm,accel={self.accel},memory-backend=ram",
+            "-cpu", cpu, "-m", size, "-smp", "1", "-object", backend,
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{directory}/console",
-            "-kernel", str(self.kernel), "-initrd", str(self.initrd),
+            "-kernel", str(self.kernel), "-initrd", str(initrd or self.initrd),
             "-append", f"console=ttyS0 quiet panic=-1 reboot=t {self.kernel_params}",
             "-qmp", f"unix:{directory}/qmp,server=on,wait=off",
             "-device", "virtio-serial-device,id=vs0,max_ports=4",
@@ -196,17 +256,26 @@ class Floor:
 
     def boot(self) -> BareVm:
         """Boot cold and wait for the guest's hello."""
-        ram = Path(tempfile.mkstemp(dir=self.work, prefix="ram")[1])
-        vm = self._spawn(ram, share=True, incoming=False)
+        vm = self._spawn(None)
         vm.open_port()
         vm.read_line()
-        ram.unlink()
         return vm
+
+    def time_boot(self, initrd: Path, *, greeting: bytes = b"", until: bytes = b"x") -> float:
+        """Seconds from the start of QEMU to the port's bytes *until*; *greeting* is written into it first."""
+        began = time.perf_counter()
+        vm = self._spawn(None, initrd=initrd)
+        try:
+            vm.open_port()
+            vm.exchange(greeting, until)
+            return time.perf_counter() - began
+        finally:
+            vm.kill()
 
     def make_template(self) -> None:
         """Boot once and save memory and state."""
         self.template.mkdir()
-        vm = self._spawn(self.template / "ram", share=True, incoming=False)
+        vm = self._spawn(self.template / "ram", share=True)
         vm.open_port()
         vm.read_line()
         vm.close_port()
@@ -238,10 +307,10 @@ class Floor:
 
 
 @contextlib.contextmanager
-def floor(guest_dir: Path, **kwargs: Any) -> Iterator[Floor]:
-    """A `Floor` in a temporary directory."""
+def floor(options: Options) -> Iterator[Floor]:
+    """A `Floor` in a temporary directory, with the accelerator that works here."""
     work = Path(tempfile.mkdtemp(prefix="vcb-", dir="/var/tmp"))
     try:
-        yield Floor(guest_dir, work, **kwargs)
+        yield Floor(options.guest_dir, work, accel=options.accel, kernel_params=options.kernel_params)
     finally:
         shutil.rmtree(work, ignore_errors=True)

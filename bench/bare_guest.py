@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -ISB
 """Init of the bare guest: the least that a guest must do, against which the product is measured.
 
 Loads the image's modules, opens the serial port, and answers one JSON line per request. Nothing here is

@@ -34,7 +34,8 @@ class Series:
         """One row for people."""
         return (
             f"  {self.name:<34} n={len(self.samples):<4} min {min(self.samples):9.2f}  "
-            f"p50 {self.median:9.2f}  p99 {self.quantile(0.99):9.2f}  max {max(self.samples):9.2f} {self.unit}"
+            f"p50 {self.median:9.2f}  p99 {self.quantile(0.99):9.2f}  "
+            f"max {max(self.samples):9.2f} {self.unit}"
         )
 
 

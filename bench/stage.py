@@ -1,4 +1,4 @@
-"""What the benchmarks run on: a private NATS server, and a node agent as a child process, driven by the SDK."""
+"""What the benchmarks run on: a private NATS server, and a node agent as a process, driven by the SDK."""
 
 from __future__ import annotations
 
