@@ -25,7 +25,7 @@ async def commands(options: Options) -> Result:
     ours: list[float] = []
     floor: list[float] = []
     small: list[float] = []
-    async with stage(hypervisor="mock") as held, _echo(held.nats.url):
+    async with stage(options, hypervisor="mock") as held, _echo(held.nats.url):
         container = ContainerSpec(id="main", image=IMAGE, cmd=Cmd(args=("sleep", "600")))
         status = await held.node.pod_run(PodSpec(id="bench", containers=(container,)))
         reply = status.model_dump_json().encode()  # the echo moves the same bytes to the caller

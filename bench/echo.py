@@ -7,13 +7,14 @@ import asyncio
 import sys
 
 import nats
+from nats.aio.msg import Msg
 
 
 async def main(url: str, subject: str) -> None:
     """Answer every request with its own body."""
     client = await nats.connect(url)
 
-    async def echo(msg) -> None:
+    async def echo(msg: Msg) -> None:
         await msg.respond(msg.data)
 
     await client.subscribe(subject, cb=echo)

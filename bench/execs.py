@@ -9,7 +9,7 @@ from bench.bare import BareVm, floor
 from bench.options import Options
 from bench.report import Result, Series
 from bench.stage import stage
-from bench.starts import WARM, run
+from bench.starts import run
 
 ARGS = ("/bin/true",)
 
@@ -28,8 +28,8 @@ async def execute(options: Options) -> Result:
     rounds = 40 if options.quick else 400
     ours: list[float] = []
     least: list[float] = []
-    async with stage(guest_dir=options.guest_dir, settings=WARM) as held:
-        _, pod = await run(held, "auto")
+    async with stage(options) as held:
+        _, pod = await run(held, "never")
         with floor(options) as bare:
             vm = await asyncio.to_thread(bare.boot)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,7 +29,8 @@ class Series:
     def quantile(self, q: float) -> float:
         """The sample below which a share *q* (0..1) of them lies, by nearest rank."""
         ordered = sorted(self.samples)
-        return ordered[min(len(ordered) - 1, max(0, round(q * len(ordered) + 0.5) - 1))]
+        rank = math.ceil(q * len(ordered) - 1e-9)  # 0.07 * 100 is a little more than 7
+        return ordered[max(0, rank - 1)]
 
     def line(self) -> str:
         """One row for people."""

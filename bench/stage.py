@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.options import Options
 from vcnode.bus.embedded import EmbeddedNats
 from vcnode.cli.demo.busybox import make_root
 from vcnode.client import Client, NodeClient
@@ -45,17 +46,17 @@ class Stage:
 
 @contextlib.asynccontextmanager
 async def stage(
+    options: Options,
     *,
     hypervisor: str = "qemu",
-    guest_dir: Path = Path("/var/lib/vcnode/guest"),
     settings: str = "",
     wrapper: Sequence[str] = (),
 ) -> AsyncIterator[Stage]:
     """NATS and a node named ``bench`` with the image ``busybox``, for as long as the block runs.
 
     Args:
+        options: Guest image and accelerator.
         hypervisor: ``qemu`` or ``mock``.
-        guest_dir: The guest image.
         settings: More lines of the node's settings file (TOML).
         wrapper: Put before the Python that runs the node, such as a profiler.
     """
@@ -65,7 +66,7 @@ async def stage(
         async with contextlib.AsyncExitStack() as stack:
             nats = await stack.enter_async_context(EmbeddedNats(root / "nats"))
             process = await stack.enter_async_context(
-                _node_process(root, nats.url, hypervisor, guest_dir, settings, wrapper)
+                _node_process(root, nats.url, hypervisor, options, settings, wrapper)
             )
             client = await Client.connect(NatsSettings(url=nats.url))
             stack.push_async_callback(client.close)
@@ -92,14 +93,15 @@ async def _delete_all(node: NodeClient) -> None:
 
 @contextlib.asynccontextmanager
 async def _node_process(
-    root: Path, url: str, hypervisor: str, guest_dir: Path, settings: str, wrapper: Sequence[str]
+    root: Path, url: str, hypervisor: str, options: Options, settings: str, wrapper: Sequence[str]
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     (root / "roots").mkdir()
     config = root / "node.toml"
     config.write_text(
         f'node_name = "{NODE}"\nhypervisor = "{hypervisor}"\nmetrics_address = ""\nlog_format = "text"\n'
-        f'state_dir = "{root}/state"\nrun_dir = "{root}/run"\nguest_dir = "{guest_dir}"\n'
-        f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 0\n{settings}\n[nats]\nurl = "{url}"\n'
+        f'state_dir = "{root}/state"\nrun_dir = "{root}/run"\nguest_dir = "{options.guest_dir}"\n'
+        f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 0\n{settings}\n'
+        f'[qemu]\naccel = "{options.accel}"\n[nats]\nurl = "{url}"\n'
     )
     argv = (*wrapper, "-m", "vcnode.cli", "node", "run", "--config", str(config))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VCNODE_")}
