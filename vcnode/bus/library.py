@@ -8,6 +8,8 @@
 - A ``tls=`` context is used only if the server asks for TLS, so credentials go out in the clear to whoever
   answers without asking.
 - ``close`` of a client whose ``connect`` never got far enough fails an assertion.
+- A connection that opens and then fails before the server is ready (a proxy in front of a dead server) is
+  forgotten open, one for each attempt.
 - ``_flush_pending`` swallows ``CancelledError``, so a cancelled publisher goes on (see `uncancelled`).
 """
 
@@ -58,6 +60,14 @@ class SturdyClient(Client):
             # Whoever owns this client hears it by closed_cb, and makes a new one.
             log.exception("Reconnecting failed in an unexpected way")
             await self.close()
+
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except BaseException:
+            if self._transport is not None:
+                self._transport.close()
+            raise
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # Called before CONNECT, with its credentials, is sent. A server that merely allows TLS is upgraded,
