@@ -88,7 +88,7 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
         hypervisors={HypervisorType.QEMU: qemu},
         agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
         networks={NetworkModel.NOOP: NoopNetwork()},
-        storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots),
+        storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),
     )
 
 
@@ -147,7 +147,9 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         drivers = choose_drivers(settings, tasks)
         await _open_drivers(drivers, stack)
         mock = settings.hypervisor is HypervisorType.MOCK
-        images = ImageService(store, drivers.storage, clock=_now, mock=mock)
+        images = ImageService(
+            store, drivers.storage, tasks=tasks, settings=settings.images, clock=_now, mock=mock
+        )
         pods = PodService(
             node_name=settings.node_name,
             epoch=store.epoch,

@@ -114,6 +114,29 @@ class LimitSettings(Group):
     concurrent_commands: int = Field(default=64, ge=1)
     """Commands in progress at once; more get ``resource_exhausted``."""
     concurrent_starts: int = Field(default=4, ge=1)
+class ImageSettings(Group):
+    """Where images come from, and how much room they get."""
+
+    concurrent_pulls: int = Field(default=2, ge=1, le=64)
+    """Pulls in progress at once; more wait."""
+    progress_interval_s: float = Field(default=1.0, ge=0.1, le=60)
+    """Seconds between two ``image.pulling`` events of one pull."""
+    max_size_mib: int = Field(default=16 * 1024, ge=1)
+    """Largest image, unpacked; larger ones are refused."""
+    cert_dir: Path | None = None
+    """Directory with CA (``*.crt``) and client certificates of registries. Default: the system's certs.d."""
+    auth_file: Path | None = None
+    """Credentials of registries (containers-auth.json) for pulls that bring none. Default: anonymous."""
+    policy_file: Path | None = None
+    """Signature policy (containers-policy.json). Default: anything is accepted."""
+    gc_high_mib: int = Field(default=32 * 1024, ge=0)
+    """When image files take more than this, unused images are removed."""
+    gc_low_mib: int = Field(default=24 * 1024, ge=0)
+    """Until the files take no more than this; those that were not used for longest go first."""
+    gc_min_age_s: float = Field(default=3600, ge=0)
+    """Images that were made or used within so many seconds stay."""
+
+
     """Pods starting at once; more wait."""
     pods: int = Field(default=500, ge=1)
     """Pods that the node holds, in any state."""
@@ -182,6 +205,7 @@ class Settings(BaseSettings):
         if self.agent is not None:
             return self.agent
         return AgentType.MOCK if self.hypervisor is HypervisorType.MOCK else AgentType.NATIVE
+    images: ImageSettings = ImageSettings()
 
     @classmethod
     def load(cls, file: Path | None = None, **flags: Any) -> Settings:

@@ -177,6 +177,8 @@ def image(status: ImageStatus) -> None:
             ("size", size(status.size_bytes)),
             ("imported", status.imported_at.isoformat(timespec="seconds")),
             ("in use", "yes" if status.in_use else "no"),
+            ("reference", status.reference or "imported"),
+            ("command", " ".join((*status.config.entrypoint, *status.config.cmd))),
         )
     )
 

@@ -47,6 +47,7 @@ from vcnode.models.commands import (
     Empty,
     ImageImport,
     ImageRef,
+    ImagePull,
     ImageRemoved,
     ImageStatuses,
     PodCreate,
@@ -59,6 +60,7 @@ from vcnode.models.commands import (
     PodStop,
     PodStopped,
 )
+    RegistryAuth,
 from vcnode.models.node import ImageStatus, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -321,6 +323,18 @@ class NodeClient:
         return await self._send("image.import", request, ImageStatus, options)
 
     async def image_list(self, **options: Unpack[Read]) -> ImageStatuses:
+    async def image_pull(
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        auth: RegistryAuth | None = None,
+        **options: Unpack[Change],
+    ) -> ImageStatus:
+        """Fetch an image from a registry, under *name* (None: under its reference)."""
+        request = _make(ImagePull, reference=reference, name=name, auth=auth)
+        return await self._send("image.pull", request, ImageStatus, options)
+
         """List images."""
         return await self._send("image.list", Empty(), ImageStatuses, options)
 

@@ -11,11 +11,12 @@ Promises that hold for every driver:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import StopOutcome
 from vcnode.models.vm import (
@@ -361,6 +362,20 @@ class ImageFile:
     """``sha256:`` and 64 hex digits."""
     path: Path
     size_bytes: int
+    config: ImageConfig | None = None
+    """What the source said about the process to run; None where it says nothing, and for an image found."""
+    manifest_digest: str | None = None
+    """Digest of the manifest that it was made of; None as above."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullSource:
+    """What to pull, and as whom."""
+
+    reference: str
+    """Such as ``registry.example/team/app:1.2`` or ``busybox`` (Docker Hub's)."""
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
 
 
 class Storage(Protocol):
@@ -393,6 +408,32 @@ class Storage(Protocol):
 
     async def build_image(self, source: str, *, timeout_s: float) -> ImageFile:
         """Make an erofs file of a directory or tar on the host. The same content gives the same digest."""
+        ...
+
+    async def pull_image(
+        self,
+        source: PullSource,
+        known: Callable[[str], tuple[str, ImageConfig] | None],
+        progress: Callable[[PullProgress], Awaitable[None]],
+        *,
+        timeout_s: float,
+    ) -> ImageFile:
+        """Fetch an image from a registry and make an erofs file of it. Nothing of a failed one is left.
+
+        Args:
+            source: The image.
+            known: Gives digest and config of what was made of the manifest of that digest, if anything was:
+                then nothing is fetched, if the file is still there.
+            progress: Called with where it stands, about once a second.
+            timeout_s: Limit of all of it.
+
+        Raises:
+            InvalidArgumentError: The registry refuses the credentials, or the image cannot be used.
+            NotFoundError: The registry has no such image for this host's architecture.
+            UnavailableError: The registry does not answer.
+            ResourceExhaustedError: There is no space for it, or it is larger than an image may be.
+            DeadlineExceededError: It took longer.
+        """
         ...
 
     async def image_file(self, digest: str) -> ImageFile:

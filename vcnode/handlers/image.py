@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from vcnode.handlers.services import Services
 from vcnode.models.call import Call
-from vcnode.models.commands import Empty, ImageImport, ImageRef, ImageRemoved, ImageStatuses
+from vcnode.models.commands import Empty, ImageImport, ImagePull, ImageRef, ImageRemoved, ImageStatuses
 from vcnode.models.node import ImageStatus
 
 
 async def image_import(node: Services, call: Call, request: ImageImport) -> ImageStatus:
     """``image.import``."""
     return await node.images.import_(request.name, request.path, call)
+
+
+async def image_pull(node: Services, call: Call, request: ImagePull) -> ImageStatus:
+    """``image.pull``."""
+    return await node.images.pull(request, call)
 
 
 def image_list(node: Services, call: Call, request: Empty) -> ImageStatuses:

@@ -16,8 +16,7 @@ from vcnode.handlers.container import (
     container_stop,
 )
 from vcnode.handlers.exec import container_exec, pod_exec
-from vcnode.handlers.image import image_import, image_list, image_remove, image_status
-from vcnode.handlers.node import node_info, node_ping
+from vcnode.handlers.image import image_import, image_list, image_pull, image_remove, image_status
 from vcnode.handlers.pod import (
     pod_create,
     pod_delete,
@@ -56,6 +55,7 @@ ROUTES: dict[str, Handler] = {
     "container.status": container_status,
     "image.import": image_import,
     "image.list": image_list,
+    "image.pull": image_pull,
     "image.status": image_status,
     "image.remove": image_remove,
     "node.info": node_info,

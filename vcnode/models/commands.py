@@ -7,10 +7,11 @@ not exist.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
-from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, PodId, Reply, Request
+from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, NoNul, PodId, Reply, Request
 from vcnode.models.node import ImageStatus, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -146,7 +147,34 @@ class ImageImport(Request):
 
     name: ImageName
     path: HostPath
-    """A directory (the root filesystem) or a tar file of one, on the node's host."""
+    """On the node's host: an OCI image layout, a root filesystem, or a tar file of either or of ``docker
+    save``."""
+
+
+class RegistryAuth(Request):
+    """Who pulls. It is used for this pull, and kept nowhere."""
+
+    username: Annotated[NoNul, StringConstraints(pattern=r"^[^:\x00]+$", max_length=256)]
+    """User name."""
+    password: Annotated[NoNul, StringConstraints(max_length=16_384)] = Field(repr=False)
+    """Password or token."""
+
+
+class ImagePull(Request):
+    """``image.pull``."""
+
+    reference: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]{0,254}$")]
+    """Image in a registry, such as ``registry.example/team/app:1.2``; without a registry, Docker Hub's."""
+    name: ImageName | None = None
+    """Name to give it on the node. Default: the reference."""
+    auth: RegistryAuth | None = None
+    """Credentials. Default: the node's, if it has some for that registry."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.name is None and self.reference != self.reference.lower():
+            raise ValueError("'name' is required when 'reference' has upper case letters")
+        return self
 
 
 class ImageRef(Request):
@@ -253,6 +281,7 @@ _ALL = (
     Command("node.ping", Empty, NodePing, False, "Ask for a sign of life."),
 )
 
+    Command("image.pull", ImagePull, ImageStatus, True, "Fetch an image from a registry.", 600.0),
 COMMANDS: dict[str, Command] = {c.verb: c for c in _ALL}
 """Every command by its verb."""
 

@@ -31,6 +31,8 @@ class EventKind(StrEnum):
     CONTAINER_STARTED = "container.started"
     CONTAINER_EXITED = "container.exited"
     CONTAINER_DELETED = "container.deleted"
+    IMAGE_PULLING = "image.pulling"
+    IMAGE_PULLED = "image.pulled"
     IMAGE_IMPORTED = "image.imported"
     IMAGE_REMOVED = "image.removed"
     NODE_STARTED = "node.started"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vcnode.models.base import Moment, Reply
+from vcnode.models.image import ImageConfig
 from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
 
 
@@ -92,3 +93,11 @@ class ImageStatus(Reply):
     """When it was made."""
     in_use: bool = False
     """Whether a container names it."""
+    last_used_at: Moment | None = None
+    """When a container was last created from it, as far as is known; may lag behind after a restart."""
+    reference: str | None = None
+    """Where it was pulled from; None when it was imported."""
+    manifest_digest: str | None = None
+    """Digest of the manifest that it was made of, if it came with one."""
+    config: ImageConfig = ImageConfig()
+    """What it says about the process to run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vcnode.models.base import Moment
+from vcnode.models.image import ImageConfig
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -24,6 +25,8 @@ class ContainerRecord(Data):
     """Where it is in its life."""
     image_digest: str | None = None
     """The image's file when it was created; a later import under the same name changes nothing here."""
+    image_config: ImageConfig = ImageConfig()
+    """What that image says about the process to run."""
     pid: int | None = None
     """Main process in the guest."""
     exit_code: int | None = None

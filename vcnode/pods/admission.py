@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from vcnode.drivers.base import ImageFile
 from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnsupportedError
+from vcnode.models.image import ImageConfig
 from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.pods.parts import Parts, driver
-from vcnode.pods.process import guest_process
+from vcnode.pods.process import NO_CONFIG, guest_process
 from vcnode.settings import Settings
 
 
@@ -85,16 +86,19 @@ class Admission:
         return await self._container(_with_id(spec), "container")
 
     async def _container(self, spec: ContainerSpec, where: str) -> ContainerRecord:
+        digest, config = None, NO_CONFIG
+        if spec.image is not None:
+            file, config = await self._image(spec.image, f"{where}.image")
+            digest = file.digest
         try:
-            guest_process(spec)
+            guest_process(spec, config)
         except InvalidArgumentError as exc:
             raise _placed(exc, where) from exc
-        digest = None
         if spec.rootfs is not None:
             await self._check_rootfs(spec.rootfs, f"{where}.rootfs")
-        elif spec.image is not None:
-            digest = (await self._image(spec.image, f"{where}.image")).digest
-        return ContainerRecord(spec=spec, image_digest=digest, created_at=self.parts.clock())
+        return ContainerRecord(
+            spec=spec, image_digest=digest, image_config=config, created_at=self.parts.clock()
+        )
 
     async def _check_rootfs(self, path: str, field: str) -> None:
         try:
@@ -104,7 +108,7 @@ class Admission:
         except InvalidArgumentError as exc:
             raise InvalidArgumentError.field(field, exc.message) from exc
 
-    async def _image(self, name: str, field: str) -> ImageFile:
+    async def _image(self, name: str, field: str) -> tuple[ImageFile, ImageConfig]:
         try:
             return await self.parts.images.resolve(name)
         except NotFoundError as exc:

@@ -186,7 +186,10 @@ class ContainerCommands:
         container = None if cid is None else find_container(record, cid)
         if container is not None:
             require(f"Container {pod_id}/{cid}", container.state, _CONTAINER_RUNNING, call.verb)
-        process = exec_process(options.cmd, None if container is None else container.spec)
+        if container is None:
+            process = exec_process(options.cmd, None)
+        else:
+            process = exec_process(options.cmd, container.spec, container.image_config)
         live = self._live(record, call)
         what = f"The command in {pod_id if cid is None else f'{pod_id}/{cid}'}"
         try:

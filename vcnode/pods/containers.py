@@ -126,7 +126,7 @@ class Containers:
             root=root,
             readonly=container.spec.readonly_rootfs,
             hostname=hostname_of(record),
-            process=guest_process(container.spec),
+            process=guest_process(container.spec, container.image_config),
             resources=container.spec.resources,
         )
         undo.push(f"container {cid}", lambda: session.delete_container(cid, timeout_s=REQUEST_LIMIT_S))
@@ -148,7 +148,7 @@ class Containers:
 
 def stop_signal(container: ContainerRecord) -> int:
     """The signal that asks the container's main process to end."""
-    return container.spec.stop_signal or SIGTERM
+    return container.spec.stop_signal or container.image_config.stop_signal or SIGTERM
 
 
 def root_of(container: ContainerRecord) -> ContainerRoot:

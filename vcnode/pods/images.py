@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from datetime import datetime
 
-from vcnode.drivers.base import ImageFile, Storage
+from vcnode.aio import Spawner
+from vcnode.drivers.base import ImageFile, PullSource, Storage
 from vcnode.errors import AbortedError, FailedPreconditionError, NotFoundError, VcnodeError
+from vcnode.models.base import JsonObject
 from vcnode.models.call import Call
-from vcnode.models.commands import ImageRemoved, ImageStatuses
+from vcnode.models.commands import ImagePull, ImageRemoved, ImageStatuses
 from vcnode.models.events import EventKind
+from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.node import ImageStatus
 from vcnode.models.records import PodRecord
+from vcnode.pods.collecting import victims
+from vcnode.pods.flights import Flights
 from vcnode.pods.store import Store, Tx
+from vcnode.settings import ImageSettings
 
 log = logging.getLogger(__name__)
 
 IMPORT_LIMIT_S = 3600.0
 """Seconds that making an image may take when the command sets no deadline."""
+PULL_LIMIT_S = 3600.0
+"""Seconds that a pull may take, however many commands wait for it; each gives up at its own deadline."""
 
 
 class ImageService:
-    """Imports, lists and removes images; their files are the storage driver's.
+    """Pulls, imports, lists and removes images; their files are the storage driver's.
 
     Args:
         store: The database.
         storage: Makes and keeps the files.
+        tasks: Runs pulls, which several commands may wait for.
+        settings: Watermarks.
         clock: Gives the current time, with its zone.
         mock: Whether the node only pretends; marks the events.
     """
 
     def __init__(
-        self, store: Store, storage: Storage, *, clock: Callable[[], datetime], mock: bool = False
+        self,
+        store: Store,
+        storage: Storage,
+        *,
+        tasks: Spawner,
+        settings: ImageSettings,
+        clock: Callable[[], datetime],
+        mock: bool = False,
     ) -> None:
         self._store = store
         self._storage = storage
         self._clock = clock
         self._mock = mock
+        self._settings = settings
+        self._pulls: Flights[None] = Flights(tasks)
+        self._used_at: dict[str, datetime] = {}
+        """Uses since the last save; saved along with the next change: a pod's start waits for no image."""
         self._importing: set[str] = set()
         self._sweeping = asyncio.Lock()
         self._doomed: set[str] = set()
@@ -56,24 +79,57 @@ class ImageService:
             ResourceExhaustedError: There is no space for it.
             StorageError: It could not be made; nothing of it is left.
         """
-        if name in self._importing:
-            raise AbortedError(f"Image {name} is being imported by another command.", name=name)
-        self._importing.add(name)
-        try:
-            async with self._sweeping:
-                pass  # a sweep under way might delete just the file that this import makes again
+        async with self._making(name):
             file = await self._storage.build_image(path, timeout_s=IMPORT_LIMIT_S)
-            image = ImageStatus(
-                name=name, digest=file.digest, size_bytes=file.size_bytes, imported_at=self._clock()
-            )
-            replaced = self._store.images.get(name)
-            await self._store.write(lambda tx: self._save(tx, image, call))
-            if replaced is not None and replaced.digest != image.digest:
-                self._doomed.add(replaced.digest)
-        finally:
-            self._importing.discard(name)
-        await self._sweep()
+            await self._keep(name, file, None, EventKind.IMAGE_IMPORTED, call)
+        await self.collect()
         return self.status(name)
+
+    async def pull(self, request: ImagePull, call: Call) -> ImageStatus:
+        """Fetch an image from a registry; replaces one of the same name.
+
+        The same pull twice at once is one pull, which goes on for as long as one of the callers waits. When
+        what the registry has is here already, nothing is fetched. Containers that exist keep their file.
+
+        Raises:
+            AbortedError: Another import or pull under this name is under way.
+            InvalidArgumentError: The registry refuses the credentials, or the image cannot be used.
+            NotFoundError: The registry has no such image.
+            UnavailableError: The registry does not answer, or the node agent is stopping.
+            ResourceExhaustedError: There is no space for it.
+            StorageError: It could not be made; nothing of it is left.
+        """
+        name = request.name or request.reference
+        # Who asks belongs to the key: nobody may get by another's credentials what he must not see.
+        key = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        await self._pulls.join(f"pull {name} {key}", lambda: self._pull(name, request, call))
+        return self.status(name)
+
+    async def collect(self) -> list[str]:
+        """Remove unused images if all together take too much room; returns their names."""
+
+        def remove(tx: Tx) -> list[ImageStatus]:
+            images = [self._with_use(image) for image in tx.images.values()]
+            in_use = {name for name in tx.images if _users(tx.pods.values(), name)}
+            names = victims(
+                images,
+                in_use,
+                self._clock(),
+                high_mib=self._settings.gc_high_mib,
+                low_mib=self._settings.gc_low_mib,
+                min_age_s=self._settings.gc_min_age_s,
+            )
+            gone = [tx.images[name] for name in names]
+            for image in gone:
+                self._forget(tx, image, None)
+            return gone
+
+        gone = await self._store.write(remove)
+        self._doomed.update(image.digest for image in gone)
+        await self._sweep()
+        if gone:
+            log.info("Images take too much room; removed %s", ", ".join(image.name for image in gone))
+        return [image.name for image in gone]
 
     def list(self) -> ImageStatuses:
         """All images, ordered by name."""
@@ -85,7 +141,7 @@ class ImageService:
         if image is None:
             raise _unknown(name)
         in_use = bool(_users(self._store.pods.values(), name))
-        return image.model_copy(update={"in_use": in_use})
+        return self._with_use(image).model_copy(update={"in_use": in_use})
 
     async def remove(self, name: str, call: Call) -> ImageRemoved:
         """Forget an image and delete its file. Idempotent.
@@ -102,15 +158,7 @@ class ImageService:
                 raise FailedPreconditionError(
                     f"Image {name} is used by {', '.join(users[:5])}; delete that first.", containers=users
                 )
-            tx.forget_image(name)
-            tx.emit(
-                EventKind.IMAGE_REMOVED,
-                f"image/{name}",
-                image.model_dump(mode="json"),
-                time=self._clock(),
-                mock=self._mock,
-                command_id=call.command_id,
-            )
+            self._forget(tx, image, call)
             return image
 
         image = await self._store.write(remove)
@@ -119,8 +167,8 @@ class ImageService:
             await self._sweep()
         return ImageRemoved(name=name, existed=image is not None)
 
-    async def resolve(self, name: str) -> ImageFile:
-        """The file that an image is now.
+    async def resolve(self, name: str) -> tuple[ImageFile, ImageConfig]:
+        """The file that an image is now, and its config; counts as a use.
 
         Raises:
             NotFoundError: There is no image of that name, or its file is gone.
@@ -128,18 +176,91 @@ class ImageService:
         image = self._store.images.get(name)
         if image is None:
             raise _unknown(name)
-        return await self._storage.image_file(image.digest)
+        self._used_at[name] = self._clock()
+        return await self._storage.image_file(image.digest), image.config
 
-    def _save(self, tx: Tx, image: ImageStatus, call: Call) -> None:
-        tx.save_image(image)
-        tx.emit(
-            EventKind.IMAGE_IMPORTED,
-            f"image/{image.name}",
-            image.model_dump(mode="json"),
-            time=self._clock(),
-            mock=self._mock,
-            command_id=call.command_id,
+    @asynccontextmanager
+    async def _making(self, name: str) -> AsyncIterator[None]:
+        """One import or pull under *name* at a time; files that it may use are not swept meanwhile."""
+        if name in self._importing:
+            raise AbortedError(f"Image {name} is being made by another command.", name=name)
+        self._importing.add(name)
+        try:
+            async with self._sweeping:
+                pass  # a sweep under way might delete just the file that is made again now
+            yield
+        finally:
+            self._importing.discard(name)
+
+    async def _pull(self, name: str, request: ImagePull, call: Call) -> None:
+        auth = request.auth
+        source = PullSource(
+            request.reference,
+            username=None if auth is None else auth.username,
+            password=None if auth is None else auth.password,
         )
+
+        async def report(progress: PullProgress) -> None:
+            data = {"name": name, "reference": request.reference, **progress.model_dump(mode="json")}
+            try:
+                await self._store.write(
+                    lambda tx: self._emit(tx, EventKind.IMAGE_PULLING, name, data, call.command_id)
+                )
+            except VcnodeError as exc:
+                # Progress is told, not owed: the pull itself will meet a database that cannot be written.
+                log.warning("The progress of %s cannot be told: %s", name, exc.message)
+
+        async with self._making(name):
+            file = await self._storage.pull_image(source, self._made_of, report, timeout_s=PULL_LIMIT_S)
+            await self._keep(name, file, request.reference, EventKind.IMAGE_PULLED, call)
+        await self.collect()
+
+    def _made_of(self, manifest_digest: str) -> tuple[str, ImageConfig] | None:
+        """The file and config of what was pulled with that manifest."""
+        for image in self._store.images.values():
+            if image.manifest_digest == manifest_digest and image.reference is not None:
+                return image.digest, image.config
+        return None
+
+    async def _keep(
+        self, name: str, file: ImageFile, reference: str | None, kind: EventKind, call: Call
+    ) -> None:
+        """Record an image that was made, in place of an earlier one of that name."""
+        image = ImageStatus(
+            name=name,
+            digest=file.digest,
+            size_bytes=file.size_bytes,
+            imported_at=self._clock(),
+            reference=reference,
+            manifest_digest=file.manifest_digest,
+            config=file.config or ImageConfig(),
+        )
+
+        def save(tx: Tx) -> ImageStatus | None:
+            replaced = tx.images.get(name)
+            tx.save_image(image)
+            self._emit(tx, kind, name, image.model_dump(mode="json"), call.command_id)
+            for used in self._used_at.keys() & tx.images.keys():
+                tx.save_image(self._with_use(tx.images[used]))
+            return replaced
+
+        replaced = await self._store.write(save)
+        self._used_at.clear()
+        if replaced is not None and replaced.digest != image.digest:
+            self._doomed.add(replaced.digest)
+
+    def _with_use(self, image: ImageStatus) -> ImageStatus:
+        used_at = self._used_at.get(image.name)
+        return image if used_at is None else image.model_copy(update={"last_used_at": used_at})
+
+    def _forget(self, tx: Tx, image: ImageStatus, call: Call | None) -> None:
+        tx.forget_image(image.name)
+        data = image.model_dump(mode="json")
+        command_id = None if call is None else call.command_id
+        self._emit(tx, EventKind.IMAGE_REMOVED, image.name, data, command_id)
+
+    def _emit(self, tx: Tx, kind: EventKind, name: str, data: JsonObject, command_id: str | None) -> None:
+        tx.emit(kind, f"image/{name}", data, time=self._clock(), mock=self._mock, command_id=command_id)
 
     async def _sweep(self) -> None:
         """Delete the files of forgotten images that nothing uses."""
@@ -163,7 +284,8 @@ class ImageService:
 
 def _unknown(name: str) -> NotFoundError:
     return NotFoundError(
-        f"This node has no image {name}; import it with image.import, or choose one of image.list.", name=name
+        f"This node has no image {name}; get it by image.pull or image.import, or choose one of image.list.",
+        name=name,
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vcnode.errors import InvalidArgumentError
+from vcnode.models.image import ImageConfig
 from vcnode.models.pod import Cmd, ContainerSpec
 from vcnode.models.vm import GuestProcess
 
@@ -88,17 +87,6 @@ RLIMITS = frozenset(
     ]
 )
 """Names of resource limits. Source: getrlimit(2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageConfig:
-    """What an image says about the process to run. Source: OCI image-spec, config.md."""
-
-    entrypoint: tuple[str, ...] = ()
-    cmd: tuple[str, ...] = ()
-    env: tuple[tuple[str, str], ...] = ()
-    workdir: str | None = None
-    user: str | None = None
 
 
 NO_CONFIG = ImageConfig()

@@ -66,6 +66,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "container.create": ("p1", ContainerSpec(image="busybox")),
     "container.exec": ("p1", "c1", Cmd(args=("true",))),
     "image.import": ("busybox", "/srv/x"),
+    "image.pull": ("registry.example/app:1",),
     "image.status": ("busybox",),
     "image.remove": ("busybox",),
     "pod.list": (),

@@ -15,6 +15,7 @@ from vcnode.models.commands import (
     ContainerDeleted,
     ContainerStatuses,
     ExecOptions,
+    ImagePull,
     ImageRemoved,
     ImageStatuses,
     PodDeleted,
@@ -195,6 +196,9 @@ class FakeImages:
         return ImageStatuses(images=(image_status(),))
 
     def status(self, name: str) -> ImageStatus:
+    async def pull(self, request: ImagePull, call: Call) -> ImageStatus:
+        return image_status(request.name or request.reference)
+
         return image_status(name)
 
     async def remove(self, name: str, call: Call) -> ImageRemoved:

@@ -20,6 +20,7 @@ REQUESTS = {
     "container.exec": b'{"pod_id": "p1", "container_id": "c1", "cmd": {"args": ["true"]}}',
     "container.create": b'{"pod_id": "p1", "container": {"id": "c1", "image": "busybox"}}',
     "image.import": b'{"name": "busybox", "path": "/srv/busybox"}',
+    "image.pull": b'{"reference": "registry.example/app:1"}',
     "image.status": b'{"name": "busybox"}',
     "image.remove": b'{"name": "busybox"}',
 }

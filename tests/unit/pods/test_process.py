@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from vcnode.errors import InvalidArgumentError
+from vcnode.models.image import ImageConfig
 from vcnode.models.pod import Cmd, ContainerSpec, EnvVar, Rlimit
 from vcnode.pods.process import (
     ALL_CAPABILITIES,
     DEFAULT_CAPABILITIES,
-    ImageConfig,
     exec_process,
     guest_process,
 )

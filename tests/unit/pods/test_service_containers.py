@@ -245,7 +245,10 @@ async def test_an_image_is_imported_listed_used_and_removed(world: World) -> Non
     image = await world.images.import_("app", "/roots/app", world.call())
     assert not image.in_use
     await world.pods.create(pod(containers=[container(image="app")]), world.call())
-    assert world.images.list().images == (image.model_copy(update={"in_use": True}),)
+    (listed,) = world.images.list().images
+    assert listed.in_use
+    assert listed.last_used_at is not None
+    assert listed.model_copy(update={"in_use": False, "last_used_at": None}) == image
     assert world.pods.container_status("p1", "c1").image_digest == image.digest
     with pytest.raises(FailedPreconditionError) as caught:
         await world.images.remove("app", world.call())

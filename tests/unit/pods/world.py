@@ -207,7 +207,14 @@ class World:
             max_unpublished=limits.outbox_events,
         )
         self.storage = MockStorage((Path("/roots"),), run_dir=Path("/run/vc"), faults=plan, world=self.host)
-        self.images = ImageService(self.store, self.storage, clock=self.clock, mock=True)
+        self.images = ImageService(
+            self.store,
+            self.storage,
+            tasks=self.tasks,
+            settings=self.settings.images,
+            clock=self.clock,
+            mock=True,
+        )
         self.hypervisor = MockHypervisor(plan, world=self.vms)
         self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)
         self.network = TapNetwork(plan, self.taps)

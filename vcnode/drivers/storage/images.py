@@ -23,14 +23,16 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import vcnode
 from vcnode.aio import deadline_as, finish
-from vcnode.drivers.base import ImageFile
-from vcnode.drivers.storage import syscalls, tools, unpack
+from vcnode.drivers.base import ImageFile, PullSource
+from vcnode.drivers.storage import oci, syscalls, tools, unpack
 from vcnode.drivers.storage.paths import AllowedRoots
+from vcnode.drivers.storage.registry import Progress, Registry
 from vcnode.drivers.storage.threads import in_thread
 from vcnode.drivers.storage.trees import remove_tree, unmount_below
 from vcnode.drivers.storage.vmdirs import HARDENED
@@ -41,6 +43,8 @@ from vcnode.errors import (
     ResourceExhaustedError,
     StorageError,
 )
+from vcnode.models.image import ImageConfig, PullProgress
+from vcnode.settings import ImageSettings
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +84,27 @@ class ImageStore:
     Args:
         state_dir: Where it lies; made when needed.
         roots: Where sources may lie.
+        settings: Limits, and how registries are reached.
         reserve_bytes: Space that a build leaves free.
     """
 
-    def __init__(self, state_dir: Path, roots: AllowedRoots, *, reserve_bytes: int = _RESERVE_BYTES) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        roots: AllowedRoots,
+        settings: ImageSettings = ImageSettings(),  # noqa: B008 -- frozen
+        *,
+        reserve_bytes: int = _RESERVE_BYTES,
+    ) -> None:
         self._dir = Path(os.path.realpath(state_dir)) / "images"
         self._tmp = self._dir / "tmp"
         self._roots = roots
         self._reserve_bytes = reserve_bytes
         # One build at a time: two would each think that all the free space is theirs.
         self._building = asyncio.Lock()
+        self._pulling = asyncio.Semaphore(settings.concurrent_pulls)
+        self._registry = Registry(settings)
+        self._max_bytes = settings.max_size_mib * 1024 * 1024
 
     def sweep(self) -> None:
         """Remove what interrupted builds left. Blocking. Idempotent.
@@ -120,10 +135,53 @@ class ImageStore:
             )
 
         async with deadline_as(timeout_s, late), self._building, self._job() as job:
-            await self._prepare(source, job)
-            target = job / "image.erofs"
-            await self._mkfs(source, target, job / "root")
-            return await self._keep(target)
+            plan = await self._prepare(source, job)
+            return await self._make(source, job, plan)
+
+    async def pull(
+        self,
+        source: PullSource,
+        known: Callable[[str], tuple[str, ImageConfig] | None],
+        progress: Progress,
+        *,
+        timeout_s: float,
+    ) -> ImageFile:
+        """Fetch an image and make its file; see `vcnode.drivers.base.Storage.pull_image`."""
+        what = source.reference
+
+        def late() -> DeadlineExceededError:
+            return DeadlineExceededError(
+                f"Pulling {what!r} took longer than {timeout_s:g} s; nothing was made.", reference=what
+            )
+
+        async with deadline_as(timeout_s, late), self._pulling, self._job() as job:
+            await progress(PullProgress(phase="resolving"))
+            try:
+                resolved = await self._registry.resolve(source, job)
+            except oci.BadImageError as exc:
+                raise InvalidArgumentError(f"{what!r} {exc}.", reference=what) from exc
+            if (found := await self._found(known(resolved.digest))) is not None:
+                return replace(found, manifest_digest=resolved.digest)
+            if resolved.total_bytes > self._max_bytes:
+                raise InvalidArgumentError(f"{what!r} is larger than an image may be.", reference=what)
+            if resolved.total_bytes > self._room():
+                raise self._no_space(what)
+            layout = await self._registry.fetch(source, resolved, job, progress, file_bytes=self._room())
+            size = resolved.total_bytes
+            await progress(PullProgress(phase="unpacking", done_bytes=size, total_bytes=size))
+            async with self._building:
+                plan = await self._unpack_layout(what, layout, job / "root")
+                image = await self._make(what, job, plan)
+            return replace(image, manifest_digest=resolved.digest)
+
+    async def _found(self, known: tuple[str, ImageConfig] | None) -> ImageFile | None:
+        """The file of a known image, if it is still there."""
+        if known is None:
+            return None
+        try:
+            return replace(await in_thread(self.file, known[0]), config=known[1])
+        except NotFoundError:
+            return None
 
     def file(self, digest: str) -> ImageFile:
         """The file of *digest*. Blocking.
@@ -178,17 +236,23 @@ class ImageStore:
                 # The image may be made all the same; what is left goes at the next start.
                 log.warning("Cannot remove %s now", job, exc_info=True)
 
-    async def _prepare(self, source: str, job: Path) -> None:
-        """Make the tree of *source* appear in ``<job>/root``."""
+    async def _prepare(self, source: str, job: Path) -> oci.Plan | None:
+        """Make the tree of *source* appear in ``<job>/root``; returns the plan if it is a container image."""
         with contextlib.ExitStack() as stack:
             fd = await in_thread(self._open, source, stack)
             kind = stat.S_IFMT(os.fstat(fd).st_mode)
-            if kind == stat.S_IFDIR:
-                await in_thread(_bind_read_only, fd, str(job / "root"))
-            elif kind == stat.S_IFREG:
-                await self._unpack(source, fd, job / "root")
-            else:
+            if kind == stat.S_IFREG:
+                with contextlib.ExitStack() as tar_stack:
+                    tar = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+                    tar_stack.callback(os.close, tar)
+                    await self._unpack(source, job / "root", {"tar": tar}, (tar,))
+                return await self._unpack_archive(source, job)
+            if kind != stat.S_IFDIR:
                 raise InvalidArgumentError(f"{source!r} is neither a directory nor a tar file.", path=source)
+            plan = await self._unpack_layout(source, Path(f"/proc/self/fd/{fd}"), job / "root")
+            if plan is None:
+                await in_thread(_bind_read_only, fd, str(job / "root"))
+            return plan
 
     def _open(self, source: str, stack: contextlib.ExitStack) -> int:
         """Open *source*; *stack* closes it, so that a cancelled caller loses no descriptor."""
@@ -196,18 +260,53 @@ class ImageStore:
         stack.callback(os.close, fd)
         return fd
 
-    async def _unpack(self, source: str, path_fd: int, root: Path) -> None:
+    async def _unpack_archive(self, source: str, job: Path) -> oci.Plan | None:
+        """What was unpacked into ``<job>/root`` may be an image itself: then its layers belong there."""
+        root, layout = job / "root", job / "layout"
+        if not any((root / name).is_file() for name in ("oci-layout", "manifest.json")):
+            return None
+        root.rename(layout)
+        root.mkdir(mode=0o755)
+        plan = await self._unpack_layout(source, layout, root)
+        if plan is None:
+            root.rmdir()
+            layout.rename(root)
+        return plan
+
+    async def _unpack_layout(self, source: str, layout: Path, root: Path) -> oci.Plan | None:
+        """Unpack the container image in *layout* into *root*; None, and nothing is done, if it is none."""
         with contextlib.ExitStack() as stack:
-            tar = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, tar)
-            root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, root_fd)
+            fd = os.open(layout, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            try:
+                plan = await in_thread(oci.plan, fd)
+                if plan is None:
+                    return None
+                layers = []
+                for layer in plan.layers:
+                    layer_fd = oci.open_file(fd, layer.path)
+                    stack.callback(os.close, layer_fd)
+                    layers.append((layer_fd, layer.digest))
+            except oci.BadImageError as exc:
+                raise InvalidArgumentError(f"{source!r} {exc}.", path=source) from exc
+            except FileNotFoundError as exc:
+                raise InvalidArgumentError(f"{source!r} lacks a layer.", path=source) from exc
+            await self._unpack(source, root, {"layers": layers}, tuple(fd for fd, _ in layers))
+        return plan
+
+    async def _unpack(self, source: str, root: Path, job: dict[str, object], fds: tuple[int, ...]) -> None:
+        """Run the unpacking process on *job*, whose descriptors are *fds*, with *root* as its target."""
+        root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            limits = {"reserve_bytes": self._reserve_bytes, "max_bytes": self._max_bytes}
             ended = await tools.run(
-                unpack_argv(tar, root_fd, self._reserve_bytes),
+                unpack_argv({**job, **limits, "root": root_fd}),
                 file_bytes=self._room(),
                 memory_bytes=_UNPACK_MEMORY_BYTES,
-                pass_fds=(tar, root_fd),
+                pass_fds=(*fds, root_fd),
             )
+        finally:
+            os.close(root_fd)
         try:
             result = json.loads(ended.output)
             outcome, text = result["outcome"], result["text"]
@@ -220,6 +319,15 @@ class ImageStore:
         if outcome != "done":
             log.error("Unpacking %s failed (exit %d): %s", source, ended.returncode, text)
             raise StorageError(f"{source!r} cannot be unpacked; the node's log says why.", path=source)
+
+    async def _make(self, source: str, job: Path, plan: oci.Plan | None) -> ImageFile:
+        """The file of the tree in ``<job>/root``."""
+        target = job / "image.erofs"
+        await self._mkfs(source, target, job / "root")
+        image = await self._keep(target)
+        if plan is None:
+            return image
+        return replace(image, config=plan.config, manifest_digest=plan.manifest_digest)
 
     async def _mkfs(self, source: str, target: Path, root: Path) -> None:
         try:
@@ -289,11 +397,11 @@ class ImageStore:
         return ImageFile(name, path, size), is_new
 
 
-def unpack_argv(tar_fd: int, root_fd: int, reserve_bytes: int) -> list[str]:
+def unpack_argv(job: dict[str, object]) -> list[str]:
     """The command that runs `unpack.main` with an interpreter that sees nothing but the standard library."""
     package = str(Path(vcnode.__file__).parent.parent)
     start = f"import sys; sys.path.append({package!r}); from {unpack.__name__} import main; main()"
-    return [sys.executable, "-I", "-S", "-B", "-c", start, str(tar_fd), str(root_fd), str(reserve_bytes)]
+    return [sys.executable, "-I", "-S", "-B", "-c", start, json.dumps(job)]
 
 
 def _bind_read_only(source_fd: int, target: str) -> None:

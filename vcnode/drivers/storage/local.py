@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-from vcnode.drivers.base import ImageFile
+from vcnode.drivers.base import ImageFile, PullSource
 from vcnode.drivers.storage.images import ImageStore
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.threads import in_thread, make_in_thread
+from vcnode.drivers.storage.registry import Progress
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import StorageError
 
+from vcnode.models.image import ImageConfig
+from vcnode.settings import ImageSettings
 log = logging.getLogger(__name__)
 
 
@@ -38,12 +41,19 @@ class LocalStorage:
         run_dir: Holds ``vms/<vm_id>/``.
         allowed_roots: Directories under which shared directories and image sources must lie.
     """
+        images: Limits of images, and how registries are reached.
 
-    def __init__(self, state_dir: Path, run_dir: Path, allowed_roots: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        run_dir: Path,
+        allowed_roots: Sequence[Path],
+        images: ImageSettings = ImageSettings(),  # noqa: B008 -- frozen
+    ) -> None:
         roots = AllowedRoots(allowed_roots, private=(state_dir, run_dir))
         self._roots = roots
         self._dirs = VmDirs(run_dir, roots)
-        self._images = ImageStore(state_dir, roots)
+        self._images = ImageStore(state_dir, roots, images)
 
     async def open(self) -> None:
         """Remove what interrupted image builds left. To be called once, before anything else.
@@ -106,3 +116,15 @@ class LocalStorage:
         """See `vcnode.drivers.base.Storage`. VMs that have it attached go on reading it."""
         async with _translated(f"Removing image {digest}"):
             await in_thread(self._images.remove, digest)
+    async def pull_image(
+        self,
+        source: PullSource,
+        known: Callable[[str], tuple[str, ImageConfig] | None],
+        progress: Progress,
+        *,
+        timeout_s: float,
+    ) -> ImageFile:
+        """See `vcnode.drivers.base.Storage` and `ImageStore.pull`."""
+        async with _translated(f"Pulling {source.reference!r}"):
+            return await self._images.pull(source, known, progress, timeout_s=timeout_s)
+

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vcnode.drivers.base import ImageFile
+from vcnode.drivers.base import ImageFile, PullSource
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.storage.images import check_digest
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import check_name
 from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
 
+from vcnode.models.image import ImageConfig, PullProgress
 
 @dataclass
 class MockWorld:
@@ -133,5 +134,38 @@ class MockStorage:
     async def remove_image(self, digest: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
         await self._hit("remove_image")
+    async def pull_image(
+        self,
+        source: PullSource,
+        known: Callable[[str], tuple[str, ImageConfig] | None],
+        progress: Callable[[PullProgress], Awaitable[None]],
+        *,
+        timeout_s: float,
+    ) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`; no registry is asked.
+
+        Every image exists, unless its name has a component ``missing``. Its digest is that of its name, its
+        command ``sh``.
+        """
+        await progress(PullProgress(phase="resolving"))
+        await self._hit("pull_image")
+        if "missing" in source.reference.split("/"):
+            raise NotFoundError(
+                f"The registry has no image {source.reference!r}.", reference=source.reference
+            )
+        name = hashlib.sha256(source.reference.encode()).hexdigest()
+        manifest = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+        if (found := known(manifest)) is not None and found[0] in self.world.images:
+            return self.world.images[found[0]]
+        await progress(PullProgress(phase="downloading", done_bytes=4096, total_bytes=4096))
+        image = ImageFile(
+            f"sha256:{name}",
+            Path(f"/nonexistent/sha256-{name}.erofs"),
+            4096,
+            config=ImageConfig(cmd=("sh",)),
+            manifest_digest=manifest,
+        )
+        return self.world.images.setdefault(image.digest, image)
+
         check_digest(digest)
         self.world.images.pop(digest, None)

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vcnode.aio import finish
@@ -25,9 +25,11 @@ class ToolExit:
     returncode: int
     """Negative: the signal that ended it. ``-SIGXFSZ``: it hit the limit on file size."""
     output: str
-    """The last 4 KiB of standard output."""
+    """The last bytes of standard output, 4 KiB unless told otherwise."""
     errors: str
     """The last 4 KiB of standard error."""
+    raw_output: bytes = b""
+    """`output` as it came."""
 
 
 async def run(
@@ -37,8 +39,11 @@ async def run(
     memory_bytes: int | None = None,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
+    output_bytes: int = _TAIL_BYTES,
+    tick_s: float | None = None,
+    on_tick: Callable[[], Awaitable[None]] | None = None,
 ) -> ToolExit:
-    """Run *argv* and wait for it.
+    """Run *argv* and wait for it. It ends with this process, however that ends.
 
     Args:
         argv: Program and arguments.
@@ -46,6 +51,9 @@ async def run(
         memory_bytes: Most address space; None: no limit.
         pass_fds: Descriptors that it inherits under the same numbers.
         env: Added to PATH and a plain locale, which is all of the environment that it gets.
+        output_bytes: How much of the end of its standard output is kept.
+        tick_s: Seconds between two calls of *on_tick* while it runs.
+        on_tick: Looks at how far it is; what it raises ends the program.
 
     Raises:
         OSError: The program cannot be started.
@@ -61,6 +69,9 @@ async def run(
     async def start() -> None:
         started.append(
             await asyncio.create_subprocess_exec(
+                "setpriv",
+                "--pdeathsig=KILL",
+                "--",
                 "prlimit",
                 *limits,
                 "--",
@@ -79,7 +90,13 @@ async def run(
         # started, and may then wait for ever for its pipes.
         await finish(start(), timeout_s=_START_S)
         [process] = started
-        output, errors = await asyncio.gather(_tail(process.stdout), _tail(process.stderr))
+        reading = asyncio.gather(_tail(process.stdout, output_bytes), _tail(process.stderr, _TAIL_BYTES))
+        try:
+            while on_tick is not None and not (await asyncio.wait({reading}, timeout=tick_s))[0]:
+                await on_tick()
+            output, errors = await reading
+        finally:
+            reading.cancel()
         code = await process.wait()
     except BaseException:
         for process in started:
@@ -87,12 +104,16 @@ async def run(
                 os.killpg(process.pid, signal.SIGKILL)
             await finish(process.wait(), timeout_s=_KILL_WAIT_S)
         raise
-    return ToolExit(code, output, errors)
+    return ToolExit(code, _text(output), _text(errors), output)
 
 
-async def _tail(stream: asyncio.StreamReader | None) -> str:
+async def _tail(stream: asyncio.StreamReader | None, size: int) -> bytes:
     """Read *stream* to its end, keeping the last bytes only."""
     kept = b""
     while stream is not None and (chunk := await stream.read(_TAIL_BYTES)):
-        kept = (kept + chunk)[-_TAIL_BYTES:]
-    return kept.decode("utf-8", "replace").strip()
+        kept = (kept + chunk)[-size:]
+    return kept
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace").strip()

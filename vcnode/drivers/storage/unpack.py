@@ -9,27 +9,39 @@ is for root alone, and a container could make the same nodes itself), extended a
 POSIX ACLs and file capabilities. Other extended attributes (``trusted.overlay.*`` above all, which would
 steer the overlay above the image) are dropped. RefusedError: names with ``..``, broken archives.
 
-Standard library and ``syscalls`` only, so that it starts quickly.
+The layers of a container image are unpacked over each other, whiteouts first: those speak of the layers below
+only, wherever in the tar they stand. Source: OCI image-spec, layer.md.
+
+Standard library, ``trees`` and ``syscalls`` only, so that it starts quickly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import json
 import lzma
 import os
 import stat
+import subprocess
 import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from vcnode.drivers.storage import syscalls
+from vcnode.drivers.storage.trees import remove_tree
 
 _IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
 _CHUNK_BYTES = 1024 * 1024
 _XATTR_PREFIX = "SCHILY.xattr."
+_WHITEOUT = ".wh."
+_META = ".wh..wh."
+"""What AUFS keeps for itself; one name of these, `_OPAQUE`, has a meaning in images."""
+_OPAQUE = ".wh..wh..opq"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _KEPT_XATTRS = ("user.", "system.posix_acl_", "security.capability")
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, ValueError, OverflowError)
 
@@ -58,17 +70,23 @@ class Unpacker:
     Args:
         root_fd: The empty directory.
         reserve_bytes: Space to leave free on its filesystem; less raises ENOSPC.
+        max_bytes: Most that all entries together may hold; None: as much as there is space.
+        layers: Whether archives are layers of an image, with whiteouts.
     """
 
-    def __init__(self, root_fd: int, reserve_bytes: int) -> None:
+    def __init__(
+        self, root_fd: int, reserve_bytes: int, *, max_bytes: int | None = None, layers: bool = False
+    ) -> None:
         self._root = root_fd
         self._reserve_bytes = reserve_bytes
+        self._left_bytes = max_bytes
+        self._layers = layers
         self._unchecked_bytes = _CHUNK_BYTES
         # Filling a directory changes its time, and a mode without "w" says nothing to root: set at the end.
         self._directories: dict[str, tarfile.TarInfo | None] = {"": None}
 
     def unpack(self, archive: tarfile.TarFile) -> int:
-        """Unpack all entries; returns how many there were.
+        """Unpack all entries over what is there; returns how many there were. `finish` completes the tree.
 
         Raises:
             RefusedError: An entry is hostile or damaged; the directory is to be thrown away.
@@ -80,19 +98,70 @@ class Unpacker:
             count += 1
             self._account(512)
             try:
-                self._entry(archive, info)
-            except OSError as exc:
-                if exc.errno in _HOSTILE:
-                    raise RefusedError(
-                        f"has an entry {info.name!r} that cannot be made: {exc.strerror}"
-                    ) from exc
-                raise
-            archive.members.clear()  # type: ignore[attr-defined]
-        for path, directory in self._directories.items():
-            self._finish_directory(path, directory)
+                with _blamed(info):
+                    if not (self._layers and info.name.rpartition("/")[2].startswith(_WHITEOUT)):
+                        self._entry(archive, info)
+            finally:
+                archive.members.clear()  # type: ignore[attr-defined]
         return count
 
+    def finish(self) -> None:
+        """Set owners, modes and times of all directories."""
+        for path, directory in self._directories.items():
+            self._finish_directory(path, directory)
+
+    def remove_hidden(self, archive: tarfile.TarFile) -> None:
+        """Remove what the whiteouts of a layer hide. Raises as `unpack`."""
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]
+            if not info.name.rpartition("/")[2].startswith(_WHITEOUT):
+                continue
+            path = clean(info.name)
+            parent_path, _, name = path.rpartition("/")
+            with _blamed(info):
+                self._hide(parent_path, name)
+
+    def _hide(self, parent_path: str, name: str) -> None:
+        try:
+            parent = self._open_directory(parent_path or ".")
+        except (FileNotFoundError, NotADirectoryError):
+            return  # nothing to hide
+        try:
+            if name == _OPAQUE:
+                hidden = os.listdir(parent)
+            elif name.startswith(_META):
+                return
+            else:
+                hidden = [name.removeprefix(_WHITEOUT)]
+                if hidden[0] in ("", ".", ".."):
+                    raise RefusedError(f"has a whiteout {name!r} of nothing")
+            for each in hidden:
+                self._remove(parent, each)
+                self._forget(f"{parent_path}/{each}".lstrip("/"))
+        finally:
+            os.close(parent)
+
+    @staticmethod
+    def _remove(parent: int, name: str) -> None:
+        """Delete *name* with all that is in it, if it is there."""
+        try:
+            os.unlink(name, dir_fd=parent)
+        except FileNotFoundError:
+            return
+        except IsADirectoryError:
+            remove_tree(parent, name)
+
+    def _forget(self, path: str) -> None:
+        """What was said of directories at and below *path* counts no longer: they are gone."""
+        below = f"{path}/"
+        for known in [p for p in self._directories if p == path or p.startswith(below)]:
+            del self._directories[known]
+
     def _account(self, size: int) -> None:
+        if self._left_bytes is not None:
+            self._left_bytes -= size
+            if self._left_bytes < 0:
+                raise RefusedError("is larger than an image may be")
         self._unchecked_bytes += size
         if self._unchecked_bytes >= _CHUNK_BYTES:
             self._unchecked_bytes = 0
@@ -115,7 +184,7 @@ class Unpacker:
                 self._directories.pop(path, None)
                 self._directories[path] = info
                 return
-            self._make_way(parent, name)
+            self._make_way(parent, name, path)
             if info.isreg():
                 self._file(archive, info, parent, name)
             elif info.issym():
@@ -147,7 +216,7 @@ class Unpacker:
             except FileExistsError:
                 pass
             else:
-                self._directories.setdefault(f"{done}/{part}".lstrip("/"), None)
+                self._directories[f"{done}/{part}".lstrip("/")] = None
             finally:
                 os.close(parent)
             done = f"{done}/{part}".lstrip("/")
@@ -166,15 +235,21 @@ class Unpacker:
                 os.unlink(name, dir_fd=parent)
                 os.mkdir(name, mode=0o755, dir_fd=parent)
 
-    @staticmethod
-    def _make_way(parent: int, name: str) -> None:
-        """Remove an earlier entry of the same name: the later one counts. A filled directory refuses."""
+    def _make_way(self, parent: int, name: str, path: str) -> None:
+        """Remove an earlier entry of the same name: the later one counts.
+
+        A filled directory goes with all that is in it when it may come from a lower layer, else it refuses.
+        """
         try:
             os.unlink(name, dir_fd=parent)
         except FileNotFoundError:
             return
         except IsADirectoryError:
-            os.rmdir(name, dir_fd=parent)
+            if self._layers:
+                remove_tree(parent, name)
+            else:
+                os.rmdir(name, dir_fd=parent)
+            self._forget(path)
 
     def _file(self, archive: tarfile.TarFile, info: tarfile.TarInfo, parent: int, name: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -296,36 +371,118 @@ def _xattrs(info: tarfile.TarInfo) -> Iterator[tuple[str, bytes]]:
             yield name, value.encode("utf-8", "surrogateescape")
 
 
-def unpack(tar_fd: int, root_fd: int, *, reserve_bytes: int) -> None:
-    """Unpack the tar *tar_fd* (plain, gzip, bzip2 or xz) into the empty directory *root_fd*.
+def unpack(tar_fd: int, root_fd: int, *, reserve_bytes: int, max_bytes: int | None = None) -> None:
+    """Unpack the tar *tar_fd* (plain, gzip, bzip2, xz or zstd) into the empty directory *root_fd*.
 
     Raises:
-        RefusedError: It is no tar, damaged, hostile or empty.
+        RefusedError: It is no tar, damaged, hostile, too large or empty.
         OSError: The host cannot hold it; ENOSPC when less than *reserve_bytes* would stay free.
     """
+    unpacker = Unpacker(root_fd, reserve_bytes, max_bytes=max_bytes)
+    with _opened(tar_fd) as archive:
+        count = unpacker.unpack(archive)
+    if not count:
+        raise RefusedError("is an empty archive")
+    unpacker.finish()
+
+
+def unpack_layers(
+    layers: list[tuple[int, str | None]], root_fd: int, *, reserve_bytes: int, max_bytes: int | None = None
+) -> None:
+    """Unpack *layers* over each other, lowest first, each an open file with its ``sha256:`` digest, if known.
+
+    Raises:
+        RefusedError, OSError: As `unpack`; or a layer's content does not have its digest.
+    """
+    unpacker = Unpacker(root_fd, reserve_bytes, max_bytes=max_bytes, layers=True)
+    for index, (fd, digest) in enumerate(layers):
+        if digest is not None:
+            _verify(fd, digest)
+        if index:
+            with _opened(fd) as archive:
+                unpacker.remove_hidden(archive)
+            os.lseek(fd, 0, os.SEEK_SET)
+        with _opened(fd) as archive:
+            unpacker.unpack(archive)
+    unpacker.finish()
+
+
+def _verify(fd: int, digest: str) -> None:
+    found = hashlib.sha256()
+    while chunk := os.read(fd, _CHUNK_BYTES):
+        found.update(chunk)
+    if f"sha256:{found.hexdigest()}" != digest:
+        raise RefusedError(f"has a layer {digest} with other content")
+    os.lseek(fd, 0, os.SEEK_SET)
+
+
+@contextlib.contextmanager
+def _opened(fd: int) -> Iterator[tarfile.TarFile]:
+    """The tar in *fd*, whatever it is compressed with. Raises RefusedError when it is damaged."""
     try:
         with (
-            open(tar_fd, "rb", closefd=False) as file,
+            _decompressed(fd) as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_Info, errorlevel=2) as archive,
         ):
-            count = Unpacker(root_fd, reserve_bytes).unpack(archive)
+            yield archive
     except _DAMAGED as exc:
-        raise RefusedError("is not a tar file (plain, gzip, bzip2 or xz), or is damaged") from exc
+        raise RefusedError("is not a tar file (plain, gzip, bzip2, xz or zstd), or is damaged") from exc
     except OSError as exc:
         if exc.errno is None:  # a decompressor's way to speak of bad data
             raise RefusedError("is damaged") from exc
         raise
-    if not count:
-        raise RefusedError("is an empty archive")
+
+
+@contextlib.contextmanager
+def _decompressed(fd: int) -> Iterator[IO[bytes]]:
+    """*fd* as tarfile can read it, which knows no zstd."""
+    if os.pread(fd, len(_ZSTD), 0) != _ZSTD:
+        with open(fd, "rb", closefd=False) as file:
+            yield file
+        return
+    # The window that a frame may ask for is bounded by zstd itself (128 MiB).
+    with subprocess.Popen(
+        ["zstd", "-dcq", "-T1"], stdin=fd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            if process.stdout is None:  # cannot be: a pipe was asked for
+                raise RefusedError("cannot be decompressed")
+            yield process.stdout
+            # What follows the end of the archive is padding; zstd must get to its own check at the end.
+            while process.stdout.read(_CHUNK_BYTES):
+                pass
+            if process.wait() != 0:
+                raise RefusedError("is damaged")
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def _blamed(info: tarfile.TarInfo) -> Iterator[None]:
+    """Errors that only a senseless archive causes become RefusedError."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _HOSTILE:
+            raise RefusedError(f"has an entry {info.name!r} that cannot be made: {exc.strerror}") from exc
+        raise
 
 
 def main() -> None:
-    """Entry point of the process: ``TAR_FD ROOT_FD RESERVE_BYTES``; prints how it went as JSON."""
-    tar_fd, root_fd, reserve_bytes = map(int, sys.argv[1:4])
+    """Entry point of the process; its argument is a job as JSON, and it prints how it went as JSON.
+
+    ``{"root": FD, "reserve_bytes": N, "max_bytes": N, "tar": FD}``, or instead of ``tar`` the ``layers``:
+    ``[[FD, "sha256:…" or null], …]``.
+    """
+    job: dict[str, Any] = json.loads(sys.argv[1])
     os.umask(0o077)
     result = {"outcome": "done", "text": ""}
+    limits = {"reserve_bytes": job["reserve_bytes"], "max_bytes": job["max_bytes"]}
     try:
-        unpack(tar_fd, root_fd, reserve_bytes=reserve_bytes)
+        if "layers" in job:
+            unpack_layers([(fd, digest) for fd, digest in job["layers"]], job["root"], **limits)
+        else:
+            unpack(job["tar"], job["root"], **limits)
     except RefusedError as exc:
         result = {"outcome": "refused", "text": str(exc)}
     except MemoryError:
