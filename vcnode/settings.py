@@ -108,12 +108,6 @@ class TemplateSettings(Group):
     """Space of all templates on disk; beyond it, those that were not used for longest go first."""
 
 
-class LimitSettings(Group):
-    """Bounds that keep one caller from hurting the others."""
-
-    concurrent_commands: int = Field(default=64, ge=1)
-    """Commands in progress at once; more get ``resource_exhausted``."""
-    concurrent_starts: int = Field(default=4, ge=1)
 class ImageSettings(Group):
     """Where images come from, and how much room they get."""
 
@@ -137,6 +131,12 @@ class ImageSettings(Group):
     """Images that were made or used within so many seconds stay."""
 
 
+class LimitSettings(Group):
+    """Bounds that keep one caller from hurting the others."""
+
+    concurrent_commands: int = Field(default=64, ge=1)
+    """Commands in progress at once; more get ``resource_exhausted``."""
+    concurrent_starts: int = Field(default=4, ge=1)
     """Pods starting at once; more wait."""
     pods: int = Field(default=500, ge=1)
     """Pods that the node holds, in any state."""
@@ -197,6 +197,9 @@ class Settings(BaseSettings):
     nats: NatsSettings = NatsSettings()
     qemu: QemuSettings = QemuSettings()
     templates: TemplateSettings = TemplateSettings()
+    pool: tuple[PoolSettings, ...] = ()
+    """VMs of the default drivers that wait, resumed and paused again, for pods of their size."""
+    images: ImageSettings = ImageSettings()
     limits: LimitSettings = LimitSettings()
 
     @property
@@ -205,7 +208,6 @@ class Settings(BaseSettings):
         if self.agent is not None:
             return self.agent
         return AgentType.MOCK if self.hypervisor is HypervisorType.MOCK else AgentType.NATIVE
-    images: ImageSettings = ImageSettings()
 
     @classmethod
     def load(cls, file: Path | None = None, **flags: Any) -> Settings:

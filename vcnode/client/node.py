@@ -46,8 +46,8 @@ from vcnode.models.commands import (
     ContainerStop,
     Empty,
     ImageImport,
-    ImageRef,
     ImagePull,
+    ImageRef,
     ImageRemoved,
     ImageStatuses,
     PodCreate,
@@ -59,8 +59,8 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStop,
     PodStopped,
-)
     RegistryAuth,
+)
 from vcnode.models.node import ImageStatus, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -322,7 +322,6 @@ class NodeClient:
         request = _make(ImageImport, name=name, path=path)
         return await self._send("image.import", request, ImageStatus, options)
 
-    async def image_list(self, **options: Unpack[Read]) -> ImageStatuses:
     async def image_pull(
         self,
         reference: str,
@@ -335,6 +334,7 @@ class NodeClient:
         request = _make(ImagePull, reference=reference, name=name, auth=auth)
         return await self._send("image.pull", request, ImageStatus, options)
 
+    async def image_list(self, **options: Unpack[Read]) -> ImageStatuses:
         """List images."""
         return await self._send("image.list", Empty(), ImageStatuses, options)
 

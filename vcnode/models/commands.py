@@ -274,6 +274,7 @@ _ALL = (
     Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
     Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
     Command("image.import", ImageImport, ImageStatus, True, "Make an image of a directory or tar.", 600.0),
+    Command("image.pull", ImagePull, ImageStatus, True, "Fetch an image from a registry.", 600.0),
     Command("image.list", Empty, ImageStatuses, False, "List images."),
     Command("image.status", ImageRef, ImageStatus, False, "Show one image."),
     Command("image.remove", ImageRef, ImageRemoved, True, "Remove an image that no container uses."),
@@ -281,7 +282,6 @@ _ALL = (
     Command("node.ping", Empty, NodePing, False, "Ask for a sign of life."),
 )
 
-    Command("image.pull", ImagePull, ImageStatus, True, "Fetch an image from a registry.", 600.0),
 COMMANDS: dict[str, Command] = {c.verb: c for c in _ALL}
 """Every command by its verb."""
 

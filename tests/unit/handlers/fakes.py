@@ -192,13 +192,13 @@ class FakeImages:
     async def import_(self, name: str, path: str, call: Call) -> ImageStatus:
         return image_status(name)
 
+    async def pull(self, request: ImagePull, call: Call) -> ImageStatus:
+        return image_status(request.name or request.reference)
+
     def list(self) -> ImageStatuses:
         return ImageStatuses(images=(image_status(),))
 
     def status(self, name: str) -> ImageStatus:
-    async def pull(self, request: ImagePull, call: Call) -> ImageStatus:
-        return image_status(request.name or request.reference)
-
         return image_status(name)
 
     async def remove(self, name: str, call: Call) -> ImageRemoved:

@@ -10,13 +10,13 @@ from pathlib import Path
 from vcnode.drivers.base import ImageFile, PullSource
 from vcnode.drivers.storage.images import ImageStore
 from vcnode.drivers.storage.paths import AllowedRoots
-from vcnode.drivers.storage.threads import in_thread, make_in_thread
 from vcnode.drivers.storage.registry import Progress
+from vcnode.drivers.storage.threads import in_thread, make_in_thread
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import StorageError
-
 from vcnode.models.image import ImageConfig
 from vcnode.settings import ImageSettings
+
 log = logging.getLogger(__name__)
 
 
@@ -40,8 +40,8 @@ class LocalStorage:
         state_dir: Holds ``images/``.
         run_dir: Holds ``vms/<vm_id>/``.
         allowed_roots: Directories under which shared directories and image sources must lie.
-    """
         images: Limits of images, and how registries are reached.
+    """
 
     def __init__(
         self,
@@ -107,15 +107,6 @@ class LocalStorage:
         async with _translated(f"Making an image of {source!r}"):
             return await self._images.build(source, timeout_s=timeout_s)
 
-    async def image_file(self, digest: str) -> ImageFile:
-        """See `vcnode.drivers.base.Storage`."""
-        async with _translated(f"Looking for image {digest}"):
-            return await in_thread(self._images.file, digest)
-
-    async def remove_image(self, digest: str) -> None:
-        """See `vcnode.drivers.base.Storage`. VMs that have it attached go on reading it."""
-        async with _translated(f"Removing image {digest}"):
-            await in_thread(self._images.remove, digest)
     async def pull_image(
         self,
         source: PullSource,
@@ -128,3 +119,12 @@ class LocalStorage:
         async with _translated(f"Pulling {source.reference!r}"):
             return await self._images.pull(source, known, progress, timeout_s=timeout_s)
 
+    async def image_file(self, digest: str) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Looking for image {digest}"):
+            return await in_thread(self._images.file, digest)
+
+    async def remove_image(self, digest: str) -> None:
+        """See `vcnode.drivers.base.Storage`. VMs that have it attached go on reading it."""
+        async with _translated(f"Removing image {digest}"):
+            await in_thread(self._images.remove, digest)

@@ -13,8 +13,8 @@ from vcnode.drivers.storage.images import check_digest
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import check_name
 from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
-
 from vcnode.models.image import ImageConfig, PullProgress
+
 
 @dataclass
 class MockWorld:
@@ -122,18 +122,6 @@ class MockStorage:
         image = ImageFile(f"sha256:{name}", Path(f"/nonexistent/sha256-{name}.erofs"), 4096)
         return self.world.images.setdefault(image.digest, image)
 
-    async def image_file(self, digest: str) -> ImageFile:
-        """See `vcnode.drivers.base.Storage`."""
-        await self._hit("image_file")
-        check_digest(digest)
-        try:
-            return self.world.images[digest]
-        except KeyError as exc:
-            raise NotFoundError(f"This node has no image file {digest}.", digest=digest) from exc
-
-    async def remove_image(self, digest: str) -> None:
-        """See `vcnode.drivers.base.Storage`."""
-        await self._hit("remove_image")
     async def pull_image(
         self,
         source: PullSource,
@@ -167,5 +155,17 @@ class MockStorage:
         )
         return self.world.images.setdefault(image.digest, image)
 
+    async def image_file(self, digest: str) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`."""
+        await self._hit("image_file")
+        check_digest(digest)
+        try:
+            return self.world.images[digest]
+        except KeyError as exc:
+            raise NotFoundError(f"This node has no image file {digest}.", digest=digest) from exc
+
+    async def remove_image(self, digest: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        await self._hit("remove_image")
         check_digest(digest)
         self.world.images.pop(digest, None)
