@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from vcnode.tally import Tally
+
 _COMMAND_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _PHASE_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -30,16 +32,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, verbs: Collection[str]) -> None:
         self._registry = registry
         self._verbs = frozenset(verbs)
-        self._commands = Counter(
-            "vcnode_commands", "Commands answered, by verb and outcome.", ("verb", "code"), registry=registry
-        )
-        self._command_seconds = Histogram(
-            "vcnode_command_duration_seconds",
-            "Time from the arrival of a command to its reply.",
-            ("verb",),
-            buckets=_COMMAND_BUCKETS,
-            registry=registry,
-        )
+        self._tally = Tally(_COMMAND_BUCKETS)
+        registry.register(self._tally)
         self._phase_seconds = Histogram(
             "vcnode_pod_start_phase_seconds",
             "Time that each phase of a pod's start took; 'total' is all of it.",
@@ -50,7 +44,6 @@ class Metrics:
         self._events_published = Counter(
             "vcnode_events_published", "Events that JetStream has acknowledged.", registry=registry
         )
-        self._ends: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._connected = Gauge(
             "vcnode_nats_connected", "1 while there is a connection to NATS.", registry=registry
         )
@@ -75,12 +68,7 @@ class Metrics:
 
     def command_done(self, verb: str, code: str, seconds: float) -> None:
         """*verb* was answered with *code* (``ok`` or an error's) after *seconds*."""
-        known = verb if verb in self._verbs else "unknown"
-        if (end := self._ends.get((known, code))) is None:
-            end = (self._commands.labels(known, code), self._command_seconds.labels(known))
-            self._ends[known, code] = end  # finding a label's child takes longer than counting
-        end[0].inc()
-        end[1].observe(seconds)
+        self._tally.add(verb if verb in self._verbs else "unknown", code, seconds)
 
     def phase(self, name: str, seconds: float) -> None:
         """A phase of a start took so long."""
