@@ -197,8 +197,6 @@ class Settings(BaseSettings):
     nats: NatsSettings = NatsSettings()
     qemu: QemuSettings = QemuSettings()
     templates: TemplateSettings = TemplateSettings()
-    pool: tuple[PoolSettings, ...] = ()
-    """VMs of the default drivers that wait, resumed and paused again, for pods of their size."""
     images: ImageSettings = ImageSettings()
     limits: LimitSettings = LimitSettings()
 

@@ -88,7 +88,8 @@ def running(top: Path) -> Iterator[Registry]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert ready.wait(30) and registry.address, "".join(said)
+        assert ready.wait(30)
+        assert registry.address, "".join(said)
         yield registry
     finally:
         process.terminate()
