@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from prometheus_client import CollectorRegistry
 
 import vcnode
 from vcnode.aio import Spawner, Tasks
+from vcnode.bus.commands import DurableCommands
 from vcnode.bus.connection import Connection
 from vcnode.bus.events import EventPublisher
+from vcnode.bus.kv import Lease, PodMirror
 from vcnode.bus.service import CommandService
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.native import NativeAgent
@@ -44,11 +47,13 @@ from vcnode.http import HttpServer
 from vcnode.metrics import Metrics
 from vcnode.models.commands import COMMANDS
 from vcnode.models.events import EventKind
+from vcnode.models.node import Amount, NodeLease
 from vcnode.models.pod import AgentType, ContainerState, HypervisorType, NetworkModel, PodState
 from vcnode.models.subjects import Subjects
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
 from vcnode.pods.outbox import Outbox
+from vcnode.pods.received import Received
 from vcnode.pods.service import PodService
 from vcnode.pods.store import Store
 from vcnode.settings import Settings
@@ -184,9 +189,9 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         )
         outbox = Outbox(store, retention_s=settings.limits.outbox_retention_s)
         _describe(metrics, service, pods, outbox)
-        connection, commands = _join_bus(
-            settings, metrics, journal, outbox, Services(pods=pods, images=images, node=service), tasks, stack
-        )
+        services = Services(pods=pods, images=images, node=service)
+        bus = _join_bus(settings, metrics, store, journal, outbox, services, tasks, stack)
+        connection = bus.connection
         address = await _serve_http(settings, registry, connection, service, stack)
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
@@ -195,7 +200,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()
         await pods.announce(EventKind.NODE_STOPPING, service.info().model_dump(mode="json"))
-        await commands.drain(timeout_s=settings.drain_timeout_s)
+        await bus.drain(timeout_s=settings.drain_timeout_s)
 
 
 async def _open_drivers(drivers: Drivers, stack: contextlib.AsyncExitStack) -> None:
@@ -207,19 +212,55 @@ async def _open_drivers(drivers: Drivers, stack: contextlib.AsyncExitStack) -> N
             log.warning("%s", note, extra={"driver": hypervisor.info.type})
 
 
+@dataclass(frozen=True)
+class _Bus:
+    """Everything that speaks NATS."""
+
+    connection: Connection
+    commands: CommandService
+    durable: DurableCommands
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Take no more commands; let those that run finish, at most *timeout_s* seconds in all."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        self.durable.stop_intake()
+        await self.commands.drain(timeout_s=timeout_s)
+        await self.durable.drain(timeout_s=max(0.0, deadline - loop.time()))
+
+
 def _join_bus(
     settings: Settings,
     metrics: Metrics,
+    store: Store,
     journal: Journal,
     outbox: Outbox,
     services: Services,
     tasks: Tasks,
     stack: contextlib.AsyncExitStack,
-) -> tuple[Connection, CommandService]:
+) -> _Bus:
     """Set up everything that speaks NATS; ``connection.start()`` then lets commands in."""
     subjects = Subjects(settings.nats.prefix)
     connection = Connection(settings.nats, name=f"vcnode-{settings.node_name}", tasks=tasks, observer=metrics)
     stack.push_async_callback(connection.close)
+    # First of all that is set up on a client: nothing is subscribed while another node has this name.
+    lease = Lease(
+        connection,
+        lambda: _lease(settings, services, store.identity),
+        subjects=subjects,
+        settings=settings.nats,
+    )
+    stack.push_async_callback(lease.release)
+    tasks.spawn(lease.run(), name="lease")
+    mirror = PodMirror(
+        connection,
+        lambda: {p.pod_id: p.model_dump_json().encode() for p in services.pods.list({}, ()).pods},
+        store.changed,
+        node_name=settings.node_name,
+        subjects=subjects,
+        settings=settings.nats,
+    )
+    tasks.spawn(mirror.run(), name="pod-mirror")
     dispatcher = Dispatcher(
         services,
         journal,
@@ -247,7 +288,54 @@ def _join_bus(
     stack.push_async_callback(flush)
     commands = CommandService(connection, dispatcher, node_name=settings.node_name, subjects=subjects)
     stack.push_async_callback(commands.close)
-    return connection, commands
+    durable = DurableCommands(
+        connection,
+        dispatcher,
+        Received(
+            store,
+            max_entries=settings.limits.journal_entries,
+            max_age_s=max(settings.limits.journal_age_s, settings.nats.command_max_age_s),
+            mock=services.node.mock,
+        ),
+        node_name=settings.node_name,
+        subjects=subjects,
+        settings=settings.nats,
+    )
+    stack.push_async_callback(durable.close)
+    tasks.spawn(durable.run(), name="durable-commands")
+    return _Bus(connection, commands, durable)
+
+
+def _lease(settings: Settings, services: Services, identity: str) -> NodeLease:
+    """What the node's lease says now."""
+    info = services.node.info()
+    pods = services.pods.list({}, ()).pods
+    active = [pod.resources for pod in pods if pod.state not in (PodState.READY, PodState.STOPPED)]
+    capacity = Amount(vcpu_count=info.cpu_count, mem_mib=info.mem_total_mib, pods=settings.limits.pods)
+    used = Amount(
+        vcpu_count=sum(resources.vcpu_count for resources in active),
+        mem_mib=sum(resources.mem_size_mib for resources in active),
+        pods=len(pods),
+    )
+    return NodeLease(
+        node=info.node,
+        identity=identity,
+        epoch=info.epoch,
+        version=info.version,
+        state=info.state,
+        mock=info.mock,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        lease_s=settings.nats.lease_s,
+        renewed_at=_now(),
+        capacity=capacity,
+        used=used,
+        allocatable=Amount(
+            vcpu_count=max(0, capacity.vcpu_count - used.vcpu_count),
+            mem_mib=max(0, capacity.mem_mib - used.mem_mib),
+            pods=max(0, capacity.pods - used.pods),
+        ),
+    )
 
 
 def _describe(metrics: Metrics, service: NodeService, pods: PodService, outbox: Outbox) -> None:

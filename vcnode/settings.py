@@ -70,9 +70,15 @@ class NatsSettings(Group):
     connect_timeout_s: float = Field(default=5.0, gt=0)
     """Limit of one attempt to connect."""
     stream_replicas: int = Field(default=1, ge=1, le=5)
-    """Replicas of the event stream when this node is the one to create it."""
+    """Replicas of the streams and buckets that this node makes; those that exist are never changed."""
     stream_max_age_s: float = Field(default=7 * 86_400, gt=0)
     """Age in seconds at which the event stream forgets, when this node is the one to create it."""
+    command_max_age_s: float = Field(default=7 * 86_400, gt=0)
+    """Age in seconds at which a durable command that nobody took is dropped, if this node makes the queue."""
+    stream_storage: Literal["file", "memory"] = "file"
+    """Where streams and buckets are kept that this node makes; ``memory`` ends with the NATS server."""
+    lease_s: float = Field(default=30.0, ge=1)
+    """Seconds after which a node that is not heard of loses its name; renewed three times as often."""
 
 
 class QemuSettings(Group):

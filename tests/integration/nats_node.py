@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.unit.handlers.fakes import NOW, World
 from vcnode.aio import Tasks
+from vcnode.bus.commands import DurableCommands
 from vcnode.bus.connection import Connection
 from vcnode.bus.events import EventPublisher
 from vcnode.bus.service import CommandService
@@ -16,6 +17,7 @@ from vcnode.models.events import EventKind
 from vcnode.models.subjects import Subjects
 from vcnode.pods.journal import Journal
 from vcnode.pods.outbox import Outbox
+from vcnode.pods.received import Received
 from vcnode.pods.store import Store, Tx
 from vcnode.settings import NatsSettings
 
@@ -50,6 +52,7 @@ class NatsNode:
         observer: Observer,
         tasks: Tasks,
         subjects: Subjects,
+        durable: DurableCommands,
     ) -> None:
         self.world = world
         self.pods = world.pods
@@ -60,6 +63,7 @@ class NatsNode:
         self.observer = observer
         self.tasks = tasks
         self.subjects = subjects
+        self.durable = durable
 
     async def emit(self, kind: EventKind = EventKind.POD_CREATED, subject: str = "p1", **data: object) -> int:
         """Put an event into the outbox; returns its sequence."""
@@ -95,6 +99,7 @@ async def running(
     max_concurrent: int = 64,
     wait: bool = True,
     events: bool = True,
+    commands: bool = False,
 ) -> AsyncIterator[NatsNode]:
     """Run a node's NATS side on the server of *settings*, with its database in *directory*."""
     nats = NatsSettings(url=settings) if isinstance(settings, str) else settings
@@ -115,15 +120,26 @@ async def running(
                 settings=nats,
                 observer=observer,
             )
+            durable = DurableCommands(
+                connection,
+                world.dispatcher,
+                Received(store, max_entries=10_000, max_age_s=1e6, mock=True),
+                node_name=name,
+                subjects=subjects,
+                settings=nats,
+            )
             connection.start()
+            if commands:
+                tasks.spawn(durable.run(), name="durable-commands")
             if events:
                 tasks.spawn(publisher.run(), name="events")
-            node = NatsNode(world, store, connection, service, publisher, observer, tasks, subjects)
+            node = NatsNode(world, store, connection, service, publisher, observer, tasks, subjects, durable)
             try:
                 if wait:
                     await node.connected()
                 yield node
             finally:
+                await durable.close()
                 await service.close()
                 await connection.close()
     finally:

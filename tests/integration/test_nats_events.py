@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -149,6 +150,58 @@ async def test_an_acknowledgement_that_was_lost_is_found_in_the_stream(
     assert sequences(await everything(client)) == [1, 2, 3, 4, 5]
 
 
+async def test_what_an_older_copy_of_the_store_lacks_is_published_again(
+    start_nats: StartNats, tmp_path: Path, short_dir: Path
+) -> None:
+    server = await start_nats(directory=short_dir / "old")
+    store, copy = short_dir / "old" / "jetstream", short_dir / "copy"
+    async with running(server.url, tmp_path) as node:
+        for _ in range(3):
+            await node.emit()
+        await node.all_published()
+        down = node.connection.changed
+        await server.kill()
+        await asyncio.wait_for(down.wait(), WAIT_S)
+        shutil.copytree(store, copy)
+        await server.start()
+        await node.connected()
+        for _ in range(4):
+            await node.emit()
+        await node.all_published()
+        down = node.connection.changed
+        await server.kill()
+        await asyncio.wait_for(down.wait(), WAIT_S)
+        shutil.rmtree(store)
+        shutil.copytree(copy, store)
+        await server.start()
+        await node.emit()
+        await node.connected()
+        async with await Client.connect(server.url) as client, client.events(since="all") as events:
+            found = await take(events, 8)
+    assert sequences(found) == list(range(1, 9))
+    assert {event.time for event in found} == {NOW}
+
+
+async def test_events_that_are_kept_no_more_are_not_missed_by_those_that_are(
+    nats_server: NatsServer, client: Client, tmp_path: Path
+) -> None:
+    admin = await nats.connect(nats_server.url)
+    async with running(nats_server.url, tmp_path) as node:
+        for _ in range(4):
+            await node.emit()
+        await node.all_published()
+        await node.store.write(lambda tx: tx.execute("DELETE FROM outbox WHERE sequence < 4") and None)
+        for lost in (3, 4):
+            await admin.jetstream().delete_msg("vcnode-events", lost)
+    await nats_server.kill()  # or it would still remember the ids of the events that it lost
+    await nats_server.start()
+    async with running(nats_server.url, tmp_path) as node:
+        await node.emit()
+        await node.all_published()
+    assert sequences(await everything(client)) == [1, 2, 4, 5]
+    await admin.close()
+
+
 async def test_a_new_state_directory_is_not_taken_for_old_events(
     nats_server: NatsServer, client: Client, tmp_path: Path
 ) -> None:
@@ -186,7 +239,9 @@ async def test_a_stream_that_exists_is_not_changed(nats_server: NatsServer, tmp_
     await admin.close()
 
 
-async def test_a_stream_deleted_meanwhile_is_made_again(nats_server: NatsServer, tmp_path: Path) -> None:
+async def test_a_stream_deleted_meanwhile_is_made_and_filled_again(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
     admin = await nats.connect(nats_server.url)
     async with running(nats_server.url, tmp_path) as node:
         await node.emit()
@@ -194,7 +249,7 @@ async def test_a_stream_deleted_meanwhile_is_made_again(nats_server: NatsServer,
         await admin.jetstream().delete_stream("vcnode-events")
         await node.emit()
         await node.all_published()
-    assert (await admin.jetstream().stream_info("vcnode-events")).state.messages == 1
+    assert (await admin.jetstream().stream_info("vcnode-events")).state.messages == 2
     await admin.close()
 
 

@@ -12,16 +12,18 @@ import contextlib
 import json
 import logging
 import random
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import nats.errors
 import nats.js.errors
-from nats.js.api import RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import RetentionPolicy, StreamConfig
 
 from vcnode import aio
 from vcnode.bus.connection import Connection
 from vcnode.bus.library import uncancelled
+from vcnode.bus.streams import ensure_stream, storage
 from vcnode.errors import VcnodeError
 from vcnode.models.events import Event
 from vcnode.models.subjects import Subjects
@@ -38,7 +40,7 @@ WINDOW = 64
 ACK_TIMEOUT_S = 10.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.25, 10.0
 DUPLICATE_WINDOW_S = 600.0
-"""How long JetStream remembers message ids; longer outages are bridged by `EventPublisher._skip_known`."""
+"""How long JetStream remembers message ids; longer outages are bridged by `EventPublisher._agree`."""
 HEADER_RESERVE_BYTES = 4096
 CONTENT_TYPE = "application/cloudevents+json"
 
@@ -56,6 +58,18 @@ class Outbox(Protocol):
 
     async def mark_published(self, sequence: int) -> None:
         """Note that everything up to and including *sequence* is acknowledged."""
+        ...
+
+    async def find(self, sequence: int) -> Event | None:
+        """The event of this sequence, if it is still kept."""
+        ...
+
+    async def oldest(self) -> int:
+        """Sequence of the oldest event that is still kept."""
+        ...
+
+    async def rewind(self, sequence: int, *, published_after: float) -> int:
+        """Have events after *sequence* published again."""
         ...
 
     async def wait(self) -> None:
@@ -146,52 +160,57 @@ class EventPublisher:
     async def _open(self) -> JetStreamContext:
         """Make sure that the stream is there, and find out what it has of ours."""
         js = self._connection.client.jetstream(timeout=ACK_TIMEOUT_S)
-        await uncancelled(self._ensure_stream(js))
-        await self._skip_known(js)
+        config = await ensure_stream(js, self._stream_config())
+        await self._agree(js, max_age_s=config.max_age or 0.0)
         return js
 
-    async def _ensure_stream(self, js: JetStreamContext) -> None:
-        name = self._subjects.event_stream
-        try:
-            await js.stream_info(name)
-        except nats.js.errors.NotFoundError:
-            pass
-        else:
-            return
-        config = StreamConfig(
-            name=name,
+    def _stream_config(self) -> StreamConfig:
+        return StreamConfig(
+            name=self._subjects.event_stream,
             description="Status changes of all vcnode nodes",
             subjects=[self._subjects.every_event],
             retention=RetentionPolicy.LIMITS,
-            storage=StorageType.FILE,
+            storage=storage(self._settings),
             num_replicas=self._settings.stream_replicas,
             max_age=self._settings.stream_max_age_s,
             duplicate_window=min(DUPLICATE_WINDOW_S, self._settings.stream_max_age_s),
         )
-        try:
-            await js.add_stream(config)
-        except nats.js.errors.BadRequestError as exc:
-            # Another node made it meanwhile, with other settings: its stream is as good.
-            await js.stream_info(name)
-            log.info("The event stream was made by somebody else", extra={"reason": str(exc)})
-        else:
-            log.info("Made the event stream", extra={"stream": name})
 
-    async def _skip_known(self, js: JetStreamContext) -> None:
-        """Mark what the stream has already: acknowledgements lost in an outage longer than its memory."""
-        events = await self._outbox.unpublished(WINDOW)
-        if not events:
-            return
+    async def _agree(self, js: JetStreamContext, *, max_age_s: float) -> None:
+        """Bring the outbox in line with what the stream has of this node.
+
+        The stream may know more (an acknowledgement was lost, in an outage longer than its memory of message
+        ids) or less (it was made anew, or restored from an older copy): what it lost is published again, as
+        far as the outbox still keeps it and the stream would still keep it.
+        """
+        forgotten = time.time() - max_age_s if max_age_s else 0.0
         try:
             last = await uncancelled(
                 js.get_last_msg(self._subjects.event_stream, self._subjects.node_events(self._node_name))
             )
         except nats.js.errors.NotFoundError:
+            await self._publish_again(0, published_after=forgotten)
             return
-        identity = (last.headers or {}).get("Nats-Msg-Id")
-        for event in events:
-            if message_id(event) == identity:
-                await self._outbox.mark_published(int(event.sequence))
+        try:
+            known = Event.model_validate_json(last.data or b"")
+            sequence = int(known.sequence)
+        except ValueError:
+            log.warning("The newest message on this node's events is no event; cannot compare")
+            return
+        own = await self._outbox.find(sequence)
+        if own is not None and message_id(own) == message_id(known):
+            await self._outbox.mark_published(sequence)
+            await self._publish_again(sequence, published_after=forgotten)
+        elif sequence < await self._outbox.oldest():
+            await self._publish_again(sequence, published_after=forgotten)
+        else:
+            # Of an earlier state directory: whatever this one has published since then is lost.
+            await self._publish_again(0, published_after=max(forgotten, known.time.timestamp()))
+
+    async def _publish_again(self, sequence: int, *, published_after: float) -> None:
+        count = await self._outbox.rewind(sequence, published_after=published_after)
+        if count:
+            log.warning("JetStream has lost %d events after %d; publishing them again", count, sequence)
 
     async def _publish(self, js: JetStreamContext, events: Sequence[Event]) -> None:
         """Send a window and mark what is acknowledged, up to the first failure, which is raised."""

@@ -35,6 +35,12 @@ class EventKind(StrEnum):
     IMAGE_PULLED = "image.pulled"
     IMAGE_IMPORTED = "image.imported"
     IMAGE_REMOVED = "image.removed"
+    COMMAND_DONE = "command.done"
+    """A durable command has ended, well or not."""
+    COMMAND_EXPIRED = "command.expired"
+    """A durable command was not begun: its deadline had passed."""
+    COMMAND_REJECTED = "command.rejected"
+    """A durable command was not begun: it can never be carried out."""
     NODE_STARTED = "node.started"
     NODE_STOPPING = "node.stopping"
     NODE_RECOVERED = "node.recovered"
@@ -55,7 +61,7 @@ class Event(Reply):
     type: str
     """``vcnode.`` and the kind, such as ``vcnode.pod.started``."""
     subject: str
-    """``<pod>``, ``<pod>/<container>``, ``image/<name>``, or the node's name."""
+    """``<pod>``, ``<pod>/<container>``, ``image/<name>``, ``command/<command id>``, or the node's name."""
     time: Moment
     """When it happened (not when it was published)."""
     datacontenttype: str = "application/json"

@@ -65,6 +65,48 @@ class NodeInfo(Reply):
     """Directories under which host paths must lie."""
 
 
+class Amount(Reply):
+    """So much of what pods need."""
+
+    vcpu_count: int
+    """Virtual CPUs."""
+    mem_mib: int
+    """Memory of VMs in MiB."""
+    pods: int
+    """Pods, in any state."""
+
+
+class NodeLease(Reply):
+    """A node's entry in the bucket of nodes: it is alive, and this is what it has."""
+
+    node: str
+    """Its name."""
+    identity: str
+    """Made with the state directory: tells two nodes of one name apart."""
+    epoch: int
+    """Grows with each start of the node agent."""
+    version: str
+    """Version of vcnode."""
+    state: str
+    """``ready`` or ``draining``."""
+    mock: bool
+    """True when the node only pretends to run VMs."""
+    host: str
+    """Name of its host."""
+    pid: int
+    """Process of the node agent."""
+    lease_s: float
+    """Seconds for which this is good; renewed three times as often."""
+    renewed_at: Moment
+    """The node's clock."""
+    capacity: Amount
+    """What it has: CPUs and memory of the host, and the pods that it holds at most."""
+    used: Amount
+    """What pods that run or start have of it, and all pods that it holds."""
+    allocatable: Amount
+    """What is left, never below zero. A hint: CPUs and memory may be shared by more pods than fit."""
+
+
 class NodePing(Reply):
     """A sign of life."""
 

@@ -56,6 +56,26 @@ class Subjects:
         """Where *node* takes the durable command *verb*."""
         return f"{self.prefix}.cmd.{_token(node)}.{verb}"
 
+    def node_commands(self, node: str) -> str:
+        """All durable commands to one node."""
+        return f"{self.prefix}.cmd.{_token(node)}.>"
+
+    @property
+    def every_command(self) -> str:
+        """All durable commands to all nodes."""
+        return f"{self.prefix}.cmd.>"
+
+    def parse_cmd(self, node: str, subject: str) -> str:
+        """The verb of a durable command to *node*; it may be none that exists.
+
+        Raises:
+            ValueError: It is not the subject of a durable command to *node*.
+        """
+        start = self.cmd(node, "")
+        if not subject.startswith(start) or subject == start:
+            raise ValueError(f"{subject!r} is not the subject of a command to {node!r}.")
+        return subject.removeprefix(start)
+
     def everyone(self, verb: str) -> str:
         """Where all nodes answer *verb*."""
         return f"{self.prefix}.all.{verb}"
@@ -139,6 +159,11 @@ class Subjects:
     def event_stream(self) -> str:
         """JetStream stream that keeps the events."""
         return f"{self.prefix}-events"
+
+    @property
+    def command_stream(self) -> str:
+        """JetStream stream that keeps durable commands until they are done."""
+        return f"{self.prefix}-commands"
 
     @property
     def node_bucket(self) -> str:

@@ -64,6 +64,41 @@ class Outbox:
 
         await self._store.write(mark)
 
+    async def rewind(self, sequence: int, *, published_after: float) -> int:
+        """Have events published again that JetStream has lost.
+
+        Args:
+            sequence: The last that it still has; only later ones.
+            published_after: Seconds since 1970: only those that were published later than that.
+
+        Returns:
+            How many there are; those older than the retention time are not kept and cannot come again.
+        """
+
+        def rewind(tx: Tx) -> int:
+            lost = tx.execute(
+                "UPDATE outbox SET published_at = NULL WHERE sequence > ? AND published_at > ?",
+                (sequence, published_after),
+            )
+            tx.unpublished_count += lost.rowcount
+            return lost.rowcount
+
+        return await self._store.write(rewind)
+
+    async def find(self, sequence: int) -> Event | None:
+        """The event of this sequence, if it is still kept."""
+        found = await self._events("SELECT event FROM outbox WHERE sequence = ?", (sequence,))
+        return found[0] if found else None
+
+    async def oldest(self) -> int:
+        """Sequence of the oldest event that is still kept; one more than the newest if none is."""
+
+        def query(connection: sqlite3.Connection) -> int:
+            (sequence,) = connection.execute("SELECT min(sequence) FROM outbox").fetchone()
+            return self.last_sequence + 1 if sequence is None else int(sequence)
+
+        return await self._store.read(query)
+
     async def prune(self) -> None:
         """Remove published events older than the retention time."""
 

@@ -45,7 +45,18 @@ _VERSION_1 = (
     "CREATE INDEX outbox_published ON outbox (published_at)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+_VERSION_2 = (
+    # durable commands; outcome is the kind of the event that told how it ended, NULL until then
+    """CREATE TABLE received (
+        message TEXT PRIMARY KEY,
+        deliveries INTEGER NOT NULL,
+        outcome TEXT,
+        received_at REAL NOT NULL
+    )""",
+    "CREATE INDEX received_at ON received (received_at)",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 """Statements that lead from version n to n + 1; only ever appended to."""
 
 

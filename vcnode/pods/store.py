@@ -13,6 +13,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,10 @@ class Store:
         self.clock = clock
         self.epoch = 0
         """Grows with each `open` on the same file."""
+        self.identity = ""
+        """Made with the file; tells it from any other of the same node name."""
+        self.changed = asyncio.Event()
+        """Set by each commit; whoever waits for it clears it."""
         self.has_unpublished = asyncio.Event()
         """Set while the outbox holds an event that is not published."""
         self._view = View()
@@ -331,7 +336,13 @@ class Store:
                 node=owner,
             )
         epoch = int(meta.get("epoch", "0")) + 1
-        rows = {"node_name": self.node_name, "epoch": str(epoch), "sequence": meta.get("sequence", "0")}
+        self.identity = meta.get("identity") or uuid.uuid4().hex
+        rows = {
+            "node_name": self.node_name,
+            "epoch": str(epoch),
+            "sequence": meta.get("sequence", "0"),
+            "identity": self.identity,
+        }
         connection.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", list(rows.items()))
         return epoch
 
@@ -389,6 +400,7 @@ class Store:
             job.settle()
 
     def _publish(self) -> None:
+        self.changed.set()
         if self._view.unpublished_count:
             self.has_unpublished.set()
         else:

@@ -21,7 +21,13 @@ def test_commands() -> None:
 
 @pytest.mark.parametrize("kind", list(EventKind))
 def test_every_kind_of_event_can_be_parsed_back_and_found_by_its_filters(kind: EventKind) -> None:
-    subject = {"pod": "p1", "container": "p1/c1", "node": "n1", "image": "image/a.b/c:1"}[kind.split(".")[0]]
+    subject = {
+        "pod": "p1",
+        "container": "p1/c1",
+        "node": "n1",
+        "image": "image/a.b/c:1",
+        "command": "command/x",
+    }[kind.split(".")[0]]
     published = S.event("n1", event(1).model_copy(update={"type": f"vcnode.{kind}", "subject": subject}))
     address = S.parse_event(published)
     pod_id = "p1" if kind.startswith(("pod.", "container.")) else None

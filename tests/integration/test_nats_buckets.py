@@ -1,0 +1,152 @@
+"""The buckets: pods as they are, a lease for each node, and one node for each name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import nats
+import nats.js.errors
+import pytest
+
+from tests.integration.conftest import mock_settings
+from tests.integration.nats_node import WAIT_S
+from tests.support.nats import NatsServer
+from vcnode.client import Client
+from vcnode.models.node import NodeLease
+from vcnode.models.pod import PodSpec, PodStatus
+from vcnode.node import running
+from vcnode.settings import Settings
+
+pytestmark = pytest.mark.nats
+
+
+@pytest.fixture
+async def js(nats_server: NatsServer) -> AsyncIterator[Any]:
+    connection = await nats.connect(nats_server.url)
+    yield connection.jetstream()
+    await connection.close()
+
+
+async def until(js: Any, bucket: str, key: str, good: Callable[[bytes | None], bool]) -> bytes | None:
+    """Wait until the value of *key* (None: absent) is good."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            try:
+                value: bytes | None = (await (await js.key_value(bucket)).get(key)).value
+            except nats.js.errors.NotFoundError:
+                value = None
+            if good(value):
+                return value
+            await asyncio.sleep(0.02)
+
+
+def in_state(state: str) -> Callable[[bytes | None], bool]:
+    return lambda value: value is not None and json.loads(value)["state"] == state
+
+
+def absent(value: bytes | None) -> bool:
+    return value is None
+
+
+def with_lease(settings: Settings, lease_s: float) -> Settings:
+    return settings.model_copy(update={"nats": settings.nats.model_copy(update={"lease_s": lease_s})})
+
+
+async def test_the_bucket_of_pods_follows_every_change(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    async with (
+        running(mock_settings(short_dir / "n1", nats_server.url)) as node,
+        await Client.connect(nats_server.url) as client,
+    ):
+        await node.connection.wait_connected()
+        await client.node("n1").pod_create(PodSpec(id="p1"))
+        await until(js, "vcnode-pods", "n1.p1", in_state("ready"))
+        await client.node("n1").pod_start("p1")
+        value = await until(js, "vcnode-pods", "n1.p1", in_state("running"))
+        assert value is not None
+        assert PodStatus.model_validate_json(value) == await client.node("n1").pod_status("p1")
+        await client.node("n1").pod_delete("p1", force=True)
+        await until(js, "vcnode-pods", "n1.p1", absent)
+
+
+async def test_what_the_bucket_missed_in_an_outage_is_put_right(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    """And only what is this node's: another one's entries stay."""
+    settings = mock_settings(short_dir / "n1", nats_server.url)
+    async with running(settings) as node, await Client.connect(nats_server.url) as client:
+        await node.connection.wait_connected()
+        await client.node("n1").pod_create(PodSpec(id="p1"))
+        await until(js, "vcnode-pods", "n1.p1", in_state("ready"))
+    bucket = await js.key_value("vcnode-pods")
+    await bucket.put("n1.p1", b'{"state": "nonsense"}')
+    await bucket.put("n1.ghost", b"{}")
+    await bucket.put("n10.p1", b"{}")
+    async with running(settings):
+        await until(js, "vcnode-pods", "n1.p1", in_state("ready"))
+        await until(js, "vcnode-pods", "n1.ghost", absent)
+        assert (await bucket.get("n10.p1")).value == b"{}"
+
+
+async def test_a_node_has_a_lease_while_it_runs(nats_server: NatsServer, js: Any, short_dir: Path) -> None:
+    async with running(mock_settings(short_dir / "n1", nats_server.url)) as node:
+        await node.connection.wait_connected()
+        entry = await (await js.key_value("vcnode-nodes")).get("n1")
+        lease = NodeLease.model_validate_json(entry.value)
+        assert (lease.node, lease.state, lease.mock, lease.used.pods) == ("n1", "ready", True, 0)
+        assert lease.capacity.pods == node.settings.limits.pods
+    await until(js, "vcnode-nodes", "n1", absent)
+
+
+async def test_a_lease_is_renewed(nats_server: NatsServer, js: Any, short_dir: Path) -> None:
+    settings = with_lease(mock_settings(short_dir / "n1", nats_server.url), 1.0)
+    async with running(settings) as node:
+        await node.connection.wait_connected()
+        watcher = await (await js.key_value("vcnode-nodes")).watch("n1")
+        revisions: list[int] = []
+        async with asyncio.timeout(WAIT_S):
+            while len(revisions) < 3:
+                if (entry := await watcher.updates(timeout=WAIT_S)) is not None:
+                    revisions.append(entry.revision)
+        assert sorted(set(revisions)) == revisions
+        await watcher.stop()
+
+
+async def test_a_second_node_of_the_same_name_is_not_let_in_until_the_first_has_gone(
+    nats_server: NatsServer, short_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = mock_settings(short_dir / "a", nats_server.url)
+    second = mock_settings(short_dir / "b", nats_server.url)
+    async with running(first) as holder:
+        await holder.connection.wait_connected()
+        async with running(second) as rival:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(2.0):
+                    await rival.connection.wait_connected()
+            assert any("Another node agent is called n1" in record.message for record in caplog.records)
+            async with await Client.connect(nats_server.url) as client:
+                pings = await client.ping_all(timeout_s=0.5)
+                assert len(pings) == 1
+    async with running(second) as rival, asyncio.timeout(WAIT_S):
+        await rival.connection.wait_connected()
+
+
+async def test_the_name_of_a_node_that_vanished_is_free_after_its_lease(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    """Also in a bucket that somebody else made, which forgets nothing by itself."""
+    bucket = await js.create_key_value(bucket="vcnode-nodes")
+    settings = with_lease(mock_settings(short_dir / "a", nats_server.url), 1.0)
+    async with running(settings) as node:
+        await node.connection.wait_connected()
+        gone = (await bucket.get("n1")).value
+    await bucket.put("n1", gone)
+    async with running(mock_settings(short_dir / "b", nats_server.url)) as heir, asyncio.timeout(WAIT_S):
+        await heir.connection.wait_connected()
+        lease = NodeLease.model_validate_json((await bucket.get("n1")).value)
+        assert lease.identity != NodeLease.model_validate_json(gone).identity

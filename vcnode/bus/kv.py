@@ -1,0 +1,308 @@
+"""What the fleet can look up: the last status of every pod, and the lease of every node.
+
+Both buckets are copies. The truth is the node's database; whatever the buckets hold of this node is
+compared with it at every connection and put right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import nats.errors
+import nats.js.errors
+from nats.js.api import KeyValueConfig
+from pydantic import ValidationError
+
+from vcnode import aio
+from vcnode.bus.connection import Connection
+from vcnode.bus.library import SturdyClient, uncancelled
+from vcnode.bus.streams import storage
+from vcnode.errors import UnavailableError, VcnodeError
+from vcnode.models.node import NodeLease
+from vcnode.models.subjects import Subjects
+from vcnode.settings import NatsSettings
+
+if TYPE_CHECKING:
+    from nats.js import JetStreamContext
+    from nats.js.kv import KeyValue
+
+log = logging.getLogger(__name__)
+
+API_TIMEOUT_S = 10.0
+RETRY_S = 5.0
+RENEWALS = 3
+"""Renewals of a lease within its time."""
+
+
+class _ConnectionLost(Exception):  # noqa: N818 -- a signal, not a failure
+    """Ends a session; the next one begins when the connection is back."""
+
+
+class NameTakenError(UnavailableError):
+    """Another node of the same name is alive."""
+
+
+async def open_bucket(
+    js: JetStreamContext, name: str, description: str, settings: NatsSettings, *, ttl_s: float | None = None
+) -> KeyValue:
+    """The bucket called *name*, made if it is missing and never changed if it is there.
+
+    Raises:
+        nats.errors.Error: JetStream refuses or does not answer.
+    """
+    try:
+        return await uncancelled(js.key_value(name))
+    except nats.js.errors.NotFoundError:
+        pass
+    config = KeyValueConfig(
+        bucket=name,
+        description=description,
+        history=1,
+        ttl=ttl_s,
+        storage=storage(settings),
+        replicas=settings.stream_replicas,
+    )
+    try:
+        made = await uncancelled(js.create_key_value(config))
+    except nats.js.errors.BadRequestError:
+        return await uncancelled(js.key_value(name))  # another node made it meanwhile, with other settings
+    log.info("Made bucket %s", name)
+    return made
+
+
+class PodMirror:
+    """Keeps the bucket of pods as the node's pods are; key ``<node>.<pod>``, value a ``PodStatus``.
+
+    Args:
+        connection: To NATS.
+        pods: The status of every pod as JSON, by id.
+        changed: Set whenever they may have changed; cleared here.
+        node_name: The node's name.
+        subjects: Names under the prefix.
+        settings: For a bucket that does not exist yet.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        pods: Callable[[], Mapping[str, bytes]],
+        changed: asyncio.Event,
+        *,
+        node_name: str,
+        subjects: Subjects,
+        settings: NatsSettings,
+    ) -> None:
+        self._connection = connection
+        self._pods = pods
+        self._changed = changed
+        self._node_name = node_name
+        self._subjects = subjects
+        self._settings = settings
+        self._session = aio.Interruptible()
+        self._last_complaint = ""
+        connection.on_change(self._on_change)
+
+    async def run(self) -> None:
+        """Mirror for ever; ends by cancellation only."""
+        while True:
+            await self._connection.wait_connected()
+            self._session = aio.Interruptible()
+            try:
+                async with self._session:
+                    await self._mirror()
+            except _ConnectionLost:
+                continue
+            except Exception as exc:  # whatever it is: the mirror must not stand still for ever
+                self._last_complaint = _complain("Pods cannot be mirrored", exc, self._last_complaint)
+                await asyncio.sleep(RETRY_S)
+
+    async def _mirror(self) -> None:
+        js = self._connection.client.jetstream(timeout=API_TIMEOUT_S)
+        bucket = await open_bucket(
+            js, self._subjects.pod_bucket, "Last status of every pod, by node and pod", self._settings
+        )
+        there = await self._read(bucket)
+        while True:
+            self._changed.clear()
+            await self._put_right(bucket, there)
+            self._last_complaint = ""
+            await self._changed.wait()
+
+    async def _read(self, bucket: KeyValue) -> dict[str, bytes]:
+        """What the bucket has of this node."""
+        found: dict[str, bytes] = {}
+        start = f"{self._node_name}."
+        watcher = await uncancelled(bucket.watch(f"{start}>", ignore_deletes=True))
+        try:
+            while (entry := await uncancelled(_next(watcher))) is not None:
+                found[entry.key.removeprefix(start)] = entry.value or b""
+        finally:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await uncancelled(watcher.stop())  # type: ignore[no-untyped-call]
+        return found
+
+    async def _put_right(self, bucket: KeyValue, there: dict[str, bytes]) -> None:
+        """Make *there*, which is what the bucket has, and the bucket itself equal to the truth."""
+        pods = self._pods()
+        for pod_id in [pod_id for pod_id in there if pod_id not in pods]:
+            await uncancelled(bucket.delete(f"{self._node_name}.{pod_id}"))
+            del there[pod_id]
+        for pod_id, body in pods.items():
+            if there.get(pod_id) != body:
+                await uncancelled(bucket.put(f"{self._node_name}.{pod_id}", body))
+                there[pod_id] = body
+
+    def _on_change(self, up: bool) -> None:
+        if not up:
+            self._session.interrupt(_ConnectionLost())
+
+
+class Lease:
+    """Keeps this node's entry in the bucket of nodes, and sees to it that a name is used once.
+
+    A node that finds its name taken by another state directory is not let in: its connection does not come up
+    until the other has gone (it releases the lease when it stops, and loses it ``lease_s`` after it was
+    last heard of). Without JetStream there are no leases, and nothing is refused.
+
+    Args:
+        connection: Its clients are refused while the name is taken.
+        describe: What the lease says now.
+        subjects: Names under the prefix.
+        settings: ``lease_s``, and for a bucket that does not exist yet.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        describe: Callable[[], NodeLease],
+        *,
+        subjects: Subjects,
+        settings: NatsSettings,
+    ) -> None:
+        self._connection = connection
+        self._describe = describe
+        self._subjects = subjects
+        self._settings = settings
+        self._revision: int | None = None
+        self._rival: tuple[int, float] | None = None
+        """Revision of somebody else's lease, and when it was first seen (monotonic)."""
+        self._last_complaint = ""
+        connection.on_client(self._set_up)
+
+    async def run(self) -> None:
+        """Renew for ever; ends by cancellation only."""
+        while True:
+            await asyncio.sleep(self._settings.lease_s / RENEWALS)
+            if not self._connection.connected:
+                continue
+            try:
+                await self._claim(self._connection.client)
+                self._last_complaint = ""
+            except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
+                self._last_complaint = _complain("The lease is not renewed", exc, self._last_complaint)
+
+    async def release(self) -> None:
+        """Give the name back, so that another may use it at once."""
+        if self._revision is None or not self._connection.connected:
+            return
+        try:
+            async with asyncio.timeout(API_TIMEOUT_S):
+                bucket = await self._bucket(self._connection.client)
+                await uncancelled(bucket.delete(self._describe().node, last=self._revision))
+        except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
+            log.warning("The lease could not be released; it runs out by itself", exc_info=exc)
+        self._revision = None
+
+    async def _set_up(self, client: SturdyClient) -> None:
+        try:
+            await self._claim(client)
+        except VcnodeError:
+            raise
+        except (nats.errors.Error, OSError, TimeoutError) as exc:
+            self._last_complaint = _complain("There is no lease", exc, self._last_complaint)
+
+    async def _bucket(self, client: SturdyClient) -> KeyValue:
+        js = client.jetstream(timeout=API_TIMEOUT_S)
+        return await open_bucket(
+            js,
+            self._subjects.node_bucket,
+            "Leases of the nodes, with what they have and use",
+            self._settings,
+            ttl_s=self._settings.lease_s,
+        )
+
+    async def _claim(self, client: SturdyClient) -> None:
+        """Take or renew the lease.
+
+        Raises:
+            NameTakenError: Another node holds it.
+            nats.errors.Error: JetStream refuses or does not answer.
+        """
+        bucket = await self._bucket(client)
+        lease = self._describe()
+        body = lease.model_dump_json().encode()
+        try:
+            entry = await uncancelled(bucket.get(lease.node))
+        except nats.js.errors.KeyNotFoundError:
+            self._revision = await self._write(bucket.create(lease.node, body), lease)
+            return
+        holder = _parse(entry.value or b"")
+        if holder is not None and holder.identity != lease.identity:
+            self._respect(holder, entry.revision or 0)
+        self._revision = await self._write(bucket.update(lease.node, body, last=entry.revision), lease)
+        self._rival = None
+
+    async def _write(self, write: object, lease: NodeLease) -> int:
+        try:
+            return int(await uncancelled(write))  # type: ignore[arg-type]
+        except nats.js.errors.KeyWrongLastSequenceError as exc:
+            raise NameTakenError(f"Another node called {lease.node} was quicker to take the name.") from exc
+
+    def _respect(self, holder: NodeLease, revision: int) -> None:
+        """Refuse, unless the holder has not renewed its lease for as long as it lasts (by our clock)."""
+        now = time.monotonic()
+        if self._rival is None or self._rival[0] != revision:
+            self._rival = (revision, now)
+        if now - self._rival[1] < holder.lease_s:
+            raise NameTakenError(
+                f"Another node agent is called {holder.node} (on host {holder.host}, process {holder.pid}); "
+                "give each node its own node_name. If it is gone, its name is free "
+                f"{holder.lease_s:g} s after it was last heard of.",
+                node=holder.node,
+                host=holder.host,
+            )
+        log.warning("Taking over the name of a node that is gone", extra={"host": holder.host})
+
+
+async def _next(watcher: KeyValue.KeyWatcher) -> KeyValue.Entry | None:
+    """The next of what the bucket holds; None after the last."""
+    entry: KeyValue.Entry | None = await watcher.updates(timeout=API_TIMEOUT_S)  # type: ignore[no-untyped-call]
+    return entry
+
+
+def _parse(body: bytes) -> NodeLease | None:
+    try:
+        return NodeLease.model_validate_json(body)
+    except ValidationError:
+        return None  # whatever it is, no node keeps it up
+
+
+def _complain(what: str, exc: Exception, last: str) -> str:
+    """Log what is wrong, once per cause rather than at each of endless attempts; returns the cause."""
+    text = f"{type(exc).__name__}: {exc}"
+    if isinstance(exc, nats.js.errors.ServiceUnavailableError):
+        text = "the server has no JetStream, or none for this account"
+    known = isinstance(exc, (nats.errors.Error, OSError, TimeoutError, VcnodeError))
+    log.log(
+        logging.DEBUG if text == last else logging.WARNING,
+        "%s: %s",
+        what,
+        text,
+        exc_info=None if known else exc,
+    )
+    return text

@@ -1,0 +1,98 @@
+"""Durable commands as they are received: how often, and whether their outcome has been told.
+
+JetStream delivers at least once. This table makes one outcome event of that: event and mark are one
+transaction, and a message that has its mark is only acknowledged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vcnode.models.base import JsonObject
+from vcnode.models.events import EventKind
+from vcnode.pods.store import Store, Tx
+
+PRUNE_EVERY = 256
+"""Old entries are removed once per so many outcomes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What is known of a message."""
+
+    deliveries: int
+    """How many processes or attempts have received it, this one included."""
+    outcome: str | None
+    """Kind of the event that told its outcome; None: it has none yet."""
+
+
+class Received:
+    """The table.
+
+    Args:
+        store: The database.
+        max_entries: Outcomes kept; the oldest go first.
+        max_age_s: Age in seconds at which an entry is forgotten; longer than any acknowledgement can be late.
+        mock: Whether the node only pretends to run VMs.
+    """
+
+    def __init__(self, store: Store, *, max_entries: int, max_age_s: float, mock: bool) -> None:
+        self._store = store
+        self._max_entries = max_entries
+        self._max_age_s = max_age_s
+        self._mock = mock
+        self._count = 0
+
+    async def receive(self, message: str) -> Receipt:
+        """Count a delivery of *message*, committed before anything is done about it.
+
+        Raises:
+            ResourceExhaustedError, StorageError: The database cannot be written; not counted.
+        """
+
+        def receive(tx: Tx) -> Receipt:
+            row = tx.execute(
+                "INSERT INTO received (message, deliveries, received_at) VALUES (?, 1, ?) "
+                "ON CONFLICT (message) DO UPDATE SET deliveries = deliveries + 1 "
+                "RETURNING deliveries, outcome",
+                (message, self._store.clock().timestamp()),
+            ).fetchone()
+            return Receipt(*row)
+
+        return await self._store.write(receive)
+
+    async def conclude(self, message: str, kind: EventKind, command_id: str, data: JsonObject) -> None:
+        """Emit the outcome of *message* as an event; no effect if it has been told before.
+
+        Raises:
+            ResourceExhaustedError, StorageError: The database cannot be written; neither event nor mark.
+        """
+        self._count += 1
+        prune = self._count % PRUNE_EVERY == 0
+
+        def conclude(tx: Tx) -> None:
+            marked = tx.execute(
+                "UPDATE received SET outcome = ? WHERE message = ? AND outcome IS NULL", (kind.value, message)
+            )
+            if marked.rowcount:
+                tx.emit(
+                    kind,
+                    f"command/{command_id}",
+                    data,
+                    time=self._store.clock(),
+                    mock=self._mock,
+                    command_id=command_id,
+                )
+            if prune:
+                self._prune(tx)
+
+        await self._store.write(conclude)
+
+    def _prune(self, tx: Tx) -> None:
+        oldest = self._store.clock().timestamp() - self._max_age_s
+        tx.execute("DELETE FROM received WHERE received_at < ?", (oldest,))
+        tx.execute(
+            "DELETE FROM received WHERE rowid IN (SELECT rowid FROM received WHERE outcome IS NOT NULL "
+            "ORDER BY received_at DESC, rowid DESC LIMIT -1 OFFSET ?)",
+            (self._max_entries,),
+        )
