@@ -53,7 +53,7 @@ async def warm(held: Stage) -> None:
 async def spares(held: Stage) -> None:
     """Wait until the pool is full, which nothing announces."""
     async with asyncio.timeout(WARM_TIMEOUT_S):
-        while (await held.node.node_info()).spare_count < SPARES:  # noqa: ASYNC110
+        while sum(pool.ready for pool in (await held.node.node_info()).pool) < SPARES:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
