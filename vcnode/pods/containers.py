@@ -17,6 +17,9 @@ from vcnode.pods.undo import UndoStack
 SIGKILL = 9
 SIGTERM = 15
 
+ASK_LIMIT_S = 5.0
+"""Seconds that a guest may take to hear that its containers shall end, however short the grace."""
+
 
 def disk_id_of(digest: str) -> str:
     """Serial of the disk that holds an image: containers of one image in one pod share it.
@@ -78,14 +81,17 @@ class Containers:
         """Ask every running container to end; kill what still runs after *grace_s* seconds.
 
         Raises:
-            TimeoutError: One survived SIGKILL for `KILL_LIMIT_S`; it ends with the VM.
+            TimeoutError: The guest is silent: it did not take the signals in the grace, or a container
+                survived SIGKILL for `KILL_LIMIT_S`; what runs ends with the VM.
         """
         running = [c for c in record.containers if c.state is ContainerState.RUNNING]
         ends = [live.exit_event(container_id(container)) for container in running]
-        for container in running:
-            await self._signal(live, container_id(container), stop_signal(container), everyone=False)
+        begun = asyncio.get_running_loop().time()
+        async with asyncio.timeout_at(begun + max(grace_s, ASK_LIMIT_S)):
+            for container in running:
+                await self._signal(live, container_id(container), stop_signal(container), everyone=False)
         try:
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout_at(begun + grace_s):
                 for end in ends:
                     await end.wait()
         except TimeoutError:
