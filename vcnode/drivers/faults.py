@@ -31,7 +31,8 @@ OPERATIONS = frozenset(
         "agent": "connect configure create_container start_container signal_container delete_container"
         " list_containers execute ping shutdown",
         "network": "attach open_taps detach",
-        "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file remove_image",
+        "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file remove_image"
+        " pull_image",
     }.items()
     for verb in verbs.split()
 ) | {"vm"}
