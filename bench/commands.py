@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from bench.crowd import cpu_seconds
 from bench.flood import flood
 from bench.options import Options
 from bench.report import Result, Series
@@ -25,7 +26,7 @@ async def commands(options: Options) -> Result:
     ours: list[float] = []
     floor: list[float] = []
     small: list[float] = []
-    async with stage(options, hypervisor="mock") as held, _echo(held.nats.url):
+    async with stage(options, hypervisor="mock") as held, _echo(held.nats.url) as echo_pid:
         container = ContainerSpec(id="main", image=IMAGE, cmd=Cmd(args=("sleep", "600")))
         status = await held.node.pod_run(PodSpec(id="bench", containers=(container,)))
         reply = status.model_dump_json().encode()  # the echo moves the same bytes to the caller
@@ -38,9 +39,17 @@ async def commands(options: Options) -> Result:
 
         for target in (subject, ECHO):  # both warm
             await rate(target, 500, BODY)
+        used = {echo_pid: 0.0, held.pid: 0.0}
+
+        async def accounted(pid: int, target: str, body: bytes) -> float:
+            before = cpu_seconds(pid)
+            found = await rate(target, count, body)
+            used[pid] += cpu_seconds(pid) - before
+            return found
+
         for _ in range(rounds):
-            floor.append(await rate(ECHO, count, reply))
-            ours.append(await rate(subject, count, BODY))
+            floor.append(await accounted(echo_pid, ECHO, reply))
+            ours.append(await accounted(held.pid, subject, BODY))
             small.append(await rate(ECHO, count, BODY))
     mine, echo = Series("pod.status", "1/s", tuple(ours)), Series("echo", "1/s", tuple(floor))
     tiny = Series("echo of the request", "1/s", tuple(small))
@@ -51,12 +60,18 @@ async def commands(options: Options) -> Result:
         reach=0.5,
         at_most=False,
         series=(echo, mine, tiny),
-        facts={"reply_bytes": len(reply), "ratio_to_echo_of_request": round(mine.median / tiny.median, 4)},
+        facts={
+            "reply_bytes": len(reply),
+            "cpu_us_echo": round(used[echo_pid] / rounds / count * 1e6, 1),
+            "cpu_us_node": round(used[held.pid] / rounds / count * 1e6, 1),
+            "ratio_to_echo_of_request": round(mine.median / tiny.median, 4),
+        },
     )
 
 
 @contextlib.asynccontextmanager
-async def _echo(url: str) -> AsyncIterator[None]:
+async def _echo(url: str) -> AsyncIterator[int]:
+    """The echo service; gives its process."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(Path(__file__).with_name("echo.py")),
@@ -67,7 +82,7 @@ async def _echo(url: str) -> AsyncIterator[None]:
     try:
         if process.stdout is None or await process.stdout.readline() != b"ready\n":
             raise RuntimeError("the echo service did not come up")
-        yield
+        yield process.pid
     finally:
         process.kill()
         await process.wait()
