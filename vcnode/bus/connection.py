@@ -18,6 +18,7 @@ from vcnode import aio
 from vcnode.bus import options
 from vcnode.bus.library import SturdyClient, uncancelled
 from vcnode.errors import UnavailableError
+from vcnode.models.subjects import Subjects
 from vcnode.settings import NatsSettings
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,10 @@ class Connection:
     async def _supervise(self) -> None:
         while True:
             closed = asyncio.Event()
-            client = SturdyClient(require_tls=options.wants_tls(self._settings))
+            client = SturdyClient(
+                require_tls=options.wants_tls(self._settings),
+                perishable=Subjects(self._settings.prefix).event_prefix,
+            )
             try:
                 await self._connect(client, closed)
                 await self._set_up(client)

@@ -10,6 +10,9 @@
 - ``close`` of a client whose ``connect`` never got far enough fails an assertion.
 - A connection that opens and then fails before the server is ready (a proxy in front of a dead server) is
   forgotten open, one for each attempt.
+- What waits to be written when a connection breaks is written to the next one, behind a gap: what had been
+  handed to the old socket is lost. For events, which are sent again in order, this would turn their order
+  over (see ``perishable``).
 - ``_flush_pending`` swallows ``CancelledError``, so a cancelled publisher goes on (see `uncancelled`).
 """
 
@@ -36,11 +39,17 @@ class TlsRefusedError(nats.errors.Error):
 
 
 class SturdyClient(Client):
-    """A client that survives hostile messages and never connects without the TLS that was asked for."""
+    """A client that survives hostile messages and never connects without the TLS that was asked for.
 
-    def __init__(self, *, require_tls: bool) -> None:
+    Args:
+        require_tls: Whether a server without TLS is refused.
+        perishable: Subjects that begin so are not kept over a reconnect; their publisher sends them again.
+    """
+
+    def __init__(self, *, require_tls: bool, perishable: str = "") -> None:
         super().__init__()
         self._require_tls = require_tls
+        self._perishable = tuple(f"{verb} {perishable}".encode() for verb in ("PUB", "HPUB") if perishable)
 
     async def close(self) -> None:
         """Close; also what was never connected."""
@@ -60,6 +69,12 @@ class SturdyClient(Client):
             # Whoever owns this client hears it by closed_cb, and makes a new one.
             log.exception("Reconnecting failed in an unexpected way")
             await self.close()
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        if self.is_reconnecting and self._perishable:
+            self._pending = [command for command in self._pending if not command.startswith(self._perishable)]
+            self._pending_data_size = sum(map(len, self._pending))
+        return await super()._flush_pending(force_flush)
 
     async def _process_connect_init(self) -> None:
         try:

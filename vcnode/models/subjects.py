@@ -84,6 +84,11 @@ class Subjects:
         """One stream of a session."""
         return f"{self.prefix}.io.{_token(node)}.{_token(session)}.{channel}"
 
+    @property
+    def event_prefix(self) -> str:
+        """What the subjects of all events begin with."""
+        return f"{self.prefix}.evt."
+
     def event(self, node: str, event: Event) -> str:
         """Where *event* of *node* is published."""
         kind = event.kind
