@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from vcnode.cli.exits import UsageError
+from vcnode.models.violations import violations_of
 from vcnode.settings import Settings
 
 
@@ -32,17 +33,14 @@ def load(file: Path | None, **flags: Any) -> Settings:
     try:
         return Settings.load(file, **given(flags))
     except ValidationError as exc:
-        raise invalid("The settings are wrong.", exc) from exc
+        raise invalid("The settings are wrong.", exc, Settings) from exc
     except tomllib.TOMLDecodeError as exc:
         raise UsageError(f"{file} is not TOML: {exc}.") from exc
     except OSError as exc:
         raise UsageError(f"Cannot read the settings: {exc}") from exc
 
 
-def invalid(message: str, error: ValidationError) -> UsageError:
+def invalid(message: str, error: ValidationError, model: type[BaseModel] | None = None) -> UsageError:
     """*error* as ours: one entry for each wrong field, under the name that the user wrote."""
-    violations = [
-        {"field": ".".join(str(part) for part in item["loc"]) or "(all)", "message": item["msg"]}
-        for item in error.errors(include_url=False, include_context=False)
-    ]
+    violations = [{**found, "field": found["field"] or "(all)"} for found in violations_of(error, model)]
     return UsageError(message, violations=violations)

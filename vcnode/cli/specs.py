@@ -163,7 +163,7 @@ def model(kind: type[R], data: Mapping[str, Any], message: str) -> R:
     try:
         return kind.model_validate_json(json.dumps(data))
     except ValidationError as exc:
-        raise invalid(message, exc) from exc
+        raise invalid(message, exc, kind) from exc
     except (TypeError, ValueError) as exc:
         raise UsageError(f"{message} {exc}") from exc
 

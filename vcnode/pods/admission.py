@@ -66,7 +66,7 @@ class Admission:
             self._check_memory(spec)
         now = parts.clock()
         containers = [
-            await self._container(_with_id(c), f"pod.containers.{index}")
+            await self._container(_with_id(c), f"pod.containers[{index}]")
             for index, c in enumerate(spec.containers)
         ]
         return PodRecord(

@@ -130,17 +130,17 @@ def _process(
     cmd: Cmd, args: tuple[str, ...], config: ImageConfig, capabilities: tuple[str, ...]
 ) -> GuestProcess:
     if not args[0]:
-        raise InvalidArgumentError.field("cmd.args.0", "must name a program")
+        raise InvalidArgumentError.field("cmd.args[0]", "must name a program")
     wanted = capabilities if cmd.capabilities is None else cmd.capabilities
     for index, name in enumerate(wanted):
         if name not in ALL_CAPABILITIES:
             raise InvalidArgumentError.field(
-                f"cmd.capabilities.{index}", f"{name} is no capability of Linux; see capabilities(7)"
+                f"cmd.capabilities[{index}]", f"{name} is no capability of Linux; see capabilities(7)"
             )
     for index, rlimit in enumerate(cmd.rlimits):
         if rlimit.type not in RLIMITS:
             raise InvalidArgumentError.field(
-                f"cmd.rlimits.{index}.type", f"{rlimit.type} is none of {', '.join(sorted(RLIMITS))}"
+                f"cmd.rlimits[{index}].type", f"{rlimit.type} is none of {', '.join(sorted(RLIMITS))}"
             )
     user, group = _split(cmd, config)
     return GuestProcess(

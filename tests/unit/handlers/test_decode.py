@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcnode.errors import InvalidArgumentError
-from vcnode.handlers.decode import MAX_VIOLATIONS, decode, path_of
+from vcnode.handlers.decode import MAX_VIOLATIONS, decode
 from vcnode.models.base import Request
 from vcnode.models.commands import COMMANDS, ContainerExec, Empty, PodCreate, PodList, PodName, PodStop
+from vcnode.models.violations import path_of
 
 
 def violation(model: type[Request], body: bytes) -> tuple[str, str]:

@@ -72,9 +72,9 @@ def test_user_and_group(cmd: dict[str, str], user: str, group: str | None) -> No
     ("cmd", "field"),
     [
         ({"user": "bob:staff", "group": "wheel"}, "cmd.group"),
-        ({"capabilities": ("CAP_KILL", "CAP_FLY")}, "cmd.capabilities.1"),
-        ({"rlimits": (Rlimit(type="nofiles", soft=1, hard=1),)}, "cmd.rlimits.0.type"),
-        ({"args": ("",)}, "cmd.args.0"),
+        ({"capabilities": ("CAP_KILL", "CAP_FLY")}, "cmd.capabilities[1]"),
+        ({"rlimits": (Rlimit(type="nofiles", soft=1, hard=1),)}, "cmd.rlimits[0].type"),
+        ({"args": ("",)}, "cmd.args[0]"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_field(cmd: dict[str, object], field: str) -> None:

@@ -51,13 +51,13 @@ async def test_a_pod_without_id_gets_one(world: World) -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "field"),
     [
-        (pod(containers=[container(rootfs="/etc")]), InvalidArgumentError, "pod.containers.0.rootfs"),
-        (pod(containers=[container(rootfs="/roots/missing")]), NotFoundError, "pod.containers.0.rootfs"),
-        (pod(containers=[container(image="nope")]), NotFoundError, "pod.containers.0.image"),
+        (pod(containers=[container(rootfs="/etc")]), InvalidArgumentError, "pod.containers[0].rootfs"),
+        (pod(containers=[container(rootfs="/roots/missing")]), NotFoundError, "pod.containers[0].rootfs"),
+        (pod(containers=[container(image="nope")]), NotFoundError, "pod.containers[0].image"),
         (
             pod(containers=[container(cmd=Cmd(args=("a",), capabilities=("CAP_FLY",)))]),
             InvalidArgumentError,
-            "pod.containers.0.cmd.capabilities.0",
+            "pod.containers[0].cmd.capabilities[0]",
         ),
         (pod(hypervisor_type=HypervisorType.QEMU), UnsupportedError, "pod.hypervisor_type"),
         (pod(agent_type=AgentType.SSHD), UnsupportedError, "pod.agent_type"),
