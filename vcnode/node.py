@@ -176,8 +176,8 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             max_age_s=settings.limits.journal_age_s,
             max_unpublished=settings.limits.outbox_events,
         )
-        await journal.fail_unfinished()
         await pods.recover()
+        await journal.fail_unfinished()
         service = NodeService(
             epoch=store.epoch,
             settings=settings,

@@ -18,7 +18,8 @@ from tests.support.nats import NatsServer
 from tests.unit.handlers.fakes import NOW, Gate
 from vcnode.bus import commands as bus_commands
 from vcnode.client import Client, EventStream
-from vcnode.errors import NotFoundError, UnavailableError
+from vcnode.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from vcnode.models.commands import PodList, PodName
 from vcnode.models.events import Event
 from vcnode.models.wire import COMMAND_ID, DEADLINE
 
@@ -297,3 +298,19 @@ async def test_a_queue_that_exists_is_not_changed(nats_server: NatsServer, raw: 
     before = (await js.stream_info("vcnode-commands")).config
     await set_up(nats_server.url, tmp_path)
     assert (await js.stream_info("vcnode-commands")).config == before
+
+
+async def test_the_client_puts_commands_into_the_queue(
+    nats_server: NatsServer, client: Client, tmp_path: Path
+) -> None:
+    target = client.node("n1")
+    with pytest.raises(UnavailableError) as caught:
+        await target.enqueue("pod.start", PodName(pod_id="p1"), command_id="early")
+    assert caught.value.details["command_id"] == "early"
+    with pytest.raises(InvalidArgumentError):
+        await target.enqueue("pod.list", PodList())
+    await set_up(nats_server.url, tmp_path)
+    command_id = await target.enqueue("pod.start", PodName(pod_id="p1"), deadline_s=1e9)
+    async with running(nats_server.url, tmp_path, commands=True):
+        (event,) = await outcomes(client, 1)
+    assert (event.kind, event.commandid) == ("command.done", command_id)

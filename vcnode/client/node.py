@@ -358,6 +358,42 @@ class NodeClient:
         """Ask for a sign of life."""
         return await self._send("node.ping", Empty(), NodePing, options)
 
+    async def enqueue(self, verb: str, request: Request, **options: Unpack[Change]) -> str:
+        """Put a command into the node's queue, where it waits while the node is away.
+
+        Commands about one pod run in the order in which they were put there. The outcome is an event
+        ``command.done``, ``command.rejected`` or ``command.expired`` (``deadline_s`` had passed before the
+        node came to it) that carries the command's id.
+
+        Args:
+            verb: Such as ``pod.run``; only commands that change something.
+            request: Its request, such as ``PodCreate``.
+            options: As for the other methods.
+
+        Returns:
+            The command's id.
+
+        Raises:
+            InvalidArgumentError: No such command, or one that changes nothing.
+            UnavailableError: JetStream did not take it, or its answer was lost: send it again with the id in
+                ``details["command_id"]``. The queue is made by the first node that connects.
+        """
+        command = COMMANDS.get(verb)
+        if command is None or not command.mutates:
+            raise InvalidArgumentError.field("verb", f"{verb!r} is no command that changes something")
+        headers = _headers(options)
+        command_id = headers.setdefault(wire.COMMAND_ID, f"c-{uuid.uuid4().hex}")
+        try:
+            await self._requester.enqueue(
+                self._subjects.cmd(self._name, verb),
+                request.model_dump_json(exclude_unset=True).encode(),
+                headers,
+                stream=self._subjects.command_stream,
+            )
+        except UnavailableError as exc:
+            raise _with_id(exc, headers) from exc
+        return command_id
+
     async def _send(self, verb: str, request: Request, reply: type[ReplyT], options: Read | Change) -> ReplyT:
         """Send one command and read its reply."""
         command = COMMANDS[verb]

@@ -26,6 +26,7 @@ HEADER_RESERVE_BYTES = 4096
 RESEND_S = 0.5
 """Seconds between attempts to reach a node that comes back later than this client."""
 CLOSE_TIMEOUT_S = 5.0
+ENQUEUE_TIMEOUT_S = 10.0
 MAX_SCATTER_REPLIES = 100_000
 
 
@@ -180,6 +181,20 @@ class Requester:
                 waiting.nobody = True
                 await asyncio.sleep(RESEND_S)
                 await self._publish(message)
+
+    async def enqueue(self, subject: str, body: bytes, headers: dict[str, str], *, stream: str) -> None:
+        """Have JetStream keep a message.
+
+        Raises:
+            UnavailableError: It did not take it, or its answer was lost.
+            InvalidArgumentError: The message is larger than the server takes.
+        """
+        self._check_size(body)
+        js = self._client.jetstream(timeout=ENQUEUE_TIMEOUT_S)
+        try:
+            await uncancelled(js.publish(subject, body, stream=stream, headers=headers))
+        except (nats.errors.Error, OSError, TimeoutError) as exc:
+            raise UnavailableError(f"Stream {stream} did not take a message to {subject}.") from exc
 
     async def scatter(self, subject: str, body: bytes, *, timeout_s: float, enough: int) -> list[Msg]:
         """Ask everybody; collect the replies of *timeout_s* seconds, or until there are *enough*."""

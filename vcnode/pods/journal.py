@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from vcnode.errors import AbortedError, AlreadyExistsError, ResourceExhaustedError
+from vcnode.models.commands import COMMANDS
+from vcnode.models.events import Event
+from vcnode.models.records import PodRecord
 from vcnode.pods.store import Store, Tx
 
 PRUNE_EVERY = 256
 """The journal is pruned once per so many finished commands; it may exceed its bound by as many."""
+_LAST_EVENT = {
+    "pod.create": "pod.created",
+    "pod.start": "pod.started",
+    "pod.run": "pod.started",
+    "pod.delete": "pod.deleted",
+    "container.create": "container.created",
+    "container.start": "container.started",
+    "container.delete": "container.deleted",
+}
+"""Commands that are done once this event of theirs is committed, and have its data as their reply."""
 RESTARTED = "The node restarted while this command ran; ask for the pod's status."
 
 
@@ -141,12 +156,22 @@ class Journal:
         return await self._store.read(query)
 
     async def fail_unfinished(self) -> Sequence[Unfinished]:
-        """Answer as failed what an earlier process left unfinished; call it before any command is taken."""
+        """Answer what an earlier process left unfinished, before any command is taken.
+
+        Call it when the pods have been recovered. What its events show to be done is answered as done;
+        anything else as failed, with the events that it caused and what has become of their pods.
+        """
         found = await self.unfinished()
 
         def fail(tx: Tx) -> None:
             for entry in found:
-                self._finish(tx, entry.command_id, _restarted(entry))
+                rows = tx.execute(
+                    "SELECT event FROM outbox WHERE json_extract(event, '$.commandid') = ? ORDER BY sequence",
+                    (entry.command_id,),
+                )
+                events = [Event.model_validate_json(text) for (text,) in rows]
+                stored = _done(entry, events) or _restarted(entry, events, tx.pods)
+                self._finish(tx, entry.command_id, stored)
             self._prune(tx)
 
         await self._store.write(fail)
@@ -189,11 +214,34 @@ def _earlier(command_id: str, verb: str, digest: str, row: tuple[object, ...]) -
     )
 
 
-def _restarted(entry: Unfinished) -> Stored:
+def _done(entry: Unfinished, events: Sequence[Event]) -> Stored | None:
+    """The reply of a command whose last event shows that it was done; None if there is no such event."""
+    last = _LAST_EVENT.get(entry.verb)
+    found = next((event for event in reversed(events) if event.kind == last), None)
+    if found is None:
+        return None
+    names = dict(zip(("pod_id", "container_id"), found.subject.split("/"), strict=False))
+    try:
+        reply = COMMANDS[entry.verb].reply.model_validate({**found.data, **names, "existed": True})
+    except ValidationError:
+        return None  # an event of an older version
+    return Stored(ok=True, body=reply.model_dump_json().encode())
+
+
+def _restarted(entry: Unfinished, events: Sequence[Event], pods: Mapping[str, PodRecord]) -> Stored:
+    touched = {
+        event.subject.split("/")[0] for event in events if event.kind.startswith(("pod.", "container."))
+    }
     error = {
         "code": "internal",
         "message": RESTARTED,
-        "details": {"command_id": entry.command_id, "verb": entry.verb, "restarted": True},
+        "details": {
+            "command_id": entry.command_id,
+            "verb": entry.verb,
+            "restarted": True,
+            "events": [event.kind for event in events],
+            "pods": {pod: pods[pod].state.value if pod in pods else "absent" for pod in sorted(touched)},
+        },
         "retryable": False,
         "error_id": None,
     }

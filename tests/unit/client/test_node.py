@@ -83,7 +83,7 @@ def arguments(verb: str) -> tuple[Any, ...]:
 
 def test_every_command_has_a_method_and_the_other_way_round() -> None:
     methods = {name for name, _ in inspect.getmembers(NodeClient, inspect.isfunction) if name[0] != "_"}
-    assert methods == {verb.replace(".", "_") for verb in COMMANDS}
+    assert methods - {"enqueue"} == {verb.replace(".", "_") for verb in COMMANDS}
 
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import threading
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 from tests.unit.pods.world import Clock
 from vcnode.errors import NotFoundError, ResourceExhaustedError, StorageError, UnavailableError
 from vcnode.models.events import EventKind
-from vcnode.models.pod import AgentType, HypervisorType, NetworkModel, PodSpec, PodState
+from vcnode.models.pod import AgentType, HypervisorType, NetworkModel, PodSpec, PodState, PodStatus
 from vcnode.models.records import PodRecord
 from vcnode.pods import store as store_module
 from vcnode.pods.journal import RESTARTED, Journal, Stored
 from vcnode.pods.outbox import Outbox
+from vcnode.pods.statuses import pod_status
 from vcnode.pods.store import Store, Tx
 
 CLOCK = Clock()
@@ -331,6 +333,34 @@ async def test_what_a_restart_interrupted_is_answered_as_failed(tmp_path: Path) 
     assert stored is not None
     assert not stored.ok
     assert RESTARTED.encode() in stored.body
+    await store.close()
+
+
+async def test_what_a_restart_found_done_is_answered_as_done(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    status = pod_status(record("p1"), node="n1", mock=True).model_dump(mode="json")
+
+    def deeds(tx: Tx) -> None:
+        tx.save_pod(record("p1"))
+        tx.emit(EventKind.POD_CREATED, "p1", status, time=CLOCK(), command_id="made")
+        tx.emit(EventKind.POD_DELETED, "p2", {}, time=CLOCK(), command_id="gone")
+        tx.emit(EventKind.POD_STARTING, "p1", status, time=CLOCK(), command_id="half")
+
+    commands = {"made": "pod.create", "gone": "pod.delete", "half": "pod.start"}
+    for command_id, verb in commands.items():
+        await journal_of(store).begin(command_id, verb, "d")
+    await store.write(deeds)
+    journal = journal_of(store)
+    await journal.fail_unfinished()
+    made, gone, half = [await journal.begin(command_id, verb, "d") for command_id, verb in commands.items()]
+    assert made is not None
+    assert gone is not None
+    assert half is not None
+    assert (made.ok, PodStatus.model_validate_json(made.body).pod_id) == (True, "p1")
+    assert (gone.ok, json.loads(gone.body)) == (True, {"pod_id": "p2", "existed": True})
+    assert not half.ok
+    details = json.loads(half.body)["details"]
+    assert (details["events"], details["pods"]) == (["pod.starting"], {"p1": "ready"})
     await store.close()
 
 
