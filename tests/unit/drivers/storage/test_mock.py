@@ -1,7 +1,9 @@
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
+from vcnode.drivers.base import PullSource
 from vcnode.drivers.faults import OPERATIONS, FaultPlan
 from vcnode.drivers.storage.mock import MockStorage, MockWorld
 from vcnode.errors import StorageError
@@ -49,6 +51,7 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "share": lambda: storage.share("vm-1", "c", "/srv/a"),
         "unshare": lambda: storage.unshare("vm-1", "c"),
         "build_image": lambda: storage.build_image("/srv/a", timeout_s=1),
+        "pull_image": lambda: storage.pull_image(PullSource("app"), lambda _: None, AsyncMock(), timeout_s=1),
         "image_file": lambda: storage.image_file(DIGEST),
         "remove_image": lambda: storage.remove_image(DIGEST),
     }
