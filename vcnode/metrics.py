@@ -64,6 +64,18 @@ class Metrics:
             "VM templates that were dropped because a clone did not come up.",
             registry=registry,
         )
+        self._held = Gauge(
+            "vcnode_host_objects", "What the node holds on its host, by kind.", ("kind",), registry=registry
+        )
+        self._orphans = Gauge(
+            "vcnode_host_orphans",
+            "What the last audit found on the host that is no pod's and could not be removed, by kind.",
+            ("kind",),
+            registry=registry,
+        )
+        self._reaped = Counter(
+            "vcnode_host_orphans_reaped", "Orphans that audits have removed.", registry=registry
+        )
         self._build = Info("vcnode_build", "What this node runs.", registry=registry)
 
     def command_done(self, verb: str, code: str, seconds: float) -> None:
@@ -85,6 +97,14 @@ class Metrics:
     def template_broken(self) -> None:
         """A VM template could not be used and was dropped."""
         self._templates_broken.inc()
+
+    def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
+        """An audit has counted what the host holds, and has removed so many orphans."""
+        for gauge, counts in ((self._held, held), (self._orphans, orphans)):
+            gauge.clear()
+            for kind, count in counts.items():
+                gauge.labels(kind).set(count)
+        self._reaped.inc(freed)
 
     def events_published(self, count: int) -> None:
         """JetStream acknowledged so many more events."""

@@ -196,6 +196,8 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
         pods.templates.warm()
+        if settings.audit_interval_s:
+            tasks.spawn(pods.audit_forever(settings.audit_interval_s), name="audit")
         yield Node(settings, drivers, pods, service, connection, address)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()

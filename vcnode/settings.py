@@ -190,6 +190,8 @@ class Settings(BaseSettings):
     """Used when a pod names none."""
     stop_grace_s: float = Field(default=10.0, ge=0, le=3600)
     """Default of ``pod.stop``: seconds that containers and guest may take."""
+    audit_interval_s: float = Field(default=300.0, ge=0)
+    """Seconds between two looks for what is on the host and no pod's, which is removed; 0: at start only."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
     """Seconds that running commands may take when the node agent stops."""
     metrics_address: str = "127.0.0.1:9750"

@@ -115,6 +115,26 @@ async def info(cli: Cli) -> None:
     cli.show(reply, views.node)
 
 
+@command(app, "audit")
+async def audit(
+    cli: Cli,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is nobody's.")] = False,
+) -> int:
+    """List what a node holds on its host, and what of it is nobody's; ends with 1 when such a thing is left.
+
+    \b
+    vcnode node audit
+    vcnode node audit --node host1 --repair
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.node_audit(repair=repair, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.audit)
+    clean = reply.orphan_count == reply.freed_count and not reply.problems
+    return Exit.OK if clean else Exit.FAILED
+
+
 @command(app, "ping")
 async def ping(
     cli: Cli,

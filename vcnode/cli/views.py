@@ -14,7 +14,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
-from vcnode.models.node import DriverInfo, ImageStatus, NodeInfo, NodePing
+from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import ContainerState, ContainerStatus, PodStatus, StopOutcome
 
 STOP_WORDS: dict[StopOutcome, str] = {
@@ -220,6 +220,26 @@ def node(info: NodeInfo) -> None:
     )
     print()
     show_table(("DRIVER", "TYPE", "VERSION", "CAPABILITIES", "NOTES"), _drivers(info))
+
+
+def audit(reply: NodeAudit) -> None:
+    """What the node holds, orphans first, and what could not be seen or removed."""
+    show_table(
+        ("KIND", "NAME", "VM", "POD", "ORPHAN"),
+        (
+            (
+                held.kind,
+                held.name,
+                held.vm_id,
+                held.pod_id,
+                ("removed" if held.freed else "yes") if held.orphan else None,
+            )
+            for held in sorted(reply.holdings, key=lambda held: not held.orphan)
+        ),
+    )
+    print(f"{len(reply.holdings)} held, {reply.orphan_count} of them nobody's ({reply.freed_count} removed)")
+    for problem in reply.problems:
+        print(printable(problem))
 
 
 def _drivers(info: NodeInfo) -> Iterable[tuple[object, ...]]:

@@ -35,6 +35,7 @@ from vcnode.models import wire
 from vcnode.models.base import Blob, Reply, Request
 from vcnode.models.commands import (
     COMMANDS,
+    Audit,
     ContainerCreate,
     ContainerDelete,
     ContainerDeleted,
@@ -61,7 +62,7 @@ from vcnode.models.commands import (
     PodStopped,
     RegistryAuth,
 )
-from vcnode.models.node import ImageStatus, NodeInfo, NodePing
+from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
     Cmd,
@@ -349,6 +350,10 @@ class NodeClient:
         return await self._send("image.remove", request, ImageRemoved, options)
 
     # The node itself
+
+    async def node_audit(self, *, repair: bool = False, **options: Unpack[Change]) -> NodeAudit:
+        """List what the node holds on its host; with *repair*, remove what is nobody's."""
+        return await self._send("node.audit", _make(Audit, repair=repair), NodeAudit, options)
 
     async def node_info(self, **options: Unpack[Read]) -> NodeInfo:
         """Show what the node is and has."""

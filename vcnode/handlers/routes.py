@@ -17,7 +17,7 @@ from vcnode.handlers.container import (
 )
 from vcnode.handlers.exec import container_exec, pod_exec
 from vcnode.handlers.image import image_import, image_list, image_pull, image_remove, image_status
-from vcnode.handlers.node import node_info, node_ping
+from vcnode.handlers.node import node_audit, node_info, node_ping
 from vcnode.handlers.pod import (
     pod_create,
     pod_delete,
@@ -59,6 +59,7 @@ ROUTES: dict[str, Handler] = {
     "image.list": image_list,
     "image.status": image_status,
     "image.remove": image_remove,
+    "node.audit": node_audit,
     "node.info": node_info,
     "node.ping": node_ping,
 }

@@ -24,7 +24,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
-from vcnode.models.node import DriverInfo, ImageStatus, NodeInfo, NodePing
+from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -66,6 +66,7 @@ class Pods(Protocol):
     ) -> ContainerDeleted: ...
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses: ...
     def container_status(self, pod_id: str, container_id: str) -> ContainerStatus: ...
+    async def audit(self, *, repair: bool) -> NodeAudit: ...
 
 
 class Images(Protocol):

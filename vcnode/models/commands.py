@@ -12,7 +12,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, NoNul, PodId, Reply, Request
-from vcnode.models.node import ImageStatus, NodeInfo, NodePing
+from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
     Cmd,
@@ -183,6 +183,13 @@ class ImageRef(Request):
     name: ImageName
 
 
+class Audit(Request):
+    """``node.audit``."""
+
+    repair: bool = False
+    """Whether what is nobody's is removed."""
+
+
 class PodStopped(Reply):
     """Reply of ``pod.stop``."""
 
@@ -278,6 +285,7 @@ _ALL = (
     Command("image.list", Empty, ImageStatuses, False, "List images."),
     Command("image.status", ImageRef, ImageStatus, False, "Show one image."),
     Command("image.remove", ImageRef, ImageRemoved, True, "Remove an image that no container uses."),
+    Command("node.audit", Audit, NodeAudit, True, "List what the node holds on its host.", 300.0),
     Command("node.info", Empty, NodeInfo, False, "Show what the node is and has."),
     Command("node.ping", Empty, NodePing, False, "Ask for a sign of life."),
 )

@@ -122,6 +122,40 @@ class NodePing(Reply):
     """True when the node only pretends to run VMs."""
 
 
+class Holding(Reply):
+    """One thing that the node holds on its host."""
+
+    kind: str
+    """``process``, ``directory``, ``mount``, ``socket``, ``template``, ``link``, …"""
+    name: str
+    """What an operator finds it by: a pid, a path, the name of an interface."""
+    vm_id: str | None
+    """VM that it is for; None when it belongs to the node as a whole."""
+    pod_id: str | None
+    """Pod of that VM; None for an orphan, for a template and for a VM that is to become one."""
+    orphan: bool
+    """Whether it is nobody's."""
+    freed: bool
+    """Whether this audit has removed it."""
+
+
+class NodeAudit(Reply):
+    """Everything that the node owns on its host."""
+
+    node: str
+    """Its name."""
+    time: Moment
+    """When it looked."""
+    holdings: tuple[Holding, ...]
+    """What it found, those removed by this very audit included."""
+    orphan_count: int
+    """How many of them are nobody's, removed or not."""
+    freed_count: int
+    """How many of those were removed."""
+    problems: tuple[str, ...]
+    """What could not be looked at or removed, one sentence each."""
+
+
 class ImageStatus(Reply):
     """An image on this node."""
 

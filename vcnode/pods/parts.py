@@ -45,6 +45,10 @@ class Observer(Protocol):
         """A VM template could not be used and was dropped."""
         ...
 
+    def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
+        """The host was looked at: what is held and what of it is nobody's, by kind; how much was removed."""
+        ...
+
 
 @dataclass(frozen=True)
 class Parts:

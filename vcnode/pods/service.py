@@ -21,6 +21,7 @@ from vcnode.models.commands import (
     PodStopped,
 )
 from vcnode.models.events import EventKind
+from vcnode.models.node import NodeAudit
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -36,6 +37,7 @@ from vcnode.models.pod import (
 from vcnode.models.records import PodRecord
 from vcnode.pods import host
 from vcnode.pods.admission import Admission, new_id
+from vcnode.pods.audit import Auditor
 from vcnode.pods.commands import ContainerCommands
 from vcnode.pods.containers import Containers
 from vcnode.pods.images import ImageService
@@ -131,6 +133,7 @@ class PodService:
             observer=metrics,
         )
         """What pods start from."""
+        self._auditor = Auditor(parts, lambda: self.templates.making)
         self._starter = Starter(parts, containers, self._watcher, self.templates)
         self._stopper = Stopper(parts, containers)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
@@ -296,20 +299,34 @@ class PodService:
     # ---- the node ------------------------------------------------------------------------------------
 
     async def recover(self) -> Recovered:
-        """Adopt what lives and mend what was half done; to be called once, before any command is taken.
+        """Adopt what lives, mend what was half done, and remove what is nobody's.
+
+        To be called once, before any command is taken.
 
         Emits one ``node.recovered`` with what was found.
         """
         found = await Recovery(self._parts, self._watcher).run()
+        audit = await self._auditor.audit(repair=True)
         await self.announce(
             EventKind.NODE_RECOVERED,
             {
                 "adopted": sorted(found.adopted),
                 "failed": sorted(found.failed),
                 "undone": sorted(found.undone),
+                "reaped": [f"{h.kind} {h.name}" for h in audit.holdings if h.freed],
             },
         )
         return found
+
+    async def audit(self, *, repair: bool) -> NodeAudit:
+        """List what the node holds on its host; with *repair*, remove what is nobody's."""
+        return await self._auditor.audit(repair=repair)
+
+    async def audit_forever(self, every_s: float) -> None:
+        """Audit and repair the host every so many seconds."""
+        while True:
+            await asyncio.sleep(every_s)
+            await self.audit(repair=True)
 
     async def announce(self, kind: EventKind, data: dict[str, object]) -> None:
         """Emit an event of the node itself, such as ``node.started``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import uuid
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from vcnode.pods.containers import Containers
 from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
+from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.release import Holdings
 from vcnode.pods.statuses import container_id, hostname_of
@@ -133,7 +133,7 @@ class Starter:
                 )
 
     def _new_vm(self, record: PodRecord) -> VmRecord:
-        vm_id = f"vm-{secrets.token_hex(6)}"
+        vm_id = new_vm_id(self._parts.settings)
         return VmRecord(
             vm_id=vm_id,
             uuid=str(uuid.uuid4()),

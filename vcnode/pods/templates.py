@@ -20,6 +20,7 @@ from vcnode.errors import FailedPreconditionError, UnsupportedError, VcnodeError
 from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
 from vcnode.models.vm import VmShape, VmSpec
+from vcnode.pods.marks import new_vm_id
 from vcnode.pods.undo import UndoStack
 from vcnode.settings import Settings
 
@@ -85,6 +86,8 @@ class Templates:
         self._tasks = tasks
         self._observer = observer
         self._making: dict[str, asyncio.Task[None]] = {}
+        self.making: set[str] = set()
+        """Ids of the VMs that are to become templates."""
 
     def warm(self) -> None:
         """Begin to load or make the templates that the settings list; returns at once."""
@@ -180,9 +183,10 @@ class Templates:
             log.info("Made template %s", kind.key, extra={"shape": kind.shape.model_dump()})
 
     async def _boot_and_save(self, kind: _Kind) -> None:
-        vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+        vm_id = new_vm_id(self._settings)
         limit_s = self._settings.qemu.boot_timeout_s
         undo = UndoStack()
+        self.making.add(vm_id)
         try:
             undo.push(f"directory of {vm_id}", lambda: self._storage.remove_vm_dir(vm_id))
             directory = await self._storage.make_vm_dir(vm_id)
@@ -203,6 +207,7 @@ class Templates:
         finally:
             for left in await undo.unwind():
                 log.warning("Making a template has left %s", left)
+            self.making.discard(vm_id)  # what was left is an orphan from now on, and the next audit's
 
     async def _evict(self, new: _Kind) -> None:
         """Keep the templates within their size on disk; those that were used last stay."""

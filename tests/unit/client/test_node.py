@@ -72,6 +72,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "pod.list": (),
     "container.list": (),
     "image.list": (),
+    "node.audit": (),
     "node.info": (),
     "node.ping": (),
 }

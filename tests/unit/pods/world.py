@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,7 @@ from vcnode.aio import Tasks
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.mock.guest import MockGuests
 from vcnode.drivers.agent.noop import NoopAgent
+from vcnode.drivers.audit import Held
 from vcnode.drivers.faults import FaultPlan, Rule
 from vcnode.drivers.hypervisor.mock import MockHypervisor, MockWorld
 from vcnode.drivers.storage.mock import MockStorage
@@ -136,6 +137,14 @@ class TapNetwork:
         await self.plan.hit("network.detach")
         self.made.pop(attachment.vm_id, None)
 
+    async def held(self, mark: str) -> Sequence[Held]:
+        await self.plan.hit("network.held")
+        return [Held("link", f"tap-{vm_id}", vm_id) for vm_id in self.made if vm_id.startswith(mark)]
+
+    async def free(self, held: Held, *, timeout_s: float) -> None:
+        await self.plan.hit("network.free")
+        self.made.pop(held.vm_id or "", None)
+
 
 class Observed:
     """What the service measured."""
@@ -145,6 +154,7 @@ class Observed:
         self.sessions_lost = 0
         self.templates_made = 0
         self.templates_broken = 0
+        self.audits: list[tuple[dict[str, int], dict[str, int], int]] = []
 
     def phase(self, name: str, seconds: float) -> None:
         self.phases.append((name, seconds))
@@ -157,6 +167,9 @@ class Observed:
 
     def template_broken(self) -> None:
         self.templates_broken += 1
+
+    def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
+        self.audits.append((dict(held), dict(orphans), freed))
 
 
 class World:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, PullSource
 from vcnode.drivers.storage.images import ImageStore
 from vcnode.drivers.storage.paths import AllowedRoots
@@ -68,6 +69,15 @@ class LocalStorage:
         """VMs that have a directory here, so that recovery can find those that no record knows."""
         async with _translated("Listing the directories of VMs"):
             return await in_thread(self._dirs.ids)
+
+    async def held(self, mark: str) -> Sequence[Held]:
+        """See `vcnode.drivers.audit.Auditable`: directories of VMs, and mounts and sockets in them."""
+        async with _translated("Listing the directories of VMs"):
+            return await in_thread(self._dirs.held, mark)
+
+    async def free(self, held: Held, *, timeout_s: float) -> None:
+        """See `vcnode.drivers.audit.Auditable`: the VM's directory goes with all that is in it."""
+        await self.remove_vm_dir(held.vm_id or "")
 
     async def make_vm_dir(self, vm_id: str) -> Path:
         """See `vcnode.drivers.base.Storage`. AlreadyExistsError when the VM has one."""

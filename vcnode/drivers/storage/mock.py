@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, PullSource
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.storage.images import check_digest
@@ -74,6 +75,17 @@ class MockStorage:
     async def vm_ids(self) -> Sequence[str]:
         """VMs that have a directory."""
         return sorted(self.world.vm_dirs)
+
+    async def held(self, mark: str) -> Sequence[Held]:
+        """See `vcnode.drivers.audit.Auditable`."""
+        await self._hit("held")
+        shares = [Held("mount", f"{vm}/shared/{name}", vm) for vm, name in sorted(self.world.shares)]
+        directories = [Held("directory", str(self._run_dir / "vms" / vm), vm) for vm in await self.vm_ids()]
+        return [held for held in (*shares, *directories) if held.vm_id and held.vm_id.startswith(mark)]
+
+    async def free(self, held: Held, *, timeout_s: float) -> None:
+        """See `vcnode.drivers.audit.Auditable`."""
+        await self.remove_vm_dir(held.vm_id or "")
 
     async def make_vm_dir(self, vm_id: str) -> Path:
         """See `vcnode.drivers.base.Storage`; the path that is returned does not exist."""

@@ -45,7 +45,8 @@ def mount_points(mountinfo: str, below: str) -> list[str]:
     return found
 
 
-def _mounted(below: str) -> list[str]:
+def mounted(below: str) -> list[str]:
+    """Mount points at or under the real path *below*, now."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return mount_points(file.read(), below)
 
@@ -95,7 +96,7 @@ def unmount_below(directory: str, *, through: str = "") -> None:
     left: list[str] = []
     # Mounts may be stacked on one point, and lazy unmounting takes whole subtrees: look again each time.
     for _ in range(64):
-        left = [point for point in _mounted(directory) if point != directory]
+        left = [point for point in mounted(directory) if point != directory]
         if not left:
             return
         for point in outermost(left, through):

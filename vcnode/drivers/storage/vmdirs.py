@@ -15,12 +15,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from pathlib import Path
 
+from vcnode.drivers.audit import Held
 from vcnode.drivers.storage import syscalls
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.threads import Undo
-from vcnode.drivers.storage.trees import remove_tree, unmount, unmount_below
+from vcnode.drivers.storage.trees import mounted, remove_tree, unmount, unmount_below
 from vcnode.errors import AlreadyExistsError, InvalidArgumentError, StorageError
 
 SHARED = "shared"
@@ -57,6 +59,17 @@ class VmDirs:
             return sorted(entry.name for entry in os.scandir(self._base) if _NAME.fullmatch(entry.name))
         except FileNotFoundError:
             return []
+
+    def held(self, mark: str) -> list[Held]:
+        """The directories of VMs whose id begins with *mark*, with mounts and sockets in them. Blocking."""
+        found = []
+        for vm_id in self.ids():
+            if vm_id.startswith(mark):
+                path = str(self.path(vm_id))
+                mounts = [Held("mount", point, vm_id) for point in mounted(path)]
+                sockets = [Held("socket", name, vm_id) for name in _sockets(path)]
+                found += [*mounts, *sockets, Held("directory", path, vm_id)]
+        return found
 
     def make(self, undo: list[Undo], vm_id: str) -> Path:
         """Make the directory of a VM; appends to *undo* what removes it again.
@@ -169,6 +182,14 @@ class VmDirs:
             return os.open(self.path(vm_id) / SHARED, _DIRECTORY)
         except FileNotFoundError as exc:
             raise StorageError(f"VM {vm_id} has no directory on this node.", vm_id=vm_id) from exc
+
+
+def _sockets(path: str) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(e.path for e in entries if stat.S_ISSOCK(e.stat(follow_symlinks=False).st_mode))
+    except FileNotFoundError:
+        return []  # it went while we looked
 
 
 def _writable(shared: int) -> int:

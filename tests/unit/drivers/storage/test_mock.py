@@ -54,6 +54,7 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "pull_image": lambda: storage.pull_image(PullSource("app"), lambda _: None, AsyncMock(), timeout_s=1),
         "image_file": lambda: storage.image_file(DIGEST),
         "remove_image": lambda: storage.remove_image(DIGEST),
+        "held": lambda: storage.held("vm-"),
     }
     with pytest.raises(StorageError):
         await calls[operation.removeprefix("storage.")]()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from vcnode.aio import deadline_as
+from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock.world import MockMachine, MockWorld
@@ -174,6 +175,17 @@ class MockHypervisor:
             return False
         machine.end(VmExit(expected=True, exit_code=-9, reason=ENDED_BY_NODE))
         return True
+
+    async def held(self, mark: str) -> Sequence[Held]:
+        """See Protocol Auditable."""
+        await self._plan.hit("hypervisor.held")
+        ids = [machine.spec.vm_id for machine in self.world.alive]
+        return [Held("process", f"mock of {vm_id}", vm_id) for vm_id in ids if vm_id.startswith(mark)]
+
+    async def free(self, held: Held, *, timeout_s: float) -> None:
+        """See Protocol Auditable."""
+        await self._plan.hit("hypervisor.free", vm_id=held.vm_id)
+        self.world.die(held.vm_id or "", ENDED_BY_NODE)
 
     def template_key(self, shape: VmShape) -> str:
         """See Protocol Templating."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from vcnode.drivers.hypervisor.qemu.process import NAME_PREFIX
 from vcnode.models.vm import VmSpec
 
 AGENT_PORT = "vcnode.agent.0"
@@ -362,7 +363,7 @@ def switches(launch: Launch) -> Iterator[Switch]:
     spec = launch.spec
     size = f"{spec.mem_size_mib}M"
     yield from (NoDefaults(), NoUserConfig(), NoReboot(), Display(), Sandbox())
-    yield Name(f"vcnode-{spec.vm_id}")
+    yield Name(f"{NAME_PREFIX}{spec.vm_id}")
     yield Uuid(spec.uuid)
     yield Machine(type="microvm", accel=launch.accelerator, memory_backend="ram")
     # Under TCG `max` lets an idle guest stop its tick, and boots faster than the default model.

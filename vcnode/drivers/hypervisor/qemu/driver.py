@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vcnode.aio import Spawner, deadline_as, finish
+from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.hypervisor.qemu import accel, tsc
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
-from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, spawn
+from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, spawn
 from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
 from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
@@ -132,19 +133,28 @@ class QemuHypervisor:
         if process is None:
             files.remove()
             return False
-        try:
-            process.signal(signal.SIGTERM)
-            if not await process.ended_within(min(TERM_WAIT_S, timeout_s)):
-                process.signal(signal.SIGKILL)
-                if not await process.ended_within(max(timeout_s - TERM_WAIT_S, 1.0)):
-                    raise HypervisorError(f"Process {process.pid} of VM {record.vm_id} survived SIGKILL.")
-        except asyncio.CancelledError:
-            process.signal(signal.SIGKILL)
-            raise
-        finally:
-            process.release()
+        await _end(process, record.vm_id, timeout_s)
         files.remove()
         return True
+
+    async def held(self, mark: str) -> Sequence[Held]:
+        """See Protocol Auditable: QEMU processes by pid, and templates."""
+        running = await asyncio.to_thread(named, mark)
+        processes = [Held("process", str(found.pid), found.vm_id) for found in running]
+        return [*processes, *await self._sources.held(mark)]
+
+    async def free(self, held: Held, *, timeout_s: float) -> None:
+        """See Protocol Auditable."""
+        if held.vm_id is None:
+            raise HypervisorError(f"{held.kind} {held.name} is of no VM.")
+        if held.kind == "process":
+            for found in await asyncio.to_thread(named, held.vm_id):
+                if found.vm_id == held.vm_id:
+                    process = adopt(found.pid, found.start_ticks, found.uuid)
+                    if process is not None:
+                        await _end(process, found.vm_id, timeout_s)
+        else:
+            await self._sources.discard(held.vm_id)
 
     async def close(self) -> None:
         """Free the memory of the templates; each VM's handle holds its own."""
@@ -336,3 +346,22 @@ class QemuHypervisor:
             # Without "reliable" the guest's watchdog compares it with jiffies, which a busy host delays, and
             # falls back to them for good: a clock of 4 ms steps that loses ticks.
             self._kernel_params = (*KERNEL_PARAMS, f"tsc_early_khz={khz}", "tsc=reliable")
+
+
+async def _end(process: Process, vm_id: str, timeout_s: float) -> None:
+    """End a process: SIGTERM, and SIGKILL after `TERM_WAIT_S`; lets go of it in any case.
+
+    Raises:
+        HypervisorError: It survived.
+    """
+    try:
+        process.signal(signal.SIGTERM)
+        if not await process.ended_within(min(TERM_WAIT_S, timeout_s)):
+            process.signal(signal.SIGKILL)
+            if not await process.ended_within(max(timeout_s - TERM_WAIT_S, 1.0)):
+                raise HypervisorError(f"Process {process.pid} of VM {vm_id} survived SIGKILL.")
+    except asyncio.CancelledError:
+        process.signal(signal.SIGKILL)
+        raise
+    finally:
+        process.release()

@@ -26,6 +26,10 @@ ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 """All of QEMU's environment: what the node agent was given (secrets, perhaps) is none of its business."""
 
 
+NAME_PREFIX = "vcnode-"
+"""Of the name that QEMU is given; the VM's id follows."""
+
+
 class Stat(NamedTuple):
     """What tells a process from another one with the same pid."""
 
@@ -67,6 +71,42 @@ def find(uuid: str) -> tuple[int, int] | None:
             if stat is not None:
                 return int(entry), stat.start_ticks
     return None
+
+
+class Named(NamedTuple):
+    """A QEMU that was found by its name."""
+
+    pid: int
+    start_ticks: int
+    vm_id: str
+    uuid: str
+
+
+def named(mark: str) -> list[Named]:
+    """All QEMUs of this user whose VM's id begins with *mark*, as ``-name guest=vcnode-<vm_id>`` says it."""
+    found = []
+    prefix = f"guest={NAME_PREFIX}"
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal() and (args := _arguments(int(entry))) is not None:
+            options = dict(pairwise(args))
+            name, uuid = options.get("-name", ""), options.get("-uuid", "")
+            vm_id = name.removeprefix(prefix)
+            if name.startswith(prefix) and vm_id.startswith(mark) and uuid:
+                stat = read_stat(int(entry))
+                if stat is not None and not stat.zombie:
+                    found.append(Named(int(entry), stat.start_ticks, vm_id, uuid))
+    return sorted(found)
+
+
+def _arguments(pid: int) -> list[str] | None:
+    """The command line of a process of this user; None when there is no such process any more."""
+    directory = Path(f"/proc/{pid}")
+    try:
+        if directory.stat().st_uid != os.geteuid():
+            return None
+        return (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
 
 
 class Process:

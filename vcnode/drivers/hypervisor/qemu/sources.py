@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vcnode.aio import deadline_as, finish
+from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo
 from vcnode.drivers.hypervisor.qemu import templates
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS
@@ -122,7 +123,7 @@ class Sources:
                 incoming="defer",
             )
         if spec.template_key is not None:
-            draft = self._store.draft(spec.template_key)
+            draft = self._store.draft(spec.template_key, spec.vm_id)
             self._drafts[spec.vm_id] = _Making(spec.template_key, draft)
             return Source(ram_file=draft.ram, ram_share=True)
         return Source()
@@ -144,6 +145,27 @@ class Sources:
         except BaseException:
             await finish(asyncio.to_thread(self._store.discard, making.draft), timeout_s=DISCARD_LIMIT_S)
             raise
+
+    async def held(self, mark: str) -> Sequence[Held]:
+        """Templates, finished and begun, as files; see `vcnode.drivers.audit.Auditable.held`."""
+
+        def look() -> list[Held]:
+            begun = [
+                Held("template", str(draft.directory), vm_id) for draft, vm_id in self._store.drafts(mark)
+            ]
+            return begun + [Held("template", name, None) for name in self._store.names()]
+
+        return await asyncio.to_thread(look)
+
+    async def discard(self, vm_id: str) -> None:
+        """Remove what was begun for a VM that will not become a template. Idempotent."""
+        self._drafts.pop(vm_id, None)
+
+        def discard() -> None:
+            for draft, _ in (found for found in self._store.drafts(vm_id) if found[1] == vm_id):
+                self._store.discard(draft)
+
+        await asyncio.to_thread(discard)
 
     def forget(self, vm_id: str) -> None:
         """The VM will not become a template: its launch failed. Idempotent."""

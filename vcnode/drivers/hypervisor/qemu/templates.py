@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,19 +74,24 @@ class TemplateStore:
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             for entry in self._directory.iterdir():
-                if not (entry / "manifest.json").is_file():
+                if entry.name.startswith(".") or not (entry / "manifest.json").is_file():
                     shutil.rmtree(entry)
         except OSError as exc:
             raise HypervisorError(f"The template directory {self._directory} cannot be used.") from exc
 
-    def draft(self, key: str) -> Draft:
-        """Begin a template. Raises HypervisorError."""
-        directory = self._directory / f".{key}.{os.getpid()}.{time.monotonic_ns()}"
+    def draft(self, key: str, vm_id: str) -> Draft:
+        """Begin a template, of the VM *vm_id*. Raises HypervisorError."""
+        directory = self._directory / f".{key}.{vm_id}"
         try:
             directory.mkdir(mode=0o700)
         except OSError as exc:
             raise HypervisorError(f"The template directory {self._directory} cannot be used.") from exc
         return Draft(directory)
+
+    def drafts(self, mark: str) -> list[tuple[Draft, str]]:
+        """Templates that were begun, with their VMs, of those whose id begins with *mark*."""
+        found = [(Draft(entry), entry.name.rpartition(".")[2]) for entry in self._directory.glob(".*")]
+        return [(draft, vm_id) for draft, vm_id in found if vm_id.startswith(mark)]
 
     def discard(self, draft: Draft) -> None:
         """Remove a draft. Idempotent."""
