@@ -81,7 +81,7 @@ class SturdyClient(Client):
             await super()._process_connect_init()
         except BaseException:
             if self._transport is not None:
-                self._transport.close()
+                self._transport.close()  # type: ignore[no-untyped-call]
             raise
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
