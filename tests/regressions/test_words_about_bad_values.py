@@ -9,9 +9,10 @@ import pytest
 
 from vcnode.cli.exits import UsageError
 from vcnode.cli.specs import model
+from vcnode.client.node import _make
 from vcnode.errors import InvalidArgumentError
 from vcnode.handlers.decode import decode
-from vcnode.models.commands import PodCreate
+from vcnode.models.commands import PodCreate, PodName
 from vcnode.models.pod import PodSpec
 
 C = {"image": "b"}
@@ -53,3 +54,12 @@ def test_the_command_line_says_it_in_the_same_words(
     [violation] = caught.value.details["violations"]
     assert violation["field"] == field
     assert message in violation["message"]
+
+
+def test_the_client_says_it_in_the_same_words() -> None:
+    """Its docstring promises the violations as if the node had refused the request."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        _make(PodName, pod_id="A b")
+    [violation] = caught.value.details["violations"]
+    assert violation["field"] == "pod_id"
+    assert "must be 1 to 64 of a-z" in violation["message"]

@@ -75,6 +75,7 @@ from vcnode.models.pod import (
     PodStatus,
 )
 from vcnode.models.subjects import Subjects
+from vcnode.models.violations import violations_of
 
 GRACE_S = 5.0
 """How much longer than its deadline a command's reply is awaited, so that the node can say what happened."""
@@ -463,10 +464,7 @@ def _make(model: type[RequestT], **fields: Any) -> RequestT:
     try:
         return model(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as exc:
-        violations = [
-            {"field": ".".join(str(part) for part in error["loc"]), "message": error["msg"]}
-            for error in exc.errors(include_url=False)
-        ]
+        violations = violations_of(exc, model)
         raise InvalidArgumentError(
             f"{violations[0]['field']}: {violations[0]['message']}", violations=violations
         ) from exc

@@ -144,7 +144,7 @@ async def test_exec_takes_words_or_a_whole_command(node: NodeClient, requester: 
         (lambda node: node.pod_stop("p1", grace_s=-1), "grace_s"),
         (lambda node: node.container_kill("p1", "c1", signal=99), "signal"),
         (lambda node: node.image_import("busybox", "relative"), "path"),
-        (lambda node: node.container_exec("p1", "c1", ["a\0b"]), "args.0"),
+        (lambda node: node.container_exec("p1", "c1", ["a\0b"]), "args[0]"),
     ],
 )
 async def test_a_bad_value_is_refused_before_anything_is_sent(
