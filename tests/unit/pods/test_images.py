@@ -40,7 +40,7 @@ async def test_a_pulled_image_tells_its_way_and_says_what_runs(world: World) -> 
 
 async def test_an_image_without_a_command_needs_one_in_the_container(world: World) -> None:
     await world.images.import_("bare", "/roots/bare", world.call())
-    with pytest.raises(InvalidArgumentError, match=r"pod\.containers\.0\.cmd\.args"):
+    with pytest.raises(InvalidArgumentError, match=r"pod\.containers\[0\]\.cmd\.args"):
         await world.pods.create(pod(containers=[container(image="bare", cmd=Cmd())]), world.call())
 
 
