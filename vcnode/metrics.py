@@ -64,6 +64,17 @@ class Metrics:
             "VM templates that were dropped because a clone did not come up.",
             registry=registry,
         )
+        self._spares_asked = Counter(
+            "vcnode_pool_starts",
+            "Starts of pods of a size that has a pool, by whether a spare VM waited for them.",
+            ("result",),
+            registry=registry,
+        )
+        self._spares_lost = Counter(
+            "vcnode_pool_spares_lost",
+            "Spare VMs that died while they waited, or did not answer when a pod took them.",
+            registry=registry,
+        )
         self._held = Gauge(
             "vcnode_host_objects", "What the node holds on its host, by kind.", ("kind",), registry=registry
         )
@@ -98,6 +109,14 @@ class Metrics:
         """A VM template could not be used and was dropped."""
         self._templates_broken.inc()
 
+    def spare_taken(self, found: bool) -> None:
+        """A pod of a shape that has a pool came: there was a spare VM for it, or not."""
+        self._spares_asked.labels("hit" if found else "miss").inc()
+
+    def spare_lost(self) -> None:
+        """A spare VM died while it waited, or did not answer when it was taken."""
+        self._spares_lost.inc()
+
     def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
         """An audit has counted what the host holds, and has removed so many orphans."""
         for gauge, counts in ((self._held, held), (self._orphans, orphans)):
@@ -125,6 +144,14 @@ class Metrics:
         self._build.info(
             {"version": version, "accelerator": accelerator or "none", "mock": str(mock).lower()}
         )
+
+    def watch_pool(self, *, ready: Callable[[], int], queued: Callable[[], int]) -> None:
+        """Read the number of spare VMs that wait, and of starts that wait, at every scrape."""
+        for name, text, count in (
+            ("vcnode_pool_spares", "Spare VMs that wait for pods.", ready),
+            ("vcnode_starts_queued", "Pods that wait to be started.", queued),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(count)
 
     def watch(self, *, pods: Counts, containers: Counts, unpublished: Callable[[], int]) -> None:
         """Read these at every scrape.

@@ -196,6 +196,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
         pods.templates.warm()
+        pods.pool.start()
         if settings.audit_interval_s:
             tasks.spawn(pods.audit_forever(settings.audit_interval_s), name="audit")
         yield Node(settings, drivers, pods, service, connection, address)
@@ -342,6 +343,9 @@ def _lease(settings: Settings, services: Services, identity: str) -> NodeLease:
 
 def _describe(metrics: Metrics, service: NodeService, pods: PodService, outbox: Outbox) -> None:
     info = service.info()
+    metrics.watch_pool(
+        ready=lambda: sum(shape.ready for shape in pods.pool.statuses()), queued=lambda: pods.queued_starts
+    )
     metrics.runs(version=vcnode.__version__, accelerator=info.accelerator, mock=info.mock)
     metrics.watch(
         pods=lambda: _counts(PodState, (p.state for p in pods.list({}, ()).pods)),

@@ -105,6 +105,18 @@ class ShapeSettings(Group):
     """Guest memory in MiB."""
 
 
+class PoolSettings(ShapeSettings):
+    """Spare VMs of one size."""
+
+    spares: int = Field(default=1, ge=0, le=1000)
+    """How many wait; 0 turns it off."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """CPUs and MiB."""
+        return self.vcpu_count, self.mem_size_mib
+
+
 class TemplateSettings(Group):
     """Booted VMs that pods are copied from."""
 
@@ -144,6 +156,8 @@ class LimitSettings(Group):
     """Commands in progress at once; more get ``resource_exhausted``."""
     concurrent_starts: int = Field(default=4, ge=1)
     """Pods starting at once; more wait."""
+    queued_starts: int = Field(default=256, ge=0)
+    """Pods waiting to start; more get ``resource_exhausted``."""
     pods: int = Field(default=500, ge=1)
     """Pods that the node holds, in any state."""
     request_bytes: int = Field(default=512 * 1024, ge=1024)
@@ -205,6 +219,8 @@ class Settings(BaseSettings):
     nats: NatsSettings = NatsSettings()
     qemu: QemuSettings = QemuSettings()
     templates: TemplateSettings = TemplateSettings()
+    pool: tuple[PoolSettings, ...] = ()
+    """VMs of the default drivers that wait, resumed and paused again, for pods of their size."""
     images: ImageSettings = ImageSettings()
     limits: LimitSettings = LimitSettings()
 

@@ -24,7 +24,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
-from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
+from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing, PoolStatus
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -67,6 +67,7 @@ class Pods(Protocol):
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses: ...
     def container_status(self, pod_id: str, container_id: str) -> ContainerStatus: ...
     async def audit(self, *, repair: bool) -> NodeAudit: ...
+    def pool_statuses(self) -> tuple[PoolStatus, ...]: ...
 
 
 class Images(Protocol):
@@ -163,6 +164,7 @@ class NodeService:
             mem_total_mib=total_mib,
             mem_available_mib=available_mib,
             allowed_roots=tuple(str(root) for root in settings.allowed_roots),
+            pool=self._pods.pool_statuses(),
         )
 
 

@@ -22,6 +22,19 @@ class DriverInfo(Reply):
     """Findings that an operator should know, such as why KVM is not used."""
 
 
+class PoolStatus(Reply):
+    """Spare VMs of one size."""
+
+    vcpu_count: int
+    """Virtual CPUs."""
+    mem_size_mib: int
+    """Guest memory in MiB."""
+    wanted: int
+    """How many shall wait."""
+    ready: int
+    """How many do."""
+
+
 class NodeInfo(Reply):
     """What a node is and has."""
 
@@ -63,6 +76,8 @@ class NodeInfo(Reply):
     """Memory that the host could still give, in MiB."""
     allowed_roots: tuple[str, ...]
     """Directories under which host paths must lie."""
+    pool: tuple[PoolStatus, ...] = ()
+    """Spare VMs that wait for pods; their memory is taken, but given up when a pod needs it."""
 
 
 class Amount(Reply):

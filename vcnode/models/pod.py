@@ -201,6 +201,8 @@ class PodSpec(Request):
     template: Literal["auto", "require", "never"] = "auto"
     """Whether the VM starts as a copy of a booted one of its shape: ``auto`` where that is possible,
     ``require`` or fail, ``never`` (always boot)."""
+    priority: int = Field(default=0, ge=-1000, le=1000)
+    """When more pods start than may at once, higher ones go first."""
     containers: tuple[ContainerSpec, ...] = Field(default=(), max_length=MAX_CONTAINERS)
     """Containers that start with the pod; more can be added later."""
     labels: Labels = {}
@@ -324,6 +326,8 @@ class PodStatus(Reply):
     """What could not be freed on the host; ``pod.delete`` tries again."""
     phases_ms: dict[str, float] = {}
     """Milliseconds of each phase of the last start."""
+    queue_position: int | None = None
+    """While a start waits for others: 1 is next. In replies only, for it changes with every other start."""
     labels: dict[str, str] = {}
     """As given."""
     annotations: dict[str, str] = {}

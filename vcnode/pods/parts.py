@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +17,7 @@ from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.live import LivePod
 from vcnode.pods.locks import PodLocks
+from vcnode.pods.queue import StartQueue
 from vcnode.settings import Settings
 
 REQUEST_LIMIT_S = 30.0
@@ -45,6 +45,14 @@ class Observer(Protocol):
         """A VM template could not be used and was dropped."""
         ...
 
+    def spare_taken(self, found: bool) -> None:
+        """A pod of a shape that has a pool came: there was a spare for it, or not."""
+        ...
+
+    def spare_lost(self) -> None:
+        """A spare died while it waited, or did not answer when it was taken."""
+        ...
+
     def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
         """The host was looked at: what is held and what of it is nobody's, by kind; how much was removed."""
         ...
@@ -66,7 +74,7 @@ class Parts:
     observer: Observer
     clock: Callable[[], datetime]
     memory: Callable[[], HostMemory]
-    starts: asyncio.Semaphore
+    starts: StartQueue
     """Bounds the pods that start at once."""
     live: dict[str, LivePod] = field(default_factory=dict)
     """Running VMs by pod id."""

@@ -21,7 +21,7 @@ from vcnode.models.commands import (
     PodStopped,
 )
 from vcnode.models.events import EventKind
-from vcnode.models.node import NodeAudit
+from vcnode.models.node import NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -45,6 +45,8 @@ from vcnode.pods.ledger import Ledger
 from vcnode.pods.lifecycle import POD_DELETABLE, require
 from vcnode.pods.locks import PodLocks
 from vcnode.pods.parts import Observer, Parts
+from vcnode.pods.pool import Pool
+from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.start import Starter
 from vcnode.pods.stop import Stopper
@@ -119,7 +121,7 @@ class PodService:
             observer=metrics,
             clock=clock,
             memory=memory,
-            starts=asyncio.Semaphore(settings.limits.concurrent_starts),
+            starts=StartQueue(slots=settings.limits.concurrent_starts, places=settings.limits.queued_starts),
         )
         containers = Containers(parts)
         self._watcher = Watcher(parts, containers)
@@ -133,8 +135,18 @@ class PodService:
             observer=metrics,
         )
         """What pods start from."""
-        self._auditor = Auditor(parts, lambda: self.templates.making)
-        self._starter = Starter(parts, containers, self._watcher, self.templates)
+        self.pool = Pool(
+            templates=self.templates,
+            storage=storage,
+            settings=settings,
+            queue=parts.starts,
+            tasks=tasks,
+            memory=memory,
+            observer=metrics,
+        )
+        """Spare VMs."""
+        self._auditor = Auditor(parts, lambda: self.templates.making | self.pool.vm_ids)
+        self._starter = Starter(parts, containers, self._watcher, self.templates, self.pool)
         self._stopper = Stopper(parts, containers)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
 
@@ -177,6 +189,7 @@ class PodService:
         spec = _with_id(spec)
         pod_id = _id_of(spec)
         async with self._parts.locks.hold(pod_id, call.verb) as hold:
+            self._parts.starts.check()
             existed = self._ledger.find(pod_id) is not None
             await self._create(spec, call)
             try:
@@ -222,7 +235,7 @@ class PodService:
         """Pods that carry all *labels* and are in one of *states* (empty: any), in the order of creation."""
         return PodStatuses(
             pods=tuple(
-                self._ledger.status(record)
+                self._status(record)
                 for record in self._ledger.records.values()
                 if (not states or record.state in states) and labels.items() <= record.spec.labels.items()
             )
@@ -230,7 +243,16 @@ class PodService:
 
     def status(self, pod_id: str) -> PodStatus:
         """One pod. Raises NotFoundError when there is none of that id."""
-        return self._ledger.status(self._ledger.get(pod_id))
+        return self._status(self._ledger.get(pod_id))
+
+    @property
+    def queued_starts(self) -> int:
+        """How many starts wait for others."""
+        return self._parts.starts.waiting
+
+    def pool_statuses(self) -> tuple[PoolStatus, ...]:
+        """The spare VMs, by shape."""
+        return self.pool.statuses()
 
     @property
     def busy(self) -> bool:
@@ -334,6 +356,7 @@ class PodService:
 
     async def close(self) -> None:
         """Let go of all VMs: sessions are closed, the VMs and what runs in them go on. Idempotent."""
+        await self.pool.close()
         while self._parts.live:
             pod_id, live = self._parts.live.popitem()
             try:
@@ -360,6 +383,13 @@ class PodService:
         record = await self._admission.pod(spec)
         await self._ledger.add(record, call, limit=self._parts.settings.limits.pods)
         return self._ledger.get(pod_id)
+
+    def _status(self, record: PodRecord) -> PodStatus:
+        """Its status, with its place in the queue, which no record has: it changes with those of others."""
+        status = self._ledger.status(record)
+        if record.state is PodState.STARTING and (at := self._parts.starts.position(record.pod_id)):
+            return status.model_copy(update={"queue_position": at})
+        return status
 
     async def _forget_unless_leftovers(self, pod_id: str, call: Call) -> None:
         record = self._ledger.find(pod_id)

@@ -6,15 +6,17 @@ import asyncio
 import logging
 import os
 import uuid
-from pathlib import Path
+from functools import partial
 
 from vcnode import aio
 from vcnode.drivers.base import GuestSession, Vm
 from vcnode.errors import (
     AgentError,
+    DeadlineExceededError,
     HypervisorError,
     NotFoundError,
     ResourceExhaustedError,
+    UnavailableError,
     UnsupportedError,
     VcnodeError,
 )
@@ -29,6 +31,7 @@ from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
+from vcnode.pods.pool import Pool, Spare
 from vcnode.pods.release import Holdings
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
@@ -82,11 +85,14 @@ class Phases:
 class Starter:
     """Starts pods; the caller holds the pod's lock."""
 
-    def __init__(self, parts: Parts, containers: Containers, watcher: Watcher, templates: Templates) -> None:
+    def __init__(
+        self, parts: Parts, containers: Containers, watcher: Watcher, templates: Templates, pool: Pool
+    ) -> None:
         self._parts = parts
         self._containers = containers
         self._watcher = watcher
         self._templates = templates
+        self._pool = pool
 
     async def start(self, pod_id: str, call: Call, *, began: float) -> PodRecord:
         """Bring a pod up, with all its containers.
@@ -102,29 +108,46 @@ class Starter:
 
         Raises:
             NotFoundError, FailedPreconditionError: No such pod, or not in a state to start; nothing changed.
-            ResourceExhaustedError: The host has not the memory; nothing changed.
+            ResourceExhaustedError: The host lacks memory, or the queue of starts is full; nothing changed.
             DriverError: A driver failed; undone as said above.
         """
         parts = self._parts
         record = parts.ledger.get(pod_id, call)
         self._check(record, call)
+        await self._make_room(record)
+        ticket = parts.starts.enter(pod_id, record.spec.priority)
         undo = UndoStack()
+        spare: Spare | None = None
         try:
-            record = await parts.ledger.change(pod_id, edits.starting(self._new_vm(record), call.verb), call)
-            return await self._bring_up(record, undo, Phases(parts.observer, began), call)
+            if (spare := self._pool.take(record)) is not None:
+                undo.push(f"spare VM {spare.vm_id}", partial(self._pool.end, spare))
+            vm = self._new_vm(record) if spare is None else spare.vm.record
+            record = await parts.ledger.change(pod_id, edits.starting(vm, call.verb), call)
+            phases = Phases(parts.observer, began)
+            await ticket.granted.wait()
+            phases.done("queue")
+            return await self._bring_up(record, spare, undo, phases, call)
         except BaseException as exc:
             await aio.finish(self._give_up(pod_id, undo, exc, call), timeout_s=GIVE_UP_LIMIT_S)
             raise
+        finally:
+            parts.starts.leave(ticket)
+            if spare is not None:
+                self._pool.settle(spare)
 
     def _check(self, record: PodRecord, call: Call) -> None:
         """Refuse what cannot go well, before anything changes."""
         check_revision(record, call)
         next_pod_state(record.pod_id, record.state, PodStep.START, call.verb)
-        hypervisor = self._parts.hypervisor(record)
+        self._parts.hypervisor(record)
         self._parts.agent(record)
         self._parts.network(record)
-        if not hypervisor.info.mock:
+
+    async def _make_room(self, record: PodRecord) -> None:
+        """See that the host has the memory; spare VMs that the pod does not take give way to it."""
+        if not self._parts.hypervisor(record).info.mock and not self._pool.has(record):
             wanted = record.spec.resources.mem_size_mib
+            await self._pool.make_room(wanted)
             if (available := self._parts.memory().available_mib) < wanted:
                 raise ResourceExhaustedError(
                     f"Pod {record.pod_id} needs {wanted} MiB of memory; the host has {available} MiB left.",
@@ -141,33 +164,30 @@ class Starter:
             type=record.hypervisor_type,
         )
 
-    async def _bring_up(self, record: PodRecord, undo: UndoStack, phases: Phases, call: Call) -> PodRecord:
+    async def _bring_up(
+        self, record: PodRecord, spare: Spare | None, undo: UndoStack, phases: Phases, call: Call
+    ) -> PodRecord:
         parts = self._parts
         if record.vm is None:  # cannot be: the edit that began the start has set it
             raise UnsupportedError(f"Pod {record.pod_id} has no VM to start.")
         held = Holdings(parts, record, record.vm)
-        async with parts.starts:
-            phases.done("queue")
-            await self._attach_network(record, held, undo)
-            phases.done("network")
-            held.undo_directory(undo)
-            directory = await parts.storage.make_vm_dir(held.vm.vm_id)
-            phases.done("storage")
-            template = await self._templates.for_pod(record)
-            phases.done("template")
-            live = await self._launch(record, held, undo, directory, template, phases)
-            async with aio.Interruptible() as section:
-                live.start_section = section
-                self._watcher.watch_vm(live)
+        await self._attach_network(record, held, undo)
+        phases.done("network")
+        held.undo_directory(undo)
+        live = await self._launch(record, held, undo, spare, phases)
+        async with aio.Interruptible() as section:
+            live.start_section = section
+            self._watcher.watch_vm(live)
+            if live.vm.record != record.vm:
                 await parts.ledger.change(record.pod_id, edits.launched(live.vm.record))
-                await self._connect(record, live, held, phases)
-                pids = await self._start_containers(record, live)
-                phases.done("containers")
-                edit = edits.started(pids, phases.total(), parts.clock(), call.verb)
-                await parts.ledger.change(record.pod_id, edit, call)
-                await self._watcher.replay_exits(live)
-                # Until here the end of the VM undoes the start; from here on it is an event of its own.
-                live.start_section = None
+            await self._connect(record, live, held, phases)
+            pids = await self._start_containers(record, live)
+            phases.done("containers")
+            edit = edits.started(pids, phases.total(), parts.clock(), call.verb)
+            await parts.ledger.change(record.pod_id, edit, call)
+            await self._watcher.replay_exits(live)
+            # Until here the end of the VM undoes the start; from here on it is an event of its own.
+            live.start_section = None
         undo.drop()
         if live.vm.restore_s is None:
             self._templates.learn(record)
@@ -183,16 +203,41 @@ class Starter:
             await self._parts.ledger.change(record.pod_id, edits.networked(held.network))
 
     async def _launch(
-        self,
-        record: PodRecord,
-        held: Holdings,
-        undo: UndoStack,
-        directory: Path,
-        template: str | None,
-        phases: Phases,
+        self, record: PodRecord, held: Holdings, undo: UndoStack, spare: Spare | None, phases: Phases
     ) -> LivePod:
-        parts = self._parts
+        """Bring the VM up: the spare that was taken, else a clone, else by a boot."""
         held.undo_vm(undo)
+        if spare is None or not await self._claim(record, spare, phases):
+            vm, session = await self._make_vm(record, held, phases)
+        else:
+            vm, session = spare.vm, spare.session
+        live = LivePod(record.pod_id, vm)
+        live.session = session
+        held.live = self._parts.live[record.pod_id] = live
+        held.vm = vm.record
+        return live
+
+    async def _claim(self, record: PodRecord, spare: Spare, phases: Phases) -> bool:
+        """Let the spare run; False when it does not answer: nothing of it is left then but its id."""
+        try:
+            await self._pool.claim(spare)
+        except (HypervisorError, AgentError, UnavailableError, DeadlineExceededError) as exc:
+            log.warning("Pod %s: spare VM %s does not answer", record.pod_id, spare.vm_id, exc_info=exc)
+            await self._pool.end(spare)
+            return False
+        finally:
+            phases.done("pool")
+        return True
+
+    async def _make_vm(
+        self, record: PodRecord, held: Holdings, phases: Phases
+    ) -> tuple[Vm, GuestSession | None]:
+        """Make a VM of the record's id, from its directory on."""
+        parts = self._parts
+        directory = await parts.storage.make_vm_dir(held.vm.vm_id)
+        phases.done("storage")
+        template = await self._templates.for_pod(record)
+        phases.done("template")
         taps = await parts.network(record).open_taps(held.network)
         try:
             spec = VmSpec(
@@ -206,15 +251,10 @@ class Starter:
                     NetDev(tap_fd=fd, mac=e.mac) for fd, e in zip(taps, held.network.endpoints, strict=True)
                 ),
             )
-            vm, session = await self._clone_or_boot(record, spec, template, phases)
+            return await self._clone_or_boot(record, spec, template, phases)
         finally:
             for fd in taps:
                 os.close(fd)
-        live = LivePod(record.pod_id, vm)
-        live.session = session
-        held.live = parts.live[record.pod_id] = live
-        held.vm = vm.record
-        return live
 
     async def _clone_or_boot(
         self, record: PodRecord, spec: VmSpec, template: str | None, phases: Phases

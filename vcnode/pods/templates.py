@@ -22,7 +22,7 @@ from vcnode.models.records import PodRecord
 from vcnode.models.vm import VmShape, VmSpec
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.undo import UndoStack
-from vcnode.settings import Settings
+from vcnode.settings import Settings, ShapeSettings
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,14 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class Kind:
     """What a template is made with and for."""
 
     hypervisor: Hypervisor
     agent: GuestAgent
     shape: VmShape
     key: str
+    """Of the template as it has to be now."""
 
     @property
     def templating(self) -> Templating:
@@ -112,7 +113,7 @@ class Templates:
         policy = record.spec.template
         if policy == "never":
             return None
-        kind = self._kind_of(record)
+        kind = self.kind_of(record)
         if kind is None:
             if policy == "require":
                 raise UnsupportedError(
@@ -136,16 +137,41 @@ class Templates:
 
     def learn(self, record: PodRecord) -> None:
         """A pod has started cold: begin to make the template that it would have liked; returns at once."""
-        if record.spec.template == "auto" and (kind := self._kind_of(record)) is not None:
+        if record.spec.template == "auto" and (kind := self.kind_of(record)) is not None:
             self._make_in_background(kind)
 
     async def broke(self, record: PodRecord, key: str) -> None:
         """The pod's clone of template *key* did not come up: the template is dropped."""
         self._observer.template_broken()
-        if (kind := self._kind_of(record)) is not None:
+        if (kind := self.kind_of(record)) is not None:
             await kind.templating.drop_template(key)
 
-    def _kind_of(self, record: PodRecord) -> _Kind | None:
+    async def ready(self, shape: ShapeSettings) -> Kind | None:
+        """What VMs of the default drivers and of that size are cloned from; made if it is missing.
+
+        Returns:
+            None when these drivers have no templates, or it could not be made (see the log).
+        """
+        kind = self.kind(VmShape(vcpu_count=shape.vcpu_count, mem_size_mib=shape.mem_size_mib))
+        if kind is None or await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+            return kind
+        self._make_in_background(kind)
+        if (making := self._making.get(kind.key)) is not None:
+            await asyncio.wait({making})
+        loaded = await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S)
+        return kind if loaded else None
+
+    async def drop(self, kind: Kind) -> None:
+        """A clone did not come up: the template is dropped, and made anew when one is wanted."""
+        self._observer.template_broken()
+        await kind.templating.drop_template(kind.key)
+
+    def kind(self, shape: VmShape) -> Kind | None:
+        """What a VM of that shape and of the default drivers is cloned from; None: it boots."""
+        return self._kind(self._settings.hypervisor, self._settings.agent_type, shape)
+
+    def kind_of(self, record: PodRecord) -> Kind | None:
+        """What the pod's VM would be cloned from; None: it boots."""
         resources = record.spec.resources
         shape = VmShape(
             vcpu_count=resources.vcpu_count,
@@ -154,21 +180,21 @@ class Templates:
         )
         return self._kind(record.hypervisor_type, record.agent_type, shape)
 
-    def _kind(self, hypervisor_type: HypervisorType, agent_type: AgentType, shape: VmShape) -> _Kind | None:
+    def _kind(self, hypervisor_type: HypervisorType, agent_type: AgentType, shape: VmShape) -> Kind | None:
         hypervisor, agent = self._hypervisors.get(hypervisor_type), self._agents.get(agent_type)
         if hypervisor is None or agent is None or shape.netdev_count:
             return None  # how a template gets its taps comes with the networks that have some
         if "templates" not in hypervisor.info.capabilities or "configure" not in agent.info.capabilities:
             return None
-        return _Kind(hypervisor, agent, shape, cast(Templating, hypervisor).template_key(shape))
+        return Kind(hypervisor, agent, shape, cast(Templating, hypervisor).template_key(shape))
 
-    def _make_in_background(self, kind: _Kind) -> None:
+    def _make_in_background(self, kind: Kind) -> None:
         if kind.key not in self._making:
             task = self._tasks.spawn(self._make(kind), name=f"template {kind.key}")
             self._making[kind.key] = task
             task.add_done_callback(lambda _: self._making.pop(kind.key, None))
 
-    async def _make(self, kind: _Kind) -> None:
+    async def _make(self, kind: Kind) -> None:
         """Load a template, or make it; a failure is logged, for pods start without as well."""
         try:
             if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
@@ -182,7 +208,7 @@ class Templates:
             self._observer.template_made()
             log.info("Made template %s", kind.key, extra={"shape": kind.shape.model_dump()})
 
-    async def _boot_and_save(self, kind: _Kind) -> None:
+    async def _boot_and_save(self, kind: Kind) -> None:
         vm_id = new_vm_id(self._settings)
         limit_s = self._settings.qemu.boot_timeout_s
         undo = UndoStack()
@@ -209,7 +235,7 @@ class Templates:
                 log.warning("Making a template has left %s", left)
             self.making.discard(vm_id)  # what was left is an orphan from now on, and the next audit's
 
-    async def _evict(self, new: _Kind) -> None:
+    async def _evict(self, new: Kind) -> None:
         """Keep the templates within their size on disk; those that were used last stay."""
         room = self._settings.templates.max_total_mib * 1024 * 1024
         for info in await new.templating.list_templates():

@@ -22,7 +22,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
-from vcnode.models.node import ImageStatus, NodeAudit
+from vcnode.models.node import ImageStatus, NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -184,6 +184,9 @@ class FakePods:
     def container_status(self, pod_id: str, container_id: str) -> ContainerStatus:
         self.calls.append(("container_status", (pod_id, container_id)))
         return container_status(pod_id, container_id)
+
+    def pool_statuses(self) -> tuple[PoolStatus, ...]:
+        return ()
 
     async def audit(self, *, repair: bool) -> NodeAudit:
         self.calls.append(("audit", (repair,)))

@@ -17,6 +17,7 @@ from vcnode.drivers.agent.noop import NoopAgent
 from vcnode.drivers.audit import Held
 from vcnode.drivers.faults import FaultPlan, Rule
 from vcnode.drivers.hypervisor.mock import MockHypervisor, MockWorld
+from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.mock import MockStorage
 from vcnode.drivers.storage.mock import MockWorld as StorageWorld
 from vcnode.errors import StorageError
@@ -154,6 +155,8 @@ class Observed:
         self.sessions_lost = 0
         self.templates_made = 0
         self.templates_broken = 0
+        self.spares_taken: list[bool] = []
+        self.spares_lost = 0
         self.audits: list[tuple[dict[str, int], dict[str, int], int]] = []
 
     def phase(self, name: str, seconds: float) -> None:
@@ -168,6 +171,12 @@ class Observed:
     def template_broken(self) -> None:
         self.templates_broken += 1
 
+    def spare_taken(self, found: bool) -> None:
+        self.spares_taken.append(found)
+
+    def spare_lost(self) -> None:
+        self.spares_lost += 1
+
     def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
         self.audits.append((dict(held), dict(orphans), freed))
 
@@ -178,10 +187,12 @@ class World:
     Args:
         path: Directory of the database.
         faults: Plan of the first node's drivers; a restart gets an empty one unless told otherwise.
+        templates: Whether the hypervisor has templates; the network is then one without taps.
         settings: Changes to the node's settings.
     """
 
-    def __init__(self, path: Path, faults: str = "", **settings: object) -> None:
+    def __init__(self, path: Path, faults: str = "", *, templates: bool = False, **settings: object) -> None:
+        self._templates = templates
         self.path = path
         self.settings = Settings(
             node_name="n1",
@@ -189,7 +200,7 @@ class World:
             run_dir=Path("/run/vc"),
             allowed_roots=(Path("/roots"),),
             hypervisor=HypervisorType.MOCK,
-            network=NetworkModel.BRIDGE,
+            network=NetworkModel.NOOP if templates else NetworkModel.BRIDGE,
             **settings,  # type: ignore[arg-type]
         )
         self.clock = Clock()
@@ -228,7 +239,7 @@ class World:
             clock=self.clock,
             mock=True,
         )
-        self.hypervisor = MockHypervisor(plan, world=self.vms)
+        self.hypervisor = MockHypervisor(plan, world=self.vms, templates=self._templates)
         self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)
         self.network = TapNetwork(plan, self.taps)
         self.pods = PodService(
@@ -237,7 +248,7 @@ class World:
             store=self.store,
             hypervisors={HypervisorType.MOCK: self.hypervisor},
             agents={AgentType.MOCK: self.agent, AgentType.NOOP: NoopAgent()},
-            networks={NetworkModel.BRIDGE: self.network},
+            networks={NetworkModel.BRIDGE: self.network, NetworkModel.NOOP: NoopNetwork(plan)},
             storage=self.storage,
             images=self.images,
             settings=self.settings,

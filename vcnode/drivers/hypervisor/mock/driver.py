@@ -153,7 +153,7 @@ class MockHypervisor:
                 await self._plan.hit("hypervisor.clone", vm_id=spec.vm_id)
                 if spec.clone_of not in self.world.templates:
                     raise NotFoundError(f"There is no template {spec.clone_of}.")
-        if spec.vm_id in self.world.machines:
+        if (known := self.world.machines.get(spec.vm_id)) is not None and known.alive:
             raise HypervisorError(f"VM {spec.vm_id} exists already.")
         machine = self.world.machines[spec.vm_id] = MockMachine(spec)
         await self._plan.hit("vm", vm_id=spec.vm_id)
