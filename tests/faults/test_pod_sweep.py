@@ -20,6 +20,7 @@ from vcnode.errors import CleanupError, StorageError, VcnodeError
 from vcnode.models.commands import ExecOptions
 from vcnode.models.pod import Cmd, ContainerState, PodState
 from vcnode.pods import watch
+from vcnode.pods.marks import new_vm_id
 
 Act = Callable[[World], Awaitable[object]]
 
@@ -63,6 +64,10 @@ COMMANDS: dict[str, tuple[Act, Act]] = {
     "delete": (stopped, lambda w: w.pods.delete("p1", False, w.call("pod.delete"))),
     "delete by force": (running, lambda w: w.pods.delete("p1", True, w.call("pod.delete"))),
     "exec": (running, lambda w: w.pods.exec("p1", "c1", TRUE, w.call("container.exec"))),
+    "image import": (
+        nothing,
+        lambda w: w.images.import_("other", "/roots/other", w.call("image.import")),
+    ),
     "container create": (
         running,
         lambda w: w.pods.create_container("p1", EXTRA, w.call("container.create")),
@@ -127,6 +132,9 @@ async def check(world: World, where: str) -> None:
         else:
             assert status.state in (PodState.READY, PodState.STOPPED), f"{where}: {status.state}"
             assert world.leaks == [], where
+    audit = await world.pods.audit(repair=False)
+    owed = {p.pod_id for p in world.pods.list({}, ()).pods}
+    assert [h for h in audit.holdings if h.orphan or h.pod_id not in owed] == [], where
     await delete_all(world, where)
     sequences = [int(e.sequence) for e in await world.events()]
     assert sequences == list(range(1, len(sequences) + 1)), where
@@ -267,6 +275,53 @@ async def test_a_node_killed_at_any_step_recovers(tmp_path: Path, name: str) -> 
         await world.start()
         await world.pods.recover()
         await check(world, where)
+        await world.close()
+
+
+@pytest.mark.parametrize("died_at", ["hypervisor.launch", "agent.start_container", None])
+async def test_a_recovery_killed_at_any_step_is_done_by_the_next(tmp_path: Path, died_at: str | None) -> None:
+    """Of a node that died in the middle of a start, or (None) while a pod ran and an orphan was about."""
+
+    async def dead(world: World) -> None:
+        await (running if died_at is None else created)(world)
+        await world.storage.make_vm_dir(new_vm_id(world.settings))
+        if died_at is not None:
+            task = asyncio.ensure_future(world.pods.start("p1", world.call("pod.start")))
+            seen = len(world.plan.log)
+            while died_at not in world.plan.log[seen:]:  # noqa: ASYNC110 -- the plan tells only of deaths
+                await asyncio.sleep(0)
+            await world.crash()
+            await asyncio.wait([task], timeout=SETTLE_LIMIT_S)
+        else:
+            await world.crash()
+        await world.start()
+
+    (tmp_path / "plain").mkdir()
+    plain = await World(tmp_path / "plain").start()
+    await dead(plain)
+    await plain.pods.recover()
+    steps = list(plain.plan.log)
+    assert "storage.held" in steps
+    assert "storage.remove_vm_dir" in steps
+    await check(plain, "recovery")
+    await plain.close()
+
+    fresh = worlds(tmp_path)
+    for position, step in enumerate(steps):
+        world = await next(fresh).start()
+        await dead(world)
+        world.plan.at[position] = world.plan.die
+        task = asyncio.ensure_future(world.pods.recover())
+        died = asyncio.ensure_future(world.plan.died.wait())
+        await asyncio.wait([task, died], timeout=SETTLE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        assert world.plan.dead, f"step {position} ({step}) was not reached"
+        task.cancel()
+        await asyncio.wait([task])
+        await world.crash()
+        await world.start()
+        await world.pods.recover()
+        await check(world, f"recovery killed at step {position} ({step})")
         await world.close()
 
 
