@@ -10,7 +10,7 @@ from datetime import datetime
 from vcnode import aio
 from vcnode.aio import Spawner
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage
-from vcnode.errors import AlreadyExistsError, NotFoundError, VcnodeError
+from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, VcnodeError
 from vcnode.models.call import Call
 from vcnode.models.commands import (
     ContainerDeleted,
@@ -357,6 +357,7 @@ class PodService:
     async def close(self) -> None:
         """Let go of all VMs: sessions are closed, the VMs and what runs in them go on. Idempotent."""
         await self.pool.close()
+        await self.templates.close()
         while self._parts.live:
             pod_id, live = self._parts.live.popitem()
             try:
@@ -380,6 +381,12 @@ class PodService:
                     pod_id=pod_id,
                 )
             return known
+        if call.expected_revision is not None:
+            raise FailedPreconditionError(
+                f"There is no pod {pod_id}, so none of revision {call.expected_revision}.",
+                revision=None,
+                expected=call.expected_revision,
+            )
         record = await self._admission.pod(spec)
         await self._ledger.add(record, call, limit=self._parts.settings.limits.pods)
         return self._ledger.get(pod_id)

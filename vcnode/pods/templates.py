@@ -86,6 +86,7 @@ class Templates:
         self._settings = settings
         self._tasks = tasks
         self._observer = observer
+        self._closed = False
         self._making: dict[str, asyncio.Task[None]] = {}
         self.making: set[str] = set()
         """Ids of the VMs that are to become templates."""
@@ -188,8 +189,16 @@ class Templates:
             return None
         return Kind(hypervisor, agent, shape, cast(Templating, hypervisor).template_key(shape))
 
+    async def close(self) -> None:
+        """End what is being made, with its VMs, and make nothing more. Idempotent; drivers close later."""
+        self._closed = True
+        if making := set(self._making.values()):
+            for task in making:
+                task.cancel()
+            await asyncio.wait(making)
+
     def _make_in_background(self, kind: Kind) -> None:
-        if kind.key not in self._making:
+        if kind.key not in self._making and not self._closed:
             task = self._tasks.spawn(self._make(kind), name=f"template {kind.key}")
             self._making[kind.key] = task
             task.add_done_callback(lambda _: self._making.pop(kind.key, None))
