@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.loop import Loop, Timer
 
 SYS_BLOCK = "/sys/block"
+DEV = "/dev"
 APPEARS_WITHIN_S = 10.0
 """How long a disk may take to appear after a request has named it."""
 
@@ -45,10 +46,29 @@ def find(disk_id: str, sys_block: str = SYS_BLOCK) -> str | None:
     return None
 
 
+def find_usable(disk_id: str, sys_block: str = SYS_BLOCK, dev: str = DEV) -> str | None:
+    """As `find`, but None as well while the disk cannot be opened yet.
+
+    The kernel shows a disk in sysfs and /dev a moment before it lets anybody open it (ENXIO until then), and
+    announces it after that. Source: Linux block/genhd.c, device_add_disk (``bdev_add`` after ``device_add``).
+    """
+    name = find(disk_id, sys_block)
+    if name is None:
+        return None
+    try:
+        os.close(os.open(f"{dev}/{name}", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as exc:
+        if exc.errno in (errno.ENXIO, errno.ENOENT):
+            return None
+        raise
+    return name
+
+
 class Disks:
     """The mounted disks, each shared by all containers that use it."""
 
-    def __init__(self, loop: Loop, directory: str, sys_block: str = SYS_BLOCK) -> None:
+    def __init__(self, loop: Loop, directory: str, sys_block: str = SYS_BLOCK, dev: str = DEV) -> None:
+        self._dev = dev
         self._loop = loop
         self._directory = directory
         self._sys_block = sys_block
@@ -64,12 +84,12 @@ class Disks:
         Returns:
             None when one of the two was called already, else a function that gives up now (calls *missing*).
         """
-        waiting = _Waiting(disk_id, found)
+        waiting = _Waiting(disk_id, found, missing)
         # The socket is opened before the first look: what appears between the two is not missed.
         self._waiting.append(waiting)
         try:
             self._listen()
-            name = find(disk_id, self._sys_block)
+            name = find_usable(disk_id, self._sys_block, self._dev)
         except OSError as exc:
             self._stop_waiting(waiting)
             missing(Failure.of(exc, "wait for a disk"))
@@ -106,7 +126,15 @@ class Disks:
         uevents.drain(self._uevents)
         for waiting in list(self._waiting):
             # Serving one may have ended another's wait (its container was deleted).
-            if waiting in self._waiting and (name := find(waiting.disk_id, self._sys_block)) is not None:
+            if waiting not in self._waiting:
+                continue
+            try:
+                name = find_usable(waiting.disk_id, self._sys_block, self._dev)
+            except OSError as exc:
+                self._stop_waiting(waiting)
+                waiting.missing(Failure.of(exc, "open a disk"))
+                continue
+            if name is not None:
                 self._stop_waiting(waiting)
                 waiting.found(name)
 
@@ -139,11 +167,14 @@ class Disks:
 
 
 class _Waiting:
-    __slots__ = ("disk_id", "found", "timer")
+    __slots__ = ("disk_id", "found", "missing", "timer")
 
-    def __init__(self, disk_id: str, found: Callable[[str], None]) -> None:
+    def __init__(
+        self, disk_id: str, found: Callable[[str], None], missing: Callable[[Failure], None]
+    ) -> None:
         self.disk_id = disk_id
         self.found = found
+        self.missing = missing
         self.timer: Timer | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_a_disk_is_found_among_others(tmp_path: Path) -> None:
     assert disks.find("d-none", str(tmp_path)) is None
 
 
+def test_a_disk_that_cannot_be_opened_yet_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug(tmp_path, "sda", page("d-one"))
+    assert disks.find_usable("d-one", str(tmp_path), str(tmp_path / "dev")) is None
+
+    def not_yet(*_: object) -> int:
+        raise OSError(errno.ENXIO, "No such device or address")
+
+    monkeypatch.setattr(disks.os, "open", not_yet)
+    assert disks.find_usable("d-one", str(tmp_path), str(tmp_path)) is None
+    monkeypatch.undo()
+    assert disks.find_usable("d-one", str(tmp_path), str(tmp_path)) == "sda"
+
+
 @pytest.fixture
 def loop() -> Loop:
     return Loop()
@@ -45,7 +61,8 @@ def loop() -> Loop:
 def test_a_disk_that_is_there_is_given_at_once(tmp_path: Path, loop: Loop) -> None:
     plug(tmp_path, "sda", page("d-one"))
     found: list[str] = []
-    cancel = disks.Disks(loop, str(tmp_path), str(tmp_path)).when_there("d-one", found.append, pytest.fail)
+    waiting = disks.Disks(loop, str(tmp_path), str(tmp_path), str(tmp_path))
+    cancel = waiting.when_there("d-one", found.append, pytest.fail)
     assert (found, cancel) == (["sda"], None)
 
 
