@@ -1,0 +1,73 @@
+"""Real spares and clones: what pods get of them, and what two of them share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from vcnode.drivers.hypervisor.qemu import templates as qemu_templates
+from vcnode.models.call import Call
+from vcnode.models.commands import ExecOptions
+from vcnode.models.pod import Cmd, PodSpec, PodState
+from vcnode.node import Node, running
+from vcnode.settings import NatsSettings, PoolSettings, QemuSettings, Settings
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+
+LIMIT_S = 180.0
+FACTS = "cat /proc/sys/kernel/random/boot_id /etc/machine-id; head -c 16 /dev/urandom | base64; date +%s"
+DIRTY = "head -c 60000000 /dev/urandom > /tmp/dirty && sync && rm /tmp/dirty"
+
+
+async def until_ready(node: Node, count: int) -> None:
+    """Wait until so many spares wait."""
+    async with asyncio.timeout(LIMIT_S):
+        while sum(status.ready for status in node.pods.pool.statuses()) != count:
+            await node.pods.pool.changed.wait()
+            node.pods.pool.changed.clear()
+
+
+async def in_guest(node: Node, pod_id: str, script: str) -> list[str]:
+    options = ExecOptions(cmd=Cmd(args=("/bin/sh", "-c", script)), timeout_s=60)
+    result = await node.pods.exec(pod_id, None, options, Call(f"x-{time.monotonic_ns()}", "container.exec"))
+    assert result.exit_code == 0, result
+    return result.stdout.raw.decode().split()
+
+
+async def test_spares_become_pods_that_share_nothing_but_the_template(guest_image: Path, short_dir: Path):
+    settings = Settings(
+        node_name="spares",
+        state_dir=short_dir / "s",
+        run_dir=short_dir / "r",
+        guest_dir=guest_image,
+        allowed_roots=(short_dir,),
+        metrics_address="",
+        nats=NatsSettings(url="nats://127.0.0.1:1"),
+        qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
+        pool=(PoolSettings(spares=2),),
+    )
+    async with running(settings) as node:
+        await until_ready(node, 2)
+        (template,) = (settings.state_dir / "templates").iterdir()
+        before = qemu_templates._digest_ram(template / "ram")
+        facts = []
+        try:
+            for pod_id in ("p1", "p2"):
+                status = await node.pods.run(PodSpec(id=pod_id), Call(f"run-{pod_id}", "pod.run"))
+                assert status.state is PodState.RUNNING
+                assert "pool" in status.phases_ms, status.phases_ms
+                assert not {"qemu", "boot"} & set(status.phases_ms), status.phases_ms
+                facts.append(await in_guest(node, pod_id, FACTS))
+                assert abs(float(facts[-1][3]) - time.time()) < 5
+            for mine, other in zip(facts[0][:3], facts[1][:3], strict=True):
+                assert mine
+                assert mine != other
+            await in_guest(node, "p1", DIRTY)
+            assert qemu_templates._digest_ram(template / "ram") == before
+        finally:
+            for pod_id in ("p1", "p2"):
+                await node.pods.delete(pod_id, True, Call(f"delete-{pod_id}", "pod.delete"))
+    assert list((settings.run_dir / "vms").iterdir()) == []
