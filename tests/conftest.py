@@ -58,6 +58,7 @@ def _logging_as_it_was() -> Iterator[None]:
     for name, was in levels.items():
         logging.getLogger(name).setLevel(was)
     structlog.reset_defaults()
+    assert logging.root.manager.disable == logging.NOTSET, "the test has silenced all logging for good"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,11 +71,14 @@ def _run(ask: Callable[[], Awaitable[list[str]]], incomplete: str) -> list[str]:
         async with asyncio.timeout(TIMEOUT_S):
             return await ask()
 
+    silent_before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         found = asyncio.run(bounded())
     except Exception:  # whatever is wrong, a Tab must not print it into the line that is being typed
         return []
+    finally:
+        logging.disable(silent_before)
     return sorted(name for name in found if name.startswith(incomplete))
 
 
