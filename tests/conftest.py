@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from tests.support import leaks, nats
+from tests.support import contracts, leaks, nats
 
 StartNats = Callable[..., Awaitable[nats.NatsServer]]
 
@@ -66,6 +66,12 @@ def _watch_for_mounts(tmp_path_factory: pytest.TempPathFactory) -> None:
     leaks.directories.add(tmp_path_factory.getbasetemp())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _hold_messages_to_the_contract() -> Iterator[None]:
+    with contracts.watching():
+        yield
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Remember what was held before the test's fixtures."""
@@ -77,6 +83,12 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Fail the test when something is left after its fixtures were torn down."""
     result = yield
+    broken = contracts.violations[:]
+    contracts.violations.clear()
+    if item.get_closest_marker("invented_events"):
+        broken = [line for line in broken if not line.startswith("event.")]
+    if broken:
+        pytest.fail("not as contracts/ says:\n  " + "\n  ".join(broken[:5]), pytrace=False)
     if left := leaks.since(item.stash[_before]):
         pytest.fail("left behind:\n  " + "\n  ".join(left), pytrace=False)
     return result

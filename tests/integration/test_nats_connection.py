@@ -363,6 +363,7 @@ async def test_a_node_that_does_not_come_back_is_named_after_an_outage(nats_serv
             await client.node("n1").pod_start("p1", deadline_s=0.1)
 
 
+@pytest.mark.invented_events
 async def test_the_embedded_server_keeps_port_and_events_over_a_crash(short_dir: Path) -> None:
     async with EmbeddedNats(short_dir / "store") as server:
         url, pid = server.url, server.pid

@@ -21,7 +21,7 @@ from vcnode.errors import InvalidArgumentError, UnavailableError
 from vcnode.models.events import Event, EventKind
 from vcnode.pods.outbox import Outbox
 
-pytestmark = pytest.mark.nats
+pytestmark = [pytest.mark.nats, pytest.mark.invented_events]
 
 StartNats = Any
 
