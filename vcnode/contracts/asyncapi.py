@@ -26,8 +26,8 @@ _REQUEST_HEADERS: dict[str, JsonObject] = {
     wire.COMMAND_ID: {
         "type": "string",
         "pattern": f"^{wire.COMMAND_ID_PATTERN}$",
-        "description": "Idempotency key: the same id gets the same reply, and is carried out once. Made by the "
-        "node when absent.",
+        "description": "Idempotency key: the same id gets the same reply, and is carried out once. Made by "
+        "the node when absent.",
     },
     wire.DEADLINE: {
         "type": "string",
@@ -74,8 +74,8 @@ def document() -> JsonObject:
         "info": {
             "title": "vcnode",
             "version": f"{VERSION}.0.0",
-            "description": "What a vcnode node agent takes and sends over NATS. Bodies are JSON. What makes a "
-            f"change a breaking one stands in contracts/README.md. As of vcnode {vcnode.__version__}.",
+            "description": "What a vcnode node agent takes and sends over NATS. Bodies are JSON. What makes "
+            f"a change a breaking one stands in contracts/README.md. As of vcnode {vcnode.__version__}.",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": "application/json",
