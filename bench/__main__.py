@@ -43,7 +43,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.names) - set(BENCHES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
-    options = Options(quick=given.quick, guest_dir=given.guest_dir, accel=given.accel)
+    options = Options(quick=given.quick, guest_dir=given.guest_dir.absolute(), accel=given.accel)
     results: list[Result] = []
     for name in given.names or BENCHES:
         results.append(asyncio.run(BENCHES[name](options)))

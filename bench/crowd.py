@@ -13,7 +13,7 @@ from bench.bare import BareVm, Floor, floor
 from bench.options import Options
 from bench.report import Result, Series
 from bench.stage import stage
-from bench.starts import WARM, run, warm
+from bench.starts import WARM, bare_pod, image_file, run, warm
 
 PARALLEL = (1, 2, 4, 8)
 """How many clones the script starts at once; the best counts."""
@@ -21,11 +21,11 @@ SETTLE_S = 5.0
 """Between the last start and the measurement, for what only a start costs."""
 
 
-def bare_burst(bare: Floor, count: int, parallel: int) -> float:
-    """Milliseconds until *count* bare clones have answered, *parallel* being started at once."""
+def bare_burst(bare: Floor, image: Path, count: int, parallel: int) -> float:
+    """Milliseconds until *count* bare clones run a process, *parallel* being started at once."""
     began = time.perf_counter()
     with ThreadPoolExecutor(parallel) as pool:
-        vms = list(pool.map(lambda _: bare.clone(), range(count)))
+        vms = list(pool.map(lambda _: bare_pod(bare, image), range(count)))
     took = (time.perf_counter() - began) * 1000
     _kill(vms)
     return took
@@ -45,9 +45,11 @@ async def burst(options: Options) -> Result:
         with floor(options) as bare:
             await asyncio.to_thread(bare.make_template)
             await warm(held)
+            image = image_file(held)
             for _ in range(rounds):
                 for parallel in PARALLEL:
-                    bare_ms[parallel].append(await asyncio.to_thread(bare_burst, bare, count, parallel))
+                    took = await asyncio.to_thread(bare_burst, bare, image, count, parallel)
+                    bare_ms[parallel].append(took)
                 began = time.perf_counter()
                 pods = await asyncio.gather(*(run(held, "require") for _ in range(count)))
                 ours.append((time.perf_counter() - began) * 1000)
@@ -59,7 +61,7 @@ async def burst(options: Options) -> Result:
     return Result(
         "burst",
         node.median / best.median,
-        of=f"{count} pods asked for at once, against as many bare clones by a script at its best",
+        of=f"{count} pods asked for at once, against as many bare ones by a script at its best",
         reach=1.5,
         series=(*scripts, node),
         facts={"pods": count, "best": best.name},
@@ -94,20 +96,25 @@ async def measure(vms: list[int], others: list[int], window_s: float) -> tuple[S
     return Series("memory", "MiB", tuple(pss_mib(pid) for pid in vms)), Series("CPU", "per mille", mean)
 
 
-async def density(options: Options) -> Result:
-    """Let many bare clones be idle, then as many pods."""
-    count, window_s = (6, 5.0) if options.quick else (60, 30.0)
+async def _bare_crowd(options: Options, image: Path, count: int, window_s: float) -> tuple[Series, Series]:
+    """Memory and CPU of bare clones in which the same process sleeps as in the pods."""
     with floor(options) as bare:
         await asyncio.to_thread(bare.make_template)
         vms: list[BareVm] = []
         try:
             for _ in range(count):
-                vm = await asyncio.to_thread(bare.clone)
+                vm = await asyncio.to_thread(bare_pod, bare, image)
                 vms.append(vm)  # at once: it is to be killed whatever comes next
-            least_mem, least_cpu = await measure([vm.process.pid for vm in vms], [], window_s)
+            return await measure([vm.process.pid for vm in vms], [], window_s)
         finally:
             _kill(vms)
+
+
+async def density(options: Options) -> Result:
+    """Let many bare clones be idle, then as many pods."""
+    count, window_s = (6, 5.0) if options.quick else (60, 30.0)
     async with stage(options, settings=WARM) as held:
+        least_mem, least_cpu = await _bare_crowd(options, image_file(held), count, window_s)
         await warm(held)
         pids = []
         for _ in range(count):
@@ -123,7 +130,7 @@ async def density(options: Options) -> Result:
     return Result(
         "density",
         max(memory, processor),
-        of=f"{count} idle pods of 256 MiB, node agent included, against bare clones: the worse ratio",
+        of=f"{count} idle pods of 256 MiB, node agent included, against bare ones: the worse ratio",
         reach=1.3,
         series=(
             Series("bare clone, memory", "MiB", least_mem.samples),
