@@ -94,8 +94,9 @@ class FailedPreconditionError(RequestError):
     def state(cls, what: str, state: str, allowed: Iterable[str], verb: str) -> FailedPreconditionError:
         """Build the error for *verb* on *what*, which is in *state* and not in one of *allowed*."""
         names = sorted(allowed)
+        hint = ": resume it first" if state == "paused" and "running" in names else ""
         return cls(
-            f"{what} is {state}; {verb} needs it to be {' or '.join(names) or 'in another state'}.",
+            f"{what} is {state}; {verb} needs it to be {' or '.join(names) or 'in another state'}{hint}.",
             state=state,
             allowed=names,
         )

@@ -164,6 +164,7 @@ async def test_guest_takes_its_identity(session: GuestSession) -> None:
     await session.configure(config, timeout_s=LIMIT_S)
     await session.configure(config, timeout_s=LIMIT_S)
     assert await run(session, None, "hostname") == (0, b"pod-1\n", b"")
+    await session.set_clock(time.time_ns(), timeout_s=LIMIT_S)
     await session.ping(timeout_s=LIMIT_S)
     assert session.info.agent_version
 

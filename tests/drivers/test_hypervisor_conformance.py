@@ -177,10 +177,13 @@ async def test_a_cancelled_wait_leaves_the_others_waiting(rig: Rig, vm: Vm):
 
 
 async def test_pause_and_resume_are_idempotent(vm: Vm):
+    assert not vm.paused
     for _ in range(2):
         await vm.pause(timeout_s=LIMIT_S)
+        assert vm.paused
     for _ in range(2):
         await vm.resume(timeout_s=LIMIT_S)
+        assert not vm.paused
 
 
 async def test_disks_come_and_go_and_come_again(vm: Vm, disk: Disk):
@@ -232,6 +235,7 @@ async def test_a_paused_vm_is_still_paused_after_a_restart(rig: Rig, vm: Vm):
     await vm.close()
     again = await (await rig.node()).recover(vm.record, timeout_s=LIMIT_S)
     assert again is not None
+    assert again.paused
     assert await asyncio.wait_for(again.stop(grace_s=3600), LIMIT_S) == "forced"
 
 

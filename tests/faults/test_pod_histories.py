@@ -25,6 +25,8 @@ COMMANDS: dict[str, Callable[[World, str], Awaitable[object]]] = {
     "start": lambda w, p: w.pods.start(p, w.call("pod.start")),
     "run": lambda w, p: w.pods.run(pod(p), w.call("pod.run")),
     "stop": lambda w, p: w.pods.stop(p, None, w.call("pod.stop")),
+    "pause": lambda w, p: w.pods.pause(p, w.call("pod.pause")),
+    "resume": lambda w, p: w.pods.resume(p, w.call("pod.resume")),
     "kill": lambda w, p: w.pods.stop(p, 0, w.call("pod.stop")),
     "delete": lambda w, p: w.pods.delete(p, False, w.call("pod.delete")),
     "force": lambda w, p: w.pods.delete(p, True, w.call("pod.delete")),

@@ -49,6 +49,11 @@ async def running_with_extra(world: World) -> None:
     await world.pods.create_container("p1", EXTRA, world.call("container.create"))
 
 
+async def paused(world: World) -> None:
+    await running(world)
+    await world.pods.pause("p1", world.call("pod.pause"))
+
+
 async def stopped(world: World) -> None:
     await running(world)
     await world.pods.stop("p1", None, world.call("pod.stop"))
@@ -59,6 +64,9 @@ COMMANDS: dict[str, tuple[Act, Act]] = {
     "start": (created, lambda w: w.pods.start("p1", w.call("pod.start"))),
     "run": (nothing, lambda w: w.pods.run(SPEC, w.call("pod.run"))),
     "restart": (stopped, lambda w: w.pods.start("p1", w.call("pod.start"))),
+    "pause": (running, lambda w: w.pods.pause("p1", w.call("pod.pause"))),
+    "resume": (paused, lambda w: w.pods.resume("p1", w.call("pod.resume"))),
+    "stop paused": (paused, lambda w: w.pods.stop("p1", None, w.call("pod.stop"))),
     "stop": (running, lambda w: w.pods.stop("p1", None, w.call("pod.stop"))),
     "kill": (running, lambda w: w.pods.stop("p1", 0, w.call("pod.stop"))),
     "delete": (stopped, lambda w: w.pods.delete("p1", False, w.call("pod.delete"))),
@@ -122,10 +130,16 @@ async def check(world: World, where: str) -> None:
     await settled(world, where)
     for status in world.pods.list({}, ()).pods:
         if status.state is PodState.RUNNING:
+            assert all(machine.running for machine in world.vms.alive), where
             for each in status.containers:
                 if each.state is ContainerState.RUNNING:
                     result = await world.pods.exec(status.pod_id, each.container_id, TRUE, world.call())
                     assert result.exit_code == 0, where
+        elif status.state is PodState.PAUSED:
+            assert not any(machine.running for machine in world.vms.alive), where
+            await world.pods.resume(status.pod_id, world.call("pod.resume"))
+            result = await world.pods.exec(status.pod_id, "c1", TRUE, world.call())
+            assert result.exit_code == 0, where
         elif status.state is PodState.FAILED:
             assert status.reason, where
             assert bool(world.leaks) <= bool(status.leftovers), f"{where}: {world.leaks}"
@@ -232,6 +246,7 @@ async def test_a_step_that_fails_with_every_undo_after_it_is_never_forgotten(
             assert [p.state for p in world.pods.list({}, ()).pods] in (
                 [PodState.FAILED],
                 [PodState.RUNNING],
+                [PodState.PAUSED],
                 [PodState.STARTING],
                 [PodState.STOPPING],
             ), where

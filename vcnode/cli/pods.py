@@ -151,6 +151,34 @@ async def stop(
     cli.show(reply, views.pod_stopped)
 
 
+@command(app, "pause")
+async def pause(cli: Cli, pod_id: flags.Pod, command_id: flags.CommandId = None) -> None:
+    """Stop a pod's virtual CPUs. Its memory stays, and nothing in it can be reached until 'pod resume'.
+
+    \b
+    vcnode pod pause web
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_pause(pod_id, command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.pod)
+
+
+@command(app, "resume")
+async def resume(cli: Cli, pod_id: flags.Pod, command_id: flags.CommandId = None) -> None:
+    """Let a paused pod run again. Its clock is set; its timers go on where they stood.
+
+    \b
+    vcnode pod resume web
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_resume(pod_id, command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.pod)
+
+
 @command(app, "delete")
 async def delete(
     cli: Cli, pod_id: flags.Pod, force: flags.Force = False, command_id: flags.CommandId = None

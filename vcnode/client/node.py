@@ -157,6 +157,14 @@ class NodeClient:
         request = _make(PodStop, pod_id=pod_id, grace_s=grace_s)
         return await self._send("pod.stop", request, PodStopped, options)
 
+    async def pod_pause(self, pod_id: str, **options: Unpack[Change]) -> PodStatus:
+        """Stop a pod's vCPUs; its memory stays. Nothing in it can be reached until `pod_resume`."""
+        return await self._send("pod.pause", _make(PodName, pod_id=pod_id), PodStatus, options)
+
+    async def pod_resume(self, pod_id: str, **options: Unpack[Change]) -> PodStatus:
+        """Let a paused pod run again, with its clock set."""
+        return await self._send("pod.resume", _make(PodName, pod_id=pod_id), PodStatus, options)
+
     async def pod_delete(
         self,
         pod_id: str,

@@ -52,6 +52,11 @@ class Vm(Protocol):
         """Seconds that resuming from a template took; None when it was booted or found again."""
         ...
 
+    @property
+    def paused(self) -> bool:
+        """Whether its vCPUs are stopped, as far as is known; a VM that was found again has been asked."""
+        ...
+
     async def wait(self) -> VmExit:
         """Wait until the VM is gone and say how it ended. May be awaited by several, and again."""
         ...
@@ -246,6 +251,10 @@ class GuestSession(Protocol):
 
     async def configure(self, config: GuestConfig, *, timeout_s: float) -> None:
         """Give the guest its identity: clock, entropy, hostname, interfaces."""
+        ...
+
+    async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
+        """Set the guest's wall clock (nanoseconds since 1970): it stood while the vCPUs were stopped."""
         ...
 
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:

@@ -28,8 +28,8 @@ OPERATIONS = frozenset(
     for owner, verbs in {
         "hypervisor": "launch recover kill clone save_template held free",
         "vm": "attach_disk detach_disk pause resume stop",
-        "agent": "connect configure create_container start_container signal_container delete_container"
-        " list_containers execute ping shutdown",
+        "agent": "connect configure set_clock create_container start_container signal_container"
+        " delete_container list_containers execute ping shutdown",
         "network": "attach open_taps detach held free",
         "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file remove_image"
         " pull_image held",

@@ -37,6 +37,16 @@ async def pod_stop(node: Services, call: Call, request: PodStop) -> PodStopped:
     return await node.pods.stop(request.pod_id, request.grace_s, call)
 
 
+async def pod_pause(node: Services, call: Call, request: PodName) -> PodStatus:
+    """``pod.pause``."""
+    return await node.pods.pause(request.pod_id, call)
+
+
+async def pod_resume(node: Services, call: Call, request: PodName) -> PodStatus:
+    """``pod.resume``."""
+    return await node.pods.resume(request.pod_id, call)
+
+
 async def pod_delete(node: Services, call: Call, request: PodDelete) -> PodDeleted:
     """``pod.delete``."""
     return await node.pods.delete(request.pod_id, request.force, call)

@@ -268,6 +268,8 @@ _ALL = (
     Command("pod.start", PodName, PodStatus, True, "Start a pod's VM and all its containers.", 120.0),
     Command("pod.run", PodCreate, PodStatus, True, "Create and start a pod.", 120.0),
     Command("pod.stop", PodStop, PodStopped, True, "Stop a pod's containers and VM.", 120.0),
+    Command("pod.pause", PodName, PodStatus, True, "Stop a pod's vCPUs; its memory stays."),
+    Command("pod.resume", PodName, PodStatus, True, "Let a paused pod run again.", 60.0),
     Command("pod.delete", PodDelete, PodDeleted, True, "Free and forget a pod that is not running.", 120.0),
     Command("pod.list", PodList, PodStatuses, False, "List pods."),
     Command("pod.status", PodName, PodStatus, False, "Show one pod."),

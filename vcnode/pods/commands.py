@@ -227,4 +227,6 @@ class ContainerCommands:
         return record, find_container(record, cid)
 
     def _live(self, record: PodRecord, call: Call) -> LivePod:
+        if record.state is PodState.PAUSED:  # the guest would not answer
+            require(f"Pod {record.pod_id}", record.state, _RUNNING, call.verb)
         return require_live(self._parts.live, record.pod_id, record.state, call.verb)

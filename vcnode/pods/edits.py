@@ -118,6 +118,26 @@ def started(pids: Mapping[str, int], phases_ms: Mapping[str, float], now: dateti
     return edit
 
 
+def paused(verb: str) -> Edit:
+    """The VM's vCPUs are stopped."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.PAUSE, verb)
+        return _copy(record, state=state), (News(EventKind.POD_PAUSED),)
+
+    return edit
+
+
+def resumed(verb: str) -> Edit:
+    """The VM's vCPUs run again."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        state = next_pod_state(record.pod_id, record.state, PodStep.RESUME, verb)
+        return _copy(record, state=state), (News(EventKind.POD_RESUMED),)
+
+    return edit
+
+
 def stopping(verb: str) -> Edit:
     """A stop begins."""
 

@@ -25,6 +25,10 @@ class LivePod:
         """How the VM ended, once it has."""
         self.gone = asyncio.Event()
         """Set with `exit`."""
+        self.paused = False
+        """Its vCPUs are stopped, or just about to be: the guest answers nothing, and that is no news."""
+        self.restoring = False
+        """Somebody tries to get a lost session back."""
         self.ending = False
         """Somebody ends the VM on purpose: its end and that of its session are no news."""
         self.start_section: aio.Interruptible | None = None

@@ -102,9 +102,16 @@ class Recovery:
         if vm is None:
             return VM_ENDED
         live = parts.live[record.pod_id] = LivePod(record.pod_id, vm)
-        live.session = await parts.agent(record).connect(vm, timeout_s=AGENT_LIMIT_S)
-        await self._watcher.reconcile(live, await live.session.list_containers(timeout_s=REQUEST_LIMIT_S))
-        self._watcher.follow(live)
+        was_paused = vm.paused
+        if record.state is PodState.PAUSED:
+            # Its agent cannot answer; the resume opens a session. A half-done resume is taken back.
+            live.paused = True
+            await vm.pause(timeout_s=REQUEST_LIMIT_S)
+        else:
+            if was_paused:  # a half-done pause is taken back
+                await vm.resume(timeout_s=REQUEST_LIMIT_S)
+            await self._watcher.join(live, timeout_s=AGENT_LIMIT_S, set_clock=was_paused)
+            self._watcher.follow(live)
         self._watcher.watch_vm(live)
         return None
 

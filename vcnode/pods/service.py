@@ -45,6 +45,7 @@ from vcnode.pods.ledger import Ledger
 from vcnode.pods.lifecycle import POD_DELETABLE, require
 from vcnode.pods.locks import PodLocks
 from vcnode.pods.parts import Observer, Parts
+from vcnode.pods.pause import Pauser
 from vcnode.pods.pool import Pool
 from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
@@ -148,6 +149,7 @@ class PodService:
         self._auditor = Auditor(parts, lambda: self.templates.making | self.pool.vm_ids)
         self._starter = Starter(parts, containers, self._watcher, self.templates, self.pool)
         self._stopper = Stopper(parts, containers)
+        self._pauser = Pauser(parts, self._watcher)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
 
     # ---- pods ----------------------------------------------------------------------------------------
@@ -205,6 +207,16 @@ class PodService:
             grace = self._parts.settings.stop_grace_s if grace_s is None else grace_s
             outcome = await self._stopper.stop(pod_id, call, grace_s=grace)
             return PodStopped(pod=self._ledger.status(self._ledger.get(pod_id)), outcome=outcome)
+
+    async def pause(self, pod_id: str, call: Call) -> PodStatus:
+        """Stop a pod's vCPUs; see `Pauser.pause`."""
+        async with self._parts.locks.hold(pod_id, call.verb):
+            return self._ledger.status(await self._pauser.pause(pod_id, call))
+
+    async def resume(self, pod_id: str, call: Call) -> PodStatus:
+        """Let a paused pod run again; see `Pauser.resume`."""
+        async with self._parts.locks.hold(pod_id, call.verb):
+            return self._ledger.status(await self._pauser.resume(pod_id, call))
 
     async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
         """Free and forget a pod. Idempotent; can be repeated until nothing is left.

@@ -63,6 +63,32 @@ class Watcher:
         for event in exits.values():
             await self._container_exited(live, event)
 
+    async def join(self, live: LivePod, *, timeout_s: float, set_clock: bool = False) -> None:
+        """Open a session with a guest that runs already, and learn what happened in it meanwhile.
+
+        Args:
+            live: The pod; it has no session.
+            timeout_s: Limit of each step.
+            set_clock: Whether the guest's clock has stood.
+
+        Raises:
+            VcnodeError: The guest does not answer; there is no session.
+        """
+        agent = self._parts.agent(self._parts.ledger.get(live.pod_id))
+        try:
+            live.session = await agent.connect(live.vm, timeout_s=timeout_s)
+            if set_clock:
+                await self.set_clock(live, timeout_s=timeout_s)
+            await self.reconcile(live, await live.session.list_containers(timeout_s=timeout_s))
+        except BaseException:
+            await live.close_session()
+            raise
+
+    async def set_clock(self, live: LivePod, *, timeout_s: float) -> None:
+        """Set the guest's clock to the node's time."""
+        now_ns = int(self._parts.clock().timestamp() * 1_000_000) * 1000
+        await live.require_session().set_clock(now_ns, timeout_s=timeout_s)
+
     async def reconcile(self, live: LivePod, states: Sequence[GuestContainerState]) -> None:
         """Make the record and the guest agree about containers, after a time without a session."""
         record = self._parts.ledger.get(live.pod_id)
@@ -132,6 +158,8 @@ class Watcher:
             # A VM that ends takes its session along, and its own end explains more.
             if await _gone_soon(live):
                 break
+            if live.paused:
+                break  # it cannot answer; who lets it run again opens a session
             if live.start_section is not None:
                 message = f"The session with the guest of pod {live.pod_id} was lost during its start."
                 live.start_section.interrupt(AgentError(message, reason=reason))
@@ -150,7 +178,7 @@ class Watcher:
         if await self._reconnect(live):
             await self._save(live.pod_id, edits.session_news(EventKind.POD_SESSION_RESTORED))
             return True
-        if not live.gone.is_set():
+        if not live.gone.is_set() and not live.paused:
             await self.end(live, f"The session with the guest was lost for good: {reason}")
         return False
 
@@ -172,20 +200,21 @@ class Watcher:
 
     async def _reconnect(self, live: LivePod) -> bool:
         """Get a session again and learn what happened meanwhile; False when that is not possible."""
-        agent = self._parts.agent(self._parts.ledger.get(live.pod_id))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + RECONNECT_S
-        while (left := deadline - loop.time()) > 0 and not live.gone.is_set() and not live.ending:
-            try:
-                live.session = await agent.connect(live.vm, timeout_s=left)
-                await self.reconcile(live, await live.session.list_containers(timeout_s=left))
-            except VcnodeError as exc:
-                log.info("Pod %s: no session yet", live.pod_id, exc_info=exc)
-                await live.close_session()
-                await _gone_soon(live, RECONNECT_PAUSE_S)
-            else:
-                return True
-        return False
+        live.restoring = True
+        try:
+            while (left := deadline - loop.time()) > 0 and not live.gone.is_set() and not live.ending:
+                try:
+                    await self.join(live, timeout_s=left)
+                except VcnodeError as exc:
+                    log.info("Pod %s: no session yet", live.pod_id, exc_info=exc)
+                    await _gone_soon(live, RECONNECT_PAUSE_S)
+                else:
+                    return True
+            return False
+        finally:
+            live.restoring = False
 
     async def _container_exited(self, live: LivePod, event: ContainerExited) -> None:
         if event.container_id in live.starting:

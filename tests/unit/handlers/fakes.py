@@ -129,6 +129,14 @@ class FakePods:
         await self._note("stop", call, pod_id, grace_s)
         return PodStopped(pod=pod_status(pod_id, state=PodState.STOPPED), outcome="graceful")
 
+    async def pause(self, pod_id: str, call: Call) -> PodStatus:
+        await self._note("pause", call, pod_id)
+        return pod_status(pod_id, state=PodState.PAUSED)
+
+    async def resume(self, pod_id: str, call: Call) -> PodStatus:
+        await self._note("resume", call, pod_id)
+        return pod_status(pod_id, state=PodState.RUNNING)
+
     async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
         await self._note("delete", call, pod_id, force)
         return PodDeleted(pod_id=pod_id, existed=True)

@@ -46,6 +46,10 @@ class NoopSession:
         """Nothing is configured."""
         self._check()
 
+    async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
+        """Nobody is asked."""
+        self._check()
+
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """Refused."""
         self._refuse("containers")

@@ -37,6 +37,16 @@ def hostname(params: Params) -> str:
     return name
 
 
+def time_ns(params: Params) -> int:
+    """Take ``time_ns`` from *params*: nanoseconds since 1970."""
+    return params.integer("time_ns", 0, (1 << 63) - 1)
+
+
+def set_clock(now_ns: int) -> None:
+    """Set the wall clock; timers of processes go by the monotonic one, which does not jump."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, now_ns)
+
+
 class Identity:
     """The params of ``configure``, checked."""
 
@@ -45,7 +55,7 @@ class Identity:
     def __init__(self, params: Params) -> None:
         """Take *params* apart; raises `Failure`."""
         self.hostname = hostname(params)
-        self.time_ns = params.integer("time_ns", 0, (1 << 63) - 1)
+        self.time_ns = time_ns(params)
         try:
             self.entropy = binascii.a2b_base64(params.text("entropy", longest=2 * MAX_ENTROPY_BYTES))
         except ValueError:
@@ -66,7 +76,7 @@ def _any(item: Any, _path: str) -> Any:
 
 def apply(identity: Identity) -> None:
     """Take *identity*. Raises OSError; then parts of it may have been taken, and it can be repeated."""
-    time.clock_settime_ns(time.CLOCK_REALTIME, identity.time_ns)
+    set_clock(identity.time_ns)
     add_entropy(identity.entropy)
     syscalls.sethostname(identity.hostname)
     os.makedirs(ETC, exist_ok=True)

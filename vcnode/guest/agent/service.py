@@ -95,6 +95,7 @@ class Service:
         self._methods: dict[str, Method] = {
             "ping": self._ping,
             "configure": self._configure,
+            "set_clock": self._set_clock,
             "create_container": self._create_container,
             "start_container": self._start_container,
             "signal_container": self._signal_container,
@@ -130,6 +131,12 @@ class Service:
     def _configure(self, params: Params, answer: Answer) -> None:
         identity.apply(identity.Identity(params))
         self._introduction["boot_id"] = identity.boot_id()
+        answer.result({})
+
+    def _set_clock(self, params: Params, answer: Answer) -> None:
+        time_ns = identity.time_ns(params)
+        params.done()
+        identity.set_clock(time_ns)
         answer.result({})
 
     def _create_container(self, params: Params, answer: Answer) -> None:

@@ -29,6 +29,7 @@ class FakeVm:
             vm_id=vm_id, uuid="u", directory=str(agent_socket.parent), type=HypervisorType.MOCK
         )
         self.ended = asyncio.Event()
+        self.paused = False
 
     async def wait(self) -> VmExit:
         """Wait for `ended`."""

@@ -215,3 +215,21 @@ async def test_killed_process_forgets_its_sleep(tasks: Tasks, vm: FakeVm) -> Non
     await process.signal(15)
     assert await process.wait() == ProcessExit(143)
     assert [data async for _, data in process.output()] == []
+
+
+async def test_a_guest_whose_vcpus_are_stopped_answers_nothing_and_no_process_ends(
+    tasks: Tasks, vm: FakeVm
+) -> None:
+    agent = MockAgent(tasks=tasks)
+    session = await agent.connect(vm.as_vm, timeout_s=LIMIT_S)
+    await session.create_container(sleeper("c", "true"), timeout_s=LIMIT_S)
+    await session.start_container("c", timeout_s=LIMIT_S)
+    vm.paused = True
+    with pytest.raises(DeadlineExceededError):
+        await session.ping(timeout_s=0.01)
+    with pytest.raises(AgentError):
+        await agent.connect(vm.as_vm, timeout_s=0.01)
+    vm.paused = False
+    assert [c.state for c in await session.list_containers(timeout_s=LIMIT_S)] == ["running"]
+    await session.set_clock(0, timeout_s=LIMIT_S)
+    assert await anext(session.events()) == ContainerExited("c", 0, oom_killed=False)

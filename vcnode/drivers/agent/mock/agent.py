@@ -54,10 +54,12 @@ class MockAgent:
             lambda: AgentError(f"The guest agent of {vm_id} did not answer within {timeout_s:g} s."),
         ):
             await self._plan.hit("agent.connect", vm_id=vm_id)
+            await _hears(vm)
         if (earlier := self._sessions.pop(vm_id, None)) is not None:
             earlier.lose("Another session was opened.")
         guest = self.guests.by_vm_id.setdefault(vm_id, MockGuest())
-        session = MockSession(vm_id, guest, self._plan)
+        guest.is_paused = lambda: vm.paused
+        session = MockSession(vm, guest, self._plan)
         watcher = self._tasks.spawn(self._watch(vm, session), name=f"mock agent session of {vm_id}")
         session.watcher = watcher
         self._sessions[vm_id] = session
@@ -78,8 +80,9 @@ class MockAgent:
 class MockSession:
     """A `GuestSession` with a `MockGuest`."""
 
-    def __init__(self, vm_id: str, guest: MockGuest, plan: FaultPlan) -> None:
-        self._vm_id = vm_id
+    def __init__(self, vm: Vm, guest: MockGuest, plan: FaultPlan) -> None:
+        self._vm = vm
+        self._vm_id = vm.record.vm_id
         self._guest = guest
         self._plan = plan
         self._over: str | None = None
@@ -98,6 +101,11 @@ class MockSession:
         """See `GuestSession.configure`."""
         async with self._operation("configure", timeout_s):
             self._guest.config = config
+
+    async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
+        """See `GuestSession.set_clock`. Nobody looks at the clock of a mock guest."""
+        async with self._operation("set_clock", timeout_s):
+            self._guest.catch_up()
 
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """See `GuestSession.create_container`. No file is looked at."""
@@ -193,6 +201,13 @@ class MockSession:
             ),
         ):
             await self._plan.hit(f"agent.{verb}", vm_id=self._vm_id)
+            await _hears(self._vm)
             await asyncio.sleep(0)  # lets the watcher notice a VM that the plan has let die
         self.check()
         yield
+
+
+async def _hears(vm: Vm) -> None:
+    """A guest whose vCPUs are stopped answers nothing: only the caller's limit ends this."""
+    if vm.paused:
+        await asyncio.Event().wait()

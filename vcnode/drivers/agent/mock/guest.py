@@ -53,12 +53,15 @@ class MockGuest:
         config: What ``configure`` gave it last.
         containers: By id.
         on_exit: Where the open session wants to hear of ended containers; None while there is none.
+        is_paused: Whether the vCPUs are stopped: then no process ends by itself.
     """
 
     def __init__(self) -> None:
         self.config: GuestConfig | None = None
         self.containers: dict[str, MockContainer] = {}
         self.on_exit: Callable[[ContainerExited], None] | None = None
+        self.is_paused: Callable[[], bool] = lambda: False
+        self._overdue: list[tuple[MockContainer, int]] = []
         self._next_pid = FIRST_PID
 
     def find(self, container_id: str) -> MockContainer:
@@ -89,9 +92,9 @@ class MockGuest:
         if not math.isinf(seconds):
             code = container.program.exit_code
             container.timer = (
-                loop.call_later(seconds, self._end, container, code)
+                loop.call_later(seconds, self._end_by_itself, container, code)
                 if seconds
-                else loop.call_soon(self._end, container, code)
+                else loop.call_soon(self._end_by_itself, container, code)
             )
         return pid
 
@@ -130,6 +133,19 @@ class MockGuest:
         for container in self.containers.values():
             if container.is_running:
                 self._end(container, 128 + SIGKILL)
+
+    def catch_up(self) -> None:
+        """The vCPUs run again: what would have ended meanwhile ends now."""
+        overdue, self._overdue = self._overdue, []
+        for container, exit_code in overdue:
+            if container.is_running:
+                self._end(container, exit_code)
+
+    def _end_by_itself(self, container: MockContainer, exit_code: int) -> None:
+        if self.is_paused():
+            self._overdue.append((container, exit_code))
+        else:
+            self._end(container, exit_code)
 
     def _end(self, container: MockContainer, exit_code: int) -> None:
         """The main process ends, and the rest of its pid namespace with it."""

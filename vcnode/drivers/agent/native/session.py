@@ -64,6 +64,10 @@ class NativeSession:
         """See `GuestSession.configure`."""
         await self._call("configure", messages.configure_params(config), timeout_s)
 
+    async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
+        """See `GuestSession.set_clock`."""
+        await self._call("set_clock", {"time_ns": time_ns}, timeout_s)
+
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """See `GuestSession.create_container`.
 

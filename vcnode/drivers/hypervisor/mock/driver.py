@@ -44,6 +44,11 @@ class MockVm:
         """0 for a clone."""
         return None if self._machine.spec.clone_of is None else 0.0
 
+    @property
+    def paused(self) -> bool:
+        """See Protocol Vm."""
+        return not self._machine.running
+
     async def wait(self) -> VmExit:
         """See Protocol Vm."""
         await self._machine.ended()

@@ -73,6 +73,11 @@ class QemuVm:
         return self._files.agent_socket
 
     @property
+    def paused(self) -> bool:
+        """See Protocol Vm."""
+        return self._paused
+
+    @property
     def stderr_text(self) -> str:
         """QEMU's last words so far."""
         self._stderr.drain()

@@ -1,0 +1,111 @@
+"""The life of containers in one real VM, chapter by chapter: the node agent over it comes and goes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.guest_here import make_busybox
+from vcnode.errors import FailedPreconditionError
+from vcnode.models.call import Call
+from vcnode.models.commands import ExecOptions
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
+from vcnode.node import Node, running
+from vcnode.settings import NatsSettings, QemuSettings, Settings
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+LIMIT_S = 120.0
+_numbers = itertools.count(1)
+
+
+class Rig:
+    """One pod on one host; the node agent can be restarted."""
+
+    def __init__(self, settings: Settings, box: Path) -> None:
+        self.settings = settings
+        self.box = box
+        self.node: Node
+
+    @contextlib.asynccontextmanager
+    async def agent(self) -> AsyncIterator[None]:
+        """A node agent for a block; the pod stays."""
+        async with running(self.settings) as self.node:
+            yield
+
+    def call(self, verb: str = "test") -> Call:
+        """A command of its own."""
+        return Call(f"cmd-{next(_numbers)}", verb)
+
+    def container(self, container_id: str, *args: str, **fields: object) -> ContainerSpec:
+        """A container of busybox."""
+        return ContainerSpec(id=container_id, rootfs=str(self.box), cmd=Cmd(args=args), **fields)  # type: ignore[arg-type]
+
+    async def start(self, container_id: str, *args: str, **fields: object) -> None:
+        """Add a container and start it."""
+        spec = self.container(container_id, *args, **fields)
+        await self.node.pods.create_container("p1", spec, self.call())
+        await self.node.pods.start_container("p1", container_id, self.call())
+
+    async def shell(self, script: str, container_id: str | None = "main") -> str:
+        """What a shell prints in a container, or in the guest."""
+        options = ExecOptions(cmd=Cmd(args=("/bin/sh", "-c", script)), timeout_s=60)
+        result = await self.node.pods.exec("p1", container_id, options, self.call())
+        assert result.exit_code == 0, result
+        return result.stdout.raw.decode().strip()
+
+
+async def test_a_life(guest_image: Path, short_dir: Path) -> None:
+    make_busybox(short_dir / "box")
+    settings = Settings(
+        node_name="life",
+        state_dir=short_dir / "s",
+        run_dir=short_dir / "r",
+        guest_dir=guest_image,
+        allowed_roots=(short_dir,),
+        metrics_address="",
+        nats=NatsSettings(url="nats://127.0.0.1:1"),
+        qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
+    )
+    rig = Rig(settings, short_dir / "box")
+    spec = PodSpec(id="p1", template="never", containers=(rig.container("main", "sleep", "infinity"),))
+    try:
+        async with rig.agent():
+            await rig.node.pods.run(spec, rig.call("pod.run"))
+            await pause(rig)
+        async with rig.agent():
+            await resume(rig)
+            await stop_paused(rig)
+    finally:
+        async with rig.agent():
+            await rig.node.pods.delete("p1", True, rig.call("pod.delete"))
+    assert list((settings.run_dir / "vms").iterdir()) == []
+
+
+async def pause(rig: Rig) -> None:
+    """A paused pod refuses what needs its guest."""
+    await rig.shell("date -s @1000000000", None)  # as if the clock had stood for long
+    status = await rig.node.pods.pause("p1", rig.call("pod.pause"))
+    assert status.state is PodState.PAUSED
+    with pytest.raises(FailedPreconditionError, match="resume it first"):
+        await rig.shell("true")
+
+
+async def resume(rig: Rig) -> None:
+    """A paused pod is adopted at once, and has the right time when it is resumed."""
+    assert rig.node.pods.status("p1").state is PodState.PAUSED
+    await rig.node.pods.resume("p1", rig.call("pod.resume"))
+    assert abs(float(await rig.shell("date +%s")) - time.time()) < 2
+
+
+async def stop_paused(rig: Rig) -> None:
+    """A paused pod can be stopped, and started again."""
+    await rig.node.pods.pause("p1", rig.call("pod.pause"))
+    began = time.monotonic()
+    assert (await rig.node.pods.stop("p1", None, rig.call("pod.stop"))).outcome == "forced"
+    assert time.monotonic() - began < 5
