@@ -76,6 +76,19 @@ async def test_removing_the_vm_dir_takes_its_shares_along(storage, roots):
     await storage.share(VM, "c", str(roots / "app"))
 
 
+async def test_a_note_goes_with_its_vm(storage):
+    with pytest.raises(StorageError):
+        await storage.write_note(VM, "early")
+    for vm_id in (VM, OTHER):
+        await storage.make_vm_dir(vm_id)
+    await storage.write_note(VM, "first")
+    await storage.write_note(VM, "zwei \u00fc")
+    assert await storage.read_notes("vm-") == {VM: "zwei \u00fc"}
+    assert await storage.read_notes("vm-b") == {}
+    await storage.remove_vm_dir(VM)
+    assert await storage.read_notes("vm-") == {}
+
+
 async def test_share_names_are_unique_within_a_vm(storage, roots):
     for vm_id in (VM, OTHER):
         await storage.make_vm_dir(vm_id)

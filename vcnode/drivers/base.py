@@ -11,7 +11,7 @@ Promises that hold for every driver:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -340,7 +340,12 @@ class GuestAgent(Protocol):
 
 
 class Network(Protocol):
-    """Connects VMs."""
+    """Connects VMs.
+
+    A network that makes anything on the host is `vcnode.drivers.audit.Auditable` as well: ``held`` lists its
+    ``link``, ``namespace``, ``lease``, … of every VM of the node, ``free`` removes one. The audit then finds
+    it, and orphans go after the processes that used them and before their directories.
+    """
 
     @property
     def info(self) -> DriverInfo:
@@ -396,6 +401,20 @@ class Storage(Protocol):
 
     async def remove_vm_dir(self, vm_id: str) -> None:
         """Unmount whatever is shared there and remove the directory. Idempotent."""
+        ...
+
+    async def write_note(self, vm_id: str, text: str) -> None:
+        """Keep *text* in the VM's own directory, where it outlives the node agent and its database.
+
+        It replaces the note before it as a whole. Not synced to the disk: no VM outlives its host.
+
+        Raises:
+            StorageError: The VM has no directory, or its disk is full; the note before it stays.
+        """
+        ...
+
+    async def read_notes(self, mark: str) -> Mapping[str, str]:
+        """The notes of all VMs whose id begins with *mark*, by VM id; VMs without one are left out."""
         ...
 
     async def check_rootfs(self, path: str) -> None:

@@ -32,7 +32,7 @@ OPERATIONS = frozenset(
         " delete_container list_containers execute ping shutdown",
         "network": "attach open_taps detach held free",
         "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file remove_image"
-        " pull_image held",
+        " pull_image held write_note read_notes",
     }.items()
     for verb in verbs.split()
 ) | {"vm"}

@@ -43,6 +43,17 @@ class ContainerRecord(Data):
     """When it last stopped."""
 
 
+class PodNote(Data):
+    """What the directory of a running pod's VM says, for a node agent that has lost its database."""
+
+    node: str
+    """The node's name."""
+    epoch: int
+    """The node's epoch when this was written."""
+    record: PodRecord
+    """The pod."""
+
+
 class PodRecord(Data):
     """A pod. ``spec.id`` is always set here."""
 
@@ -78,3 +89,6 @@ class PodRecord(Data):
     """What could not be freed."""
     phases_ms: dict[str, float] = {}
     """Milliseconds of each phase of the last start."""
+
+
+PodNote.model_rebuild()

@@ -7,7 +7,7 @@ then it is logged. Reads come from memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
 
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
@@ -39,6 +39,8 @@ class Ledger:
         self._clock = clock
         self._is_mock = is_mock
         self._statuses: dict[str, tuple[PodRecord, PodStatus]] = {}
+        self.after_change: Callable[[PodRecord], Awaitable[None]] | None = None
+        """Called with each record after its change is committed; must not raise."""
 
     @property
     def records(self) -> Mapping[str, PodRecord]:
@@ -134,7 +136,18 @@ class Ledger:
         after = await self._store.write(change)
         if before is not None and after.state is not before.state:
             log.info("Pod %s: %s -> %s (%s)", pod_id, before.state, after.state, after.reason or "")
+        if after is not before and self.after_change is not None:
+            await self.after_change(after)
         return after
+
+    async def restore(self, records: Iterable[PodRecord]) -> None:
+        """Put back records that the database has lost, each as a change of its own; no event tells of it."""
+
+        def restore(tx: Tx) -> None:
+            for record in records:
+                tx.save_pod(record.model_copy(update={"revision": record.revision + 1}))
+
+        await self._store.write(restore)
 
     async def remove(self, pod_id: str, call: Call | None = None) -> None:
         """Forget a pod, with its event. Nothing happens if there is no such pod."""

@@ -17,6 +17,7 @@ from vcnode.models.records import PodRecord
 from vcnode.pods import edits
 from vcnode.pods.lifecycle import POD_HAS_VM
 from vcnode.pods.live import LivePod
+from vcnode.pods.notes import Notes
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 from vcnode.pods.release import release
 from vcnode.pods.watch import Watcher
@@ -39,6 +40,8 @@ class Recovered:
     """They run on."""
     failed: list[str] = field(default_factory=list)
     """Their VM was gone, or could not be reached and was killed."""
+    restored: tuple[str, ...] = ()
+    """The database lacked them, or their last changes; they were found by the notes of their VMs."""
     undone: list[str] = field(default_factory=list)
     """Half-done starts and stops that were taken back or finished; and leftovers that could be freed."""
 
@@ -46,13 +49,14 @@ class Recovered:
 class Recovery:
     """Adopts what lives, mends what was half done."""
 
-    def __init__(self, parts: Parts, watcher: Watcher) -> None:
+    def __init__(self, parts: Parts, watcher: Watcher, notes: Notes) -> None:
         self._parts = parts
         self._watcher = watcher
+        self._notes = notes
 
     async def run(self) -> Recovered:
         """Recover every pod; one that cannot be recovered is ``failed`` and keeps none of the others up."""
-        found = Recovered()
+        found = Recovered(restored=await self._notes.restore())
         slots = asyncio.Semaphore(CONCURRENT)
         tasks = [
             self._parts.tasks.spawn(self._recover(record, found, slots), name=f"recover {record.pod_id}")

@@ -44,6 +44,7 @@ from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.lifecycle import POD_DELETABLE, require
 from vcnode.pods.locks import PodLocks
+from vcnode.pods.notes import Notes
 from vcnode.pods.parts import Observer, Parts
 from vcnode.pods.pause import Pauser
 from vcnode.pods.pool import Pool
@@ -147,7 +148,8 @@ class PodService:
         )
         """Spare VMs."""
         self._auditor = Auditor(parts, lambda: self.templates.making | self.pool.vm_ids)
-        self._starter = Starter(parts, containers, self._watcher, self.templates, self.pool)
+        self._notes = Notes(self._ledger, storage, settings, epoch=epoch, live=parts.live.keys())
+        self._starter = Starter(parts, containers, self._watcher, self.templates, self.pool, self._notes)
         self._stopper = Stopper(parts, containers)
         self._pauser = Pauser(parts, self._watcher)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
@@ -339,7 +341,7 @@ class PodService:
 
         Emits one ``node.recovered`` with what was found.
         """
-        found = await Recovery(self._parts, self._watcher).run()
+        found = await Recovery(self._parts, self._watcher, self._notes).run()
         audit = await self._auditor.audit(repair=True)
         await self.announce(
             EventKind.NODE_RECOVERED,
@@ -347,6 +349,7 @@ class PodService:
                 "adopted": sorted(found.adopted),
                 "failed": sorted(found.failed),
                 "undone": sorted(found.undone),
+                "restored": sorted(found.restored),
                 "reaped": [f"{h.kind} {h.name}" for h in audit.holdings if h.freed],
             },
         )

@@ -30,6 +30,7 @@ from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
 from vcnode.pods.marks import new_vm_id
+from vcnode.pods.notes import Notes
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.pool import Pool, Spare
 from vcnode.pods.release import Holdings
@@ -86,13 +87,20 @@ class Starter:
     """Starts pods; the caller holds the pod's lock."""
 
     def __init__(
-        self, parts: Parts, containers: Containers, watcher: Watcher, templates: Templates, pool: Pool
+        self,
+        parts: Parts,
+        containers: Containers,
+        watcher: Watcher,
+        templates: Templates,
+        pool: Pool,
+        notes: Notes,
     ) -> None:
         self._parts = parts
         self._containers = containers
         self._watcher = watcher
         self._templates = templates
         self._pool = pool
+        self._notes = notes
 
     async def start(self, pod_id: str, call: Call, *, began: float) -> PodRecord:
         """Bring a pod up, with all its containers.
@@ -210,6 +218,7 @@ class Starter:
         if spare is None or not await self._claim(record, spare, phases):
             vm, session = await self._make_vm(record, held, phases)
         else:
+            await self._notes.write(record)
             vm, session = spare.vm, spare.session
         live = LivePod(record.pod_id, vm)
         live.session = session
@@ -235,6 +244,7 @@ class Starter:
         """Make a VM of the record's id, from its directory on."""
         parts = self._parts
         directory = await parts.storage.make_vm_dir(held.vm.vm_id)
+        await self._notes.write(record)
         phases.done("storage")
         template = await self._templates.for_pod(record)
         phases.done("template")

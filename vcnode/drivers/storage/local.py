@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from vcnode.drivers.audit import Held
@@ -92,6 +92,16 @@ class LocalStorage:
         """
         async with _translated(f"Removing the directory of VM {vm_id}"):
             await in_thread(self._dirs.remove, vm_id)
+
+    async def write_note(self, vm_id: str, text: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Writing the note of VM {vm_id}"):
+            await in_thread(self._dirs.write_note, vm_id, text)
+
+    async def read_notes(self, mark: str) -> Mapping[str, str]:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated("Reading the notes of VMs"):
+            return await in_thread(self._dirs.read_notes, mark)
 
     async def check_rootfs(self, path: str) -> None:
         """See `vcnode.drivers.base.Storage`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class MockWorld:
     """VMs that have a directory."""
     shares: dict[tuple[str, str], str] = field(default_factory=dict)
     """(VM, name) -> host path."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """By VM id."""
     images: dict[str, ImageFile] = field(default_factory=dict)
     """By digest."""
 
@@ -101,8 +103,22 @@ class MockStorage:
         check_name(vm_id)
         await self._hit("remove_vm_dir", vm_id)
         self.world.vm_dirs.discard(vm_id)
+        self.world.notes.pop(vm_id, None)
         for key in [key for key in self.world.shares if key[0] == vm_id]:
             del self.world.shares[key]
+
+    async def write_note(self, vm_id: str, text: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        check_name(vm_id)
+        await self._hit("write_note", vm_id)
+        if vm_id not in self.world.vm_dirs:
+            raise StorageError(f"VM {vm_id} has no directory on this node.", vm_id=vm_id)
+        self.world.notes[vm_id] = text
+
+    async def read_notes(self, mark: str) -> Mapping[str, str]:
+        """See `vcnode.drivers.base.Storage`."""
+        await self._hit("read_notes")
+        return {vm_id: text for vm_id, text in self.world.notes.items() if vm_id.startswith(mark)}
 
     async def check_rootfs(self, path: str) -> None:
         """See `vcnode.drivers.base.Storage`; nothing is looked at."""

@@ -13,6 +13,7 @@ in a container. They are not recursive: what is mounted below a shared directory
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import stat
@@ -25,7 +26,11 @@ from vcnode.drivers.storage.threads import Undo
 from vcnode.drivers.storage.trees import mounted, remove_tree, unmount, unmount_below
 from vcnode.errors import AlreadyExistsError, InvalidArgumentError, StorageError
 
+log = logging.getLogger(__name__)
+
 SHARED = "shared"
+NOTE = "pod.json"
+"""What the VM is for; see `vcnode.pods.notes`."""
 HARDENED = syscalls.ATTR_NOSUID | syscalls.ATTR_NODEV | syscalls.ATTR_NOEXEC | syscalls.ATTR_NOSYMFOLLOW
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -121,6 +126,36 @@ class VmDirs:
             remove_tree(base, vm_id)
         finally:
             os.close(base)
+
+    def write_note(self, vm_id: str, text: str) -> None:
+        """Replace the VM's note, as a whole.
+
+        Raises:
+            StorageError: The VM has no directory.
+            OSError: The host refused; the note before it stays.
+        """
+        path = self.path(vm_id) / NOTE
+        fresh = path.with_suffix(".new")
+        try:
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as exc:
+            raise StorageError(f"VM {vm_id} has no directory on this node.", vm_id=vm_id) from exc
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        fresh.rename(path)
+
+    def read_notes(self, mark: str) -> dict[str, str]:
+        """The notes of VMs whose id begins with *mark*; what cannot be read is left out."""
+        found = {}
+        for vm_id in self.ids():
+            if vm_id.startswith(mark):
+                try:
+                    found[vm_id] = (self.path(vm_id) / NOTE).read_text(encoding="utf-8")
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except (OSError, ValueError):
+                    log.warning("The note of VM %s cannot be read", vm_id, exc_info=True)
+        return found
 
     def share(self, undo: list[Undo], vm_id: str, name: str, path: str) -> None:
         """Bind the host directory *path* to ``shared/<name>``; appends to *undo* what takes it away again.
