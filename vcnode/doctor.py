@@ -18,6 +18,7 @@ from typing import Literal
 
 from vcnode.drivers.storage import tools
 from vcnode.errors import VcnodeError
+from vcnode.pods.salvage import damaged_files
 from vcnode.settings import Settings
 
 MIN_PYTHON = (3, 11)
@@ -74,6 +75,7 @@ async def examine(settings: Settings, probes: Sequence[tuple[str, Probe]] = ()) 
     yield await check_netns()
     yield check_cgroup(_read("/proc/self/mountinfo"))
     yield check_directory("state-dir", settings.state_dir, MIN_FREE_BYTES)
+    yield check_database(settings.state_dir)
     yield check_directory("run-dir", settings.run_dir, MIN_RUN_FREE_BYTES)
     yield check_socket_path(settings.run_dir)
     yield check_roots(settings.allowed_roots)
@@ -209,6 +211,19 @@ def check_directory(check: str, path: Path, min_free_bytes: int) -> Finding:
     if free < min_free_bytes:
         return Finding(check, "warn", f"{there} has {free >> 20} MiB left", "Free some space there.")
     return Finding(check, "ok", f"{path} ({free >> 20} MiB free)")
+
+
+def check_database(state_dir: Path) -> Finding:
+    """No database was found damaged."""
+    aside = [file.name for file in damaged_files(state_dir / "node.db")]
+    if not aside:
+        return Finding("database", "ok", "none was found damaged")
+    return Finding(
+        "database",
+        "warn",
+        f"was found damaged and rebuilt: {', '.join(aside)}",
+        f"Check the disk; look at what is kept in {state_dir}, then delete it.",
+    )
 
 
 def check_socket_path(run_dir: Path) -> Finding:

@@ -153,6 +153,14 @@ class Metrics:
         ):
             Gauge(name, text, registry=self._registry).set_function(count)
 
+    def watch_database(self, damaged: Callable[[], int]) -> None:
+        """Read the number of damaged databases that were kept aside at every scrape."""
+        Gauge(
+            "vcnode_damaged_databases",
+            "Damaged databases that were kept aside; look at them and delete them.",
+            registry=self._registry,
+        ).set_function(damaged)
+
     def watch(self, *, pods: Counts, containers: Counts, unpublished: Callable[[], int]) -> None:
         """Read these at every scrape.
 

@@ -54,6 +54,7 @@ from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
 from vcnode.pods.outbox import Outbox
 from vcnode.pods.received import Received
+from vcnode.pods.salvage import damaged_files
 from vcnode.pods.service import PodService
 from vcnode.pods.store import Store
 from vcnode.settings import Settings
@@ -65,6 +66,11 @@ FLUSH_TIMEOUT_S = 5.0
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def database_of(settings: Settings) -> Path:
+    """Where the node keeps what it knows."""
+    return settings.state_dir / "node.db"
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         stack.enter_context(state_lock(settings.state_dir))
         registry = CollectorRegistry()
         metrics = Metrics(registry, COMMANDS)
-        store = await Store.open(settings.state_dir / "node.db", node_name=settings.node_name, clock=_now)
+        store = await Store.open(database_of(settings), node_name=settings.node_name, clock=_now)
         stack.push_async_callback(store.close)
         tasks = await stack.enter_async_context(Tasks())
         drivers = choose_drivers(settings, tasks)
@@ -176,6 +182,13 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             max_age_s=settings.limits.journal_age_s,
             max_unpublished=settings.limits.outbox_events,
         )
+        if (rebuilt := store.rebuilt) is not None:
+            facts: dict[str, object] = {
+                "reason": rebuilt.reason,
+                "kept_aside": rebuilt.kept_aside,
+                "carried_over": dict(rebuilt.carried),
+            }
+            await pods.announce(EventKind.NODE_DATABASE_REBUILT, facts)
         await pods.recover()
         await journal.fail_unfinished()
         service = NodeService(
@@ -188,7 +201,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             clock=_now,
         )
         outbox = Outbox(store, retention_s=settings.limits.outbox_retention_s)
-        _describe(metrics, service, pods, outbox)
+        _describe(metrics, service, pods, outbox, settings)
         services = Services(pods=pods, images=images, node=service)
         bus = _join_bus(settings, metrics, store, journal, outbox, services, tasks, stack)
         connection = bus.connection
@@ -341,7 +354,9 @@ def _lease(settings: Settings, services: Services, identity: str) -> NodeLease:
     )
 
 
-def _describe(metrics: Metrics, service: NodeService, pods: PodService, outbox: Outbox) -> None:
+def _describe(
+    metrics: Metrics, service: NodeService, pods: PodService, outbox: Outbox, settings: Settings
+) -> None:
     info = service.info()
     metrics.watch_pool(
         ready=lambda: sum(shape.ready for shape in pods.pool.statuses()), queued=lambda: pods.queued_starts
@@ -354,6 +369,7 @@ def _describe(metrics: Metrics, service: NodeService, pods: PodService, outbox: 
         ),
         unpublished=lambda: outbox.unpublished_count,
     )
+    metrics.watch_database(lambda: len(damaged_files(database_of(settings))))
 
 
 S = TypeVar("S", PodState, ContainerState)

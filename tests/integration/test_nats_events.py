@@ -202,7 +202,7 @@ async def test_events_that_are_kept_no_more_are_not_missed_by_those_that_are(
     await admin.close()
 
 
-async def test_a_new_state_directory_is_not_taken_for_old_events(
+async def test_a_new_state_directory_goes_on_after_the_events_of_the_old_one(
     nats_server: NatsServer, client: Client, tmp_path: Path
 ) -> None:
     for attempt in ("first", "second"):
@@ -212,7 +212,39 @@ async def test_a_new_state_directory_is_not_taken_for_old_events(
                 lambda tx, time=time: tx.emit(EventKind.POD_CREATED, "p1", {}, time=time)  # type: ignore[misc]
             )
             await node.all_published()
-    assert [event.id for event in await everything(client)] == ["n1-1", "n1-1"]
+    assert [event.id for event in await everything(client)] == ["n1-1", "n1-2"]
+
+
+async def test_an_older_copy_of_the_database_goes_on_after_what_the_stream_has_seen(
+    nats_server: NatsServer, client: Client, tmp_path: Path
+) -> None:
+    """Three events are in the copy, one of them not yet published then; two more came after it."""
+
+    async def emit(node: NatsNode, count: int, hours: int) -> None:
+        for _ in range(count):
+            await node.store.write(
+                lambda tx: tx.emit(EventKind.POD_CREATED, "p1", {}, time=NOW + timedelta(hours=hours))
+            )
+
+    (tmp_path / "restored").mkdir()
+    async with running(nats_server.url, tmp_path) as node:
+        await emit(node, 2, hours=0)
+        await node.all_published()
+    async with running(nats_server.url, tmp_path, events=False) as node:
+        await emit(node, 1, hours=1)
+    shutil.copy(tmp_path / "n1.db", tmp_path / "restored")
+    async with running(nats_server.url, tmp_path) as node:
+        await emit(node, 2, hours=2)
+        await node.all_published()
+
+    async with running(nats_server.url, tmp_path / "restored") as node:
+        await emit(node, 2, hours=3)
+        await node.all_published()
+        assert node.store.sequence == 7
+
+    events = await everything(client)
+    assert sequences(events) == [1, 2, 3, 4, 5, 6, 7]
+    assert [(event.time - NOW).total_seconds() / 3600 for event in events] == [0, 0, 1, 2, 2, 3, 3]
 
 
 async def test_without_jetstream_events_wait(start_nats: StartNats, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import json
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import nats.errors
 import nats.js.errors
-from nats.js.api import RetentionPolicy, StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy, StreamConfig
 
 from vcnode import aio
 from vcnode.bus.connection import Connection
@@ -70,6 +70,10 @@ class Outbox(Protocol):
 
     async def rewind(self, sequence: int, *, published_after: float) -> int:
         """Have events after *sequence* published again."""
+        ...
+
+    async def continue_after(self, sequence: int, *, published: Collection[str]) -> int:
+        """Give the events that wait the numbers after *sequence*, except for those *published*."""
         ...
 
     async def wait(self) -> None:
@@ -198,14 +202,54 @@ class EventPublisher:
             log.warning("The newest message on this node's events is no event; cannot compare")
             return
         own = await self._outbox.find(sequence)
-        if own is not None and message_id(own) == message_id(known):
+        if own is not None and own.message_id == known.message_id:
             await self._outbox.mark_published(sequence)
             await self._publish_again(sequence, published_after=forgotten)
         elif sequence < await self._outbox.oldest():
             await self._publish_again(sequence, published_after=forgotten)
         else:
-            # Of an earlier state directory: whatever this one has published since then is lost.
-            await self._publish_again(0, published_after=max(forgotten, known.time.timestamp()))
+            await self._continue(js, known, forgotten)
+
+    async def _continue(self, js: JetStreamContext, known: Event, forgotten: float) -> None:
+        """Follow on *known*, which the stream has of a database that this node has lost or put back.
+
+        What this database has published since then is lost to the stream. Its own events get the numbers that
+        follow, so that whoever reads the stream sees neither a number twice nor a gap.
+        """
+        await self._publish_again(0, published_after=max(forgotten, known.time.timestamp()))
+        there = await self._published_ids(js)
+        count = await self._outbox.continue_after(int(known.sequence), published=there)
+        if count:
+            log.warning(
+                "JetStream has events up to %s of an earlier database; %d events go on from there",
+                known.sequence,
+                count,
+            )
+
+    async def _published_ids(self, js: JetStreamContext) -> frozenset[str]:
+        """Message ids of all events of this node that the stream has, whatever clocks said meanwhile."""
+        found = set()
+        sub = await uncancelled(
+            js.subscribe(
+                self._subjects.node_events(self._node_name),
+                stream=self._subjects.event_stream,
+                config=ConsumerConfig(deliver_policy=DeliverPolicy.ALL, ack_policy=AckPolicy.NONE),
+                headers_only=True,
+                flow_control=True,
+                idle_heartbeat=ACK_TIMEOUT_S / 2,
+                inactive_threshold=ACK_TIMEOUT_S,
+            )
+        )
+        try:
+            info = await uncancelled(sub.consumer_info())
+            left = (info.num_pending or 0) + (info.delivered.consumer_seq if info.delivered else 0)
+            while left:
+                msg = await uncancelled(sub.next_msg(timeout=ACK_TIMEOUT_S))
+                found.add((msg.headers or {}).get("Nats-Msg-Id", ""))
+                left = msg.metadata.num_pending
+        finally:
+            await uncancelled(sub.unsubscribe())
+        return frozenset(found)
 
     async def _publish_again(self, sequence: int, *, published_after: float) -> None:
         count = await self._outbox.rewind(sequence, published_after=published_after)
@@ -232,7 +276,7 @@ class EventPublisher:
                 self._observer.events_published(count)
 
     async def _send(self, js: JetStreamContext, event: Event) -> asyncio.Future[PubAck]:
-        headers = {"Nats-Msg-Id": message_id(event), "Content-Type": CONTENT_TYPE}
+        headers = {"Nats-Msg-Id": event.message_id, "Content-Type": CONTENT_TYPE}
         body = event_body(event, limit_bytes=self._connection.max_payload - HEADER_RESERVE_BYTES)
         return await uncancelled(
             js.publish_async(
@@ -265,11 +309,6 @@ class EventPublisher:
         self._last_complaint = text
         known = isinstance(exc, (nats.errors.Error, OSError, TimeoutError, VcnodeError))
         log.log(level, "Events cannot be published: %s", text, exc_info=None if known else exc)
-
-
-def message_id(event: Event) -> str:
-    """What JetStream knows *event* by. The time tells it from one of an earlier state directory."""
-    return f"{event.id}@{event.time.isoformat()}"
 
 
 def event_body(event: Event, *, limit_bytes: int) -> bytes:

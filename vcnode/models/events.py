@@ -44,6 +44,8 @@ class EventKind(StrEnum):
     NODE_STARTED = "node.started"
     NODE_STOPPING = "node.stopping"
     NODE_RECOVERED = "node.recovered"
+    NODE_DATABASE_REBUILT = "node.database_rebuilt"
+    """The database was damaged; a new one took its place with what could be read of it."""
 
 
 class Event(Reply):
@@ -83,3 +85,8 @@ class Event(Reply):
     def kind(self) -> str:
         """The type without its prefix, such as ``pod.started``."""
         return self.type.removeprefix("vcnode.")
+
+    @property
+    def message_id(self) -> str:
+        """What JetStream knows it by. The time tells it from one of an earlier state directory."""
+        return f"{self.id}@{self.time.isoformat()}"

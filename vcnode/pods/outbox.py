@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from vcnode.models.events import Event
 from vcnode.pods.store import Store, Tx
@@ -84,6 +84,28 @@ class Outbox:
             return lost.rowcount
 
         return await self._store.write(rewind)
+
+    async def continue_after(self, sequence: int, *, published: Collection[str]) -> int:
+        """Let the events that wait follow on the stream's last one, of a database that this node has lost.
+
+        Args:
+            sequence: That of the stream's last event.
+            published: Message ids of events that the stream has; those are marked as published.
+
+        Returns:
+            How many events got another number.
+        """
+
+        def follow(tx: Tx) -> int:
+            rows = tx.execute("SELECT sequence, event FROM outbox WHERE published_at IS NULL").fetchall()
+            now = self._store.clock().timestamp()
+            for number, text in rows:
+                if Event.model_validate_json(text).message_id in published:
+                    tx.execute("UPDATE outbox SET published_at = ? WHERE sequence = ?", (now, number))
+                    tx.unpublished_count -= 1
+            return tx.continue_after(sequence)
+
+        return await self._store.write(follow)
 
     async def find(self, sequence: int) -> Event | None:
         """The event of this sequence, if it is still kept."""

@@ -28,6 +28,8 @@ from vcnode.models.base import JsonObject
 from vcnode.models.events import Event, EventKind
 from vcnode.models.node import ImageStatus
 from vcnode.models.records import PodRecord
+from vcnode.pods.identity import Identity, read_identity, write_identity
+from vcnode.pods.salvage import DamagedError, Rebuilt, finish_interrupted, rebuild
 from vcnode.pods.schema import migrate
 
 log = logging.getLogger(__name__)
@@ -143,6 +145,29 @@ class Tx:
         self.unpublished_count += 1
         return event
 
+    def continue_after(self, sequence: int) -> int:
+        """Give the events that wait the numbers after *sequence*; how many got another one.
+
+        For events that nobody has seen yet: numbers that were published stay what they are.
+        """
+        waiting = self.execute(
+            "SELECT sequence, event FROM outbox WHERE published_at IS NULL ORDER BY sequence"
+        ).fetchall()
+        wanted = list(range(sequence + 1, sequence + 1 + len(waiting)))
+        changed = [old for (old, _), new in zip(waiting, wanted, strict=True) if old != new]
+        if changed:
+            self.execute("DELETE FROM outbox WHERE published_at IS NULL OR sequence > ?", (sequence,))
+            for (_, text), new in zip(waiting, wanted, strict=True):
+                event = Event.model_validate_json(text).model_copy(
+                    update={"id": f"{self._node_name}-{new}", "sequence": str(new)}
+                )
+                self.execute(
+                    "INSERT INTO outbox (sequence, event) VALUES (?, ?)", (new, event.model_dump_json())
+                )
+        self._sequence = sequence + len(waiting)
+        self.execute("UPDATE meta SET value = ? WHERE key = 'sequence'", (str(self._sequence),))
+        return len(changed)
+
 
 class _Job(Generic[T]):
     """A transaction that waits for the writer thread, and whoever waits for it."""
@@ -175,7 +200,10 @@ def translate(exc: sqlite3.Error) -> VcnodeError:
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
         return StorageError("The node's state directory cannot be written; nothing was changed.", sqlite=name)
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return StorageError("The node's database is damaged; nothing was changed.", sqlite=name)
+        return DamagedError(
+            "The node's database is damaged; nothing was changed. A restart of the node agent rebuilds it.",
+            sqlite=name,
+        )
     return StorageError("The node's database failed; nothing was changed.", sqlite=name)
 
 
@@ -190,6 +218,8 @@ class Store:
         """Grows with each `open` on the same file."""
         self.identity = ""
         """Made with the file; tells it from any other of the same node name."""
+        self.rebuilt: Rebuilt | None = None
+        """Set when the database was found damaged and a new one took its place."""
         self.changed = asyncio.Event()
         """Set by each commit; whoever waits for it clears it."""
         self.has_unpublished = asyncio.Event()
@@ -205,13 +235,15 @@ class Store:
     async def open(cls, path: Path, *, node_name: str, clock: Callable[[], datetime]) -> Store:
         """Open or make the database, migrate it, and count the epoch up.
 
+        A damaged one is kept aside, and a new one made with what could be read of it: see `rebuilt`.
+
         Args:
             path: The file; its directory is made if missing.
             node_name: Must be the name that the database was made with: event ids depend on it.
             clock: Gives the current time, with its zone.
 
         Raises:
-            StorageError: Damaged, not writable, open elsewhere, of a newer version, or of another node.
+            StorageError: Not writable, open elsewhere, of a newer version, or of another node.
             ResourceExhaustedError: The disk is full.
         """
         store = cls(path, node_name=node_name, clock=clock)
@@ -307,8 +339,32 @@ class Store:
     def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            finish_interrupted(self.path)
         except OSError as exc:
             raise StorageError(f"The state directory {self.path.parent} cannot be made.") from exc
+        try:
+            self._connect()
+        except DamagedError as exc:
+            self._close()
+            self._rebuild(exc.message)
+            self._connect()
+
+    def _rebuild(self, reason: str) -> None:
+        with _translated():
+            try:
+                self.rebuilt = rebuild(self.path, reason, node_name=self.node_name, now=self.clock())
+            except OSError as exc:
+                raise StorageError(
+                    f"The damaged database {self.path} cannot be replaced: {exc.strerror}."
+                ) from exc
+        log.error(
+            "The database was damaged (%s) and is kept as %s; carried over: %s",
+            reason,
+            self.rebuilt.kept_aside,
+            self.rebuilt.carried,
+        )
+
+    def _connect(self) -> None:
         with _translated():
             connection = sqlite3.connect(self.path, isolation_level=None)
             self._connection = connection
@@ -320,11 +376,19 @@ class Store:
             connection.execute("PRAGMA foreign_keys = ON")
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
-                raise StorageError(f"The database {self.path} is damaged: {verdict}.")
+                raise DamagedError(f"The database {self.path} is damaged: {verdict}.")
             with _transaction(connection):
                 migrate(connection)
                 self.epoch = self._claim(connection)
                 self._view = _load(connection)
+            write_identity(
+                self._identity_file,
+                Identity(node=self.node_name, identity=self.identity, epoch=self.epoch),
+            )
+
+    @property
+    def _identity_file(self) -> Path:
+        return self.path.with_suffix(".json")
 
     def _claim(self, connection: sqlite3.Connection) -> int:
         """Check that the database is this node's, and count its epoch up."""
@@ -335,8 +399,9 @@ class Store:
                 "give each node its own state_dir, or set node_name back.",
                 node=owner,
             )
-        epoch = int(meta.get("epoch", "0")) + 1
-        self.identity = meta.get("identity") or uuid.uuid4().hex
+        kept = read_identity(self._identity_file, self.node_name)
+        epoch = max(int(meta.get("epoch", "0")), 0 if kept is None else kept.epoch) + 1
+        self.identity = meta.get("identity") or (uuid.uuid4().hex if kept is None else kept.identity)
         rows = {
             "node_name": self.node_name,
             "epoch": str(epoch),
@@ -431,7 +496,7 @@ def _load(connection: sqlite3.Connection) -> View:
     """Read everything that readers need.
 
     Raises:
-        StorageError: A record cannot be read.
+        DamagedError: A record cannot be read.
     """
     pods: dict[str, PodRecord] = {}
     images: dict[str, ImageStatus] = {}
@@ -441,7 +506,7 @@ def _load(connection: sqlite3.Connection) -> View:
         for name, text in connection.execute("SELECT name, status FROM images ORDER BY name"):
             images[name] = ImageStatus.model_validate_json(text)
     except ValueError as exc:
-        raise StorageError("The node's database holds a record that cannot be read.") from exc
+        raise DamagedError("The node's database holds a record that cannot be read.") from exc
     (sequence,) = connection.execute("SELECT value FROM meta WHERE key = 'sequence'").fetchone()
     (unpublished,) = connection.execute("SELECT count(*) FROM outbox WHERE published_at IS NULL").fetchone()
     return View(pods, images, int(sequence), unpublished)

@@ -6,7 +6,7 @@ import json
 from datetime import timedelta
 
 from tests.unit.client.test_sequences import event
-from vcnode.bus.events import event_body, message_id
+from vcnode.bus.events import event_body
 
 
 def test_absent_attributes_are_left_out_and_nulls_in_the_data_stay() -> None:
@@ -27,6 +27,6 @@ def test_an_event_beyond_the_limit_keeps_everything_but_its_data() -> None:
 
 def test_message_ids_tell_state_directories_apart() -> None:
     first = event(1)
-    assert message_id(first) == message_id(event(1))
+    assert first.message_id == event(1).message_id
     again = event(1, time=first.time + timedelta(milliseconds=1))
-    assert message_id(first) != message_id(again)
+    assert first.message_id != again.message_id

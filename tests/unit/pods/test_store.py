@@ -15,9 +15,11 @@ from vcnode.errors import NotFoundError, ResourceExhaustedError, StorageError, U
 from vcnode.models.events import EventKind
 from vcnode.models.pod import AgentType, HypervisorType, NetworkModel, PodSpec, PodState, PodStatus
 from vcnode.models.records import PodRecord
+from vcnode.pods import salvage
 from vcnode.pods import store as store_module
 from vcnode.pods.journal import RESTARTED, Journal, Stored
 from vcnode.pods.outbox import Outbox
+from vcnode.pods.salvage import damaged_files
 from vcnode.pods.statuses import pod_status
 from vcnode.pods.store import Store, Tx
 
@@ -181,10 +183,14 @@ async def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path:
     assert caught.value.details == {"version": 99}
 
 
-@pytest.mark.parametrize("damage", ["garbage", "torn", "record"])
-async def test_a_damaged_database_is_an_error_that_says_so(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["garbage", "torn", "record", "page"])
+async def test_a_damaged_database_is_kept_aside_and_what_can_be_read_is_carried_over(
+    tmp_path: Path, damage: str
+) -> None:
     store = await open_store(tmp_path)
-    await store.write(lambda tx: [tx.save_pod(record(f"p{n}")) for n in range(200)])
+    identity = store.identity
+    await store.write(lambda tx: [tx.save_pod(record(f"p{n}", reason="x" * 400)) for n in range(200)])
+    await store.write(lambda tx: [emit(tx) for _ in range(5)])
     await store.close()
     raw = store.path.read_bytes()
     match damage:
@@ -192,13 +198,90 @@ async def test_a_damaged_database_is_an_error_that_says_so(tmp_path: Path, damag
             store.path.write_bytes(b"not a database" * 1000)
         case "torn":
             store.path.write_bytes(raw[: len(raw) // 2])
+        case "page":
+            store.path.write_bytes(raw[:8192] + b"\xff" * 4096 + raw[12288:])
         case "record":
             connection = sqlite3.connect(store.path)
             connection.execute("UPDATE pods SET record = '{}' WHERE pod_id = 'p7'")
             connection.commit()
             connection.close()
+    damaged = store.path.read_bytes()
+
+    store = await open_store(tmp_path)
+    assert store.rebuilt is not None
+    assert Path(store.rebuilt.kept_aside).read_bytes() == damaged
+    assert damaged_files(store.path) == [Path(store.rebuilt.kept_aside)]
+    assert (store.epoch, store.identity) == (2, identity)
+    if damage == "record":
+        assert (len(store.pods), store.sequence) == (199, 5)
+        assert "p7" not in store.pods
+    await store.write(lambda tx: tx.save_pod(record("new")))
+    await store.close()
+    store = await open_store(tmp_path)
+    assert store.rebuilt is None
+    assert "new" in store.pods
+    await store.close()
+
+
+async def test_a_rebuild_that_was_killed_is_finished_or_done_again(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    await store.write(lambda tx: tx.save_pod(record("a")))
+    await store.close()
+    fresh = store.path.with_name("node.db.new")
+    fresh.write_bytes(b"half of a database")  # killed while it was made
+    store = await open_store(tmp_path)
+    assert list(store.pods) == ["a"]
+    assert not fresh.exists()
+    await store.close()
+    store.path.rename(fresh)  # killed when the damaged one had been moved away
+    store = await open_store(tmp_path)
+    assert list(store.pods) == ["a"]
+    await store.close()
+
+
+async def test_a_damaged_database_that_cannot_be_replaced_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await open_store(tmp_path)
+    await store.close()
+    store.path.write_bytes(b"not a database" * 1000)
+
+    def full(*args: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(salvage, "_carry_over", full)
     with pytest.raises(StorageError):
         await open_store(tmp_path)
+    assert store.path.read_bytes().startswith(b"not a database")
+    assert damaged_files(store.path) == []
+
+
+async def test_a_lost_database_changes_neither_who_the_node_is_nor_its_epochs(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    await store.close()
+    store = await open_store(tmp_path)
+    identity = store.identity
+    await store.close()
+    store.path.unlink()
+    store = await open_store(tmp_path)
+    assert (store.epoch, store.identity) == (3, identity)
+    await store.close()
+
+
+async def test_events_that_wait_go_on_after_those_of_a_lost_database(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    outbox = Outbox(store, retention_s=1e9)
+    for _ in range(3):
+        await store.write(emit)
+    (first, *_) = await outbox.unpublished(1)
+    assert await outbox.continue_after(41, published={first.message_id}) == 2
+    waiting = await outbox.unpublished(10)
+    assert [(e.id, e.sequence) for e in waiting] == [("n1-42", "42"), ("n1-43", "43")]
+    assert (store.unpublished_count, store.sequence) == (2, 43)
+    await store.write(emit)
+    assert store.sequence == 44
+    assert await outbox.continue_after(41, published=()) == 0
+    await store.close()
 
 
 async def test_a_full_disk_refuses_and_changes_nothing_until_there_is_room(tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ async def test_pods_run_on_while_the_node_is_away_and_are_adopted(world: World) 
     assert (await world.pods.exec("p1", "c1", TRUE, world.call())).exit_code == 0
     event = (await world.events())[-1]
     assert event.kind == "node.recovered"
-    assert event.data == {"node": "n1", "adopted": ["p1"], "failed": [], "undone": [], "reaped": []}
+    nothing: dict[str, list[str]] = {"failed": [], "undone": [], "restored": [], "reaped": []}
+    assert event.data == {"node": "n1", "adopted": ["p1"], **nothing}
     assert event.epoch == 2
     await world.pods.stop("p1", None, world.call("pod.stop"))
     assert world.leaks == []

@@ -55,6 +55,8 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "image_file": lambda: storage.image_file(DIGEST),
         "remove_image": lambda: storage.remove_image(DIGEST),
         "held": lambda: storage.held("vm-"),
+        "write_note": lambda: storage.write_note("vm-1", "note"),
+        "read_notes": lambda: storage.read_notes("vm-"),
     }
     with pytest.raises(StorageError):
         await calls[operation.removeprefix("storage.")]()
