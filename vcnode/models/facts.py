@@ -79,8 +79,23 @@ class NodeRecovered(Reply):
     """Pods whose VM had died."""
     undone: tuple[str, ...]
     """Pods of which something was half done, which was undone."""
+    restored: tuple[str, ...]
+    """Pods that the database lacked, or knew in an earlier state; their VMs' notes told of them."""
     reaped: tuple[str, ...]
     """What was nobody's on the host and was removed, as kind and name."""
+
+
+class DatabaseRebuilt(Reply):
+    """Data of ``node.database_rebuilt``."""
+
+    node: str
+    """Its name."""
+    reason: str
+    """What was wrong with the database."""
+    kept_aside: str
+    """Path of the damaged one on the host."""
+    carried_over: dict[str, int]
+    """Rows that could be read, by table."""
 
 
 _SPECIAL: dict[EventKind, type[BaseModel]] = {
@@ -94,6 +109,7 @@ _SPECIAL: dict[EventKind, type[BaseModel]] = {
     EventKind.NODE_STARTED: NodeFacts,
     EventKind.NODE_STOPPING: NodeFacts,
     EventKind.NODE_RECOVERED: NodeRecovered,
+    EventKind.NODE_DATABASE_REBUILT: DatabaseRebuilt,
 }
 _BY_GROUP: dict[str, type[BaseModel]] = {"pod": PodStatus, "container": ContainerStatus, "image": ImageStatus}
 
