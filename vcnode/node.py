@@ -37,6 +37,7 @@ from vcnode.drivers.base import GuestAgent, Hypervisor, Network
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
+from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
 from vcnode.drivers.storage.mock import MockStorage
@@ -47,8 +48,9 @@ from vcnode.http import HttpServer
 from vcnode.metrics import Metrics
 from vcnode.models.commands import COMMANDS
 from vcnode.models.events import EventKind
+from vcnode.models.network import NetworkModel
 from vcnode.models.node import Amount, NodeLease
-from vcnode.models.pod import AgentType, ContainerState, HypervisorType, NetworkModel, PodState
+from vcnode.models.pod import AgentType, ContainerState, HypervisorType, PodState
 from vcnode.models.subjects import Subjects
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
@@ -90,7 +92,7 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
         return Drivers(
             hypervisors={HypervisorType.MOCK: MockHypervisor(plan)},
             agents={AgentType.MOCK: MockAgent(plan, tasks=tasks), AgentType.NOOP: NoopAgent()},
-            networks={NetworkModel.NOOP: NoopNetwork(plan)},
+            networks={NetworkModel.NOOP: NoopNetwork(plan), NetworkModel.BRIDGE: MockNetwork(plan)},
             storage=MockStorage(settings.allowed_roots, run_dir=settings.run_dir, faults=plan),
         )
     guest = Guest(kernel=settings.guest_dir / "vmlinux", initrd=settings.guest_dir / "initrd")
@@ -226,6 +228,11 @@ async def _open_drivers(drivers: Drivers, stack: contextlib.AsyncExitStack) -> N
         await hypervisor.open()
         for note in hypervisor.info.notes:
             log.warning("%s", note, extra={"driver": hypervisor.info.type})
+    for network in drivers.networks.values():
+        stack.push_async_callback(network.close)
+        await network.open()
+        for note in network.info.notes:
+            log.warning("%s", note, extra={"driver": network.info.type})
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from pydantic_settings import (
 )
 
 from vcnode.models.base import NodeName
+from vcnode.models.network import NetworkModel
 from vcnode.models.pod import (
     MAX_MEM_SIZE_MIB,
     MAX_VCPU_COUNT,
     MIN_MEM_SIZE_MIB,
     AgentType,
     HypervisorType,
-    NetworkModel,
 )
 
 

@@ -14,6 +14,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.network import Endpoint
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import ContainerState, ContainerStatus, PodStatus, StopOutcome
 
@@ -43,6 +44,10 @@ def pods(reply: PodStatuses) -> None:
     )
 
 
+def _endpoints(status: PodStatus) -> tuple[Endpoint, ...]:
+    return () if status.network is None else status.network.endpoints
+
+
 def pod(status: PodStatus) -> None:
     """All about one pod."""
     vm = status.hypervisor
@@ -59,7 +64,7 @@ def pod(status: PodStatus) -> None:
             ("pid", vm and vm.pid),
             ("agent", status.agent_type),
             ("network", status.network_model),
-            ("addresses", ", ".join(a for endpoint in status.endpoints for a in endpoint.addresses)),
+            ("addresses", ", ".join(a for e in _endpoints(status) for a in e.addresses)),
             ("created", status.created_at.isoformat(timespec="milliseconds")),
             ("started", status.started_at and status.started_at.isoformat(timespec="milliseconds")),
             ("finished", status.finished_at and status.finished_at.isoformat(timespec="milliseconds")),

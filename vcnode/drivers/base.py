@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vcnode.models.image import ImageConfig, PullProgress
+from vcnode.models.network import NetworkConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import StopOutcome
 from vcnode.models.vm import (
@@ -27,6 +28,7 @@ from vcnode.models.vm import (
     GuestInfo,
     GuestProcess,
     NetworkAttachment,
+    NetworkRequest,
     VmExit,
     VmRecord,
     VmShape,
@@ -340,7 +342,7 @@ class GuestAgent(Protocol):
 
 
 class Network(Protocol):
-    """Connects VMs.
+    """Connects VMs. A pod's network is planned with its record, then attached, and detached at its end.
 
     A network that makes anything on the host is `vcnode.drivers.audit.Auditable` as well: ``held`` lists its
     ``link``, ``namespace``, ``lease``, … of every VM of the node, ``free`` removes one. The audit then finds
@@ -349,21 +351,99 @@ class Network(Protocol):
 
     @property
     def info(self) -> DriverInfo:
-        """Capabilities."""
+        """Capabilities and findings; complete after ``open``.
+
+        ``spares``: `prepare` makes what a VM needs before it is anybody's.
+        """
         ...
 
-    async def attach(self, pod_id: str, vm_id: str, *, timeout_s: float) -> NetworkAttachment:
-        """Make namespace, interfaces and addresses for one VM."""
+    async def open(self) -> None:
+        """See what the host can do, and take up what an earlier node agent has left in order.
+
+        What this driver cannot do here is said in ``info.notes`` and refused by `plan`: a node agent starts
+        all the same.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free what the driver itself holds; pods stay connected. Idempotent."""
+        ...
+
+    def check(self, config: NetworkConfig) -> None:
+        """See that this driver knows what is asked for. Pure.
+
+        Raises:
+            InvalidArgumentError: A field does not go with this driver; its path begins with ``pod.network``.
+            UnsupportedError: This host lacks what it needs; says what to do.
+        """
+        ...
+
+    def netdev_count(self, config: NetworkConfig) -> int | None:
+        """Interfaces that a pod of that configuration gets; None when only `attach` can tell. Pure."""
+        ...
+
+    def plan(self, request: NetworkRequest, held: Sequence[NetworkAttachment]) -> NetworkAttachment:
+        """Choose addresses, ports and names for a pod's network. Pure; makes nothing.
+
+        Runs inside the transaction that begins the start, in the thread of the database, so that no two pods
+        get the same.
+
+        Args:
+            request: The pod.
+            held: What all other pods of the node hold, of any driver.
+
+        Raises:
+            ResourceExhaustedError: No address is left.
+            FailedPreconditionError: A port is another pod's.
+            InvalidArgumentError, UnsupportedError: As `check`.
+        """
+        ...
+
+    async def prepare(self, vm_id: str, netdev_count: int, *, timeout_s: float) -> NetworkAttachment:
+        """Make namespace and taps for a VM that belongs to no pod yet: a spare, or one to become a template.
+
+        `attach` of a plan for the same VM completes it; `detach` removes it.
+
+        Raises:
+            UnsupportedError: Without the capability ``spares``.
+            NetworkError: It could not be made; nothing is left.
+        """
+        ...
+
+    async def attach(self, planned: NetworkAttachment, *, timeout_s: float) -> NetworkAttachment:
+        """Make what `plan` has planned; what `prepare` has made for the VM is used.
+
+        Returns:
+            The attachment as it is now: *planned* itself, where all could be known before.
+
+        Raises:
+            NetworkError: It could not be made. `detach` removes what is left of it.
+        """
         ...
 
     async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
-        """Open the taps of an attachment, one descriptor per endpoint; the caller closes them."""
+        """Open the taps of an attachment, one descriptor per endpoint; the caller closes them.
+
+        Raises:
+            NetworkError: One of them is gone, or in use.
+        """
         ...
 
     async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
-        """Remove all that ``attach`` made, or had begun to make. Idempotent.
+        """Remove all that ``attach`` or ``prepare`` made, or had begun to make. Idempotent.
 
-        After a crash in the middle of ``attach`` the attachment holds no more than its ``vm_id``.
+        After a crash in the middle, or for an orphan, the attachment may hold no more than its ``vm_id``.
+
+        Raises:
+            NetworkError: Something is still there; may be tried again.
+        """
+        ...
+
+    async def recover(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
+        """See that the network of a running pod still stands after the node agent was away, and mend it.
+
+        Raises:
+            NetworkError: It cannot be mended; the pod goes on without it.
         """
         ...
 

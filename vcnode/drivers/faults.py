@@ -30,7 +30,7 @@ OPERATIONS = frozenset(
         "vm": "attach_disk detach_disk pause resume stop",
         "agent": "connect configure set_clock create_container start_container signal_container"
         " delete_container list_containers execute ping shutdown",
-        "network": "attach open_taps detach held free",
+        "network": "prepare attach open_taps detach recover held free",
         "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file remove_image"
         " pull_image held write_note read_notes",
     }.items()

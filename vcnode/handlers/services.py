@@ -24,6 +24,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.network import NetworkModel
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing, PoolStatus
 from vcnode.models.pod import (
     AgentType,
@@ -32,7 +33,6 @@ from vcnode.models.pod import (
     ContainerStatus,
     ExecResult,
     HypervisorType,
-    NetworkModel,
     PodSpec,
     PodState,
     PodStatus,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vcnode.models.base import Moment, Reply
 from vcnode.models.image import ImageConfig
-from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
+from vcnode.models.network import NetworkModel
+from vcnode.models.pod import AgentType, HypervisorType
 
 
 class DriverInfo(Reply):

@@ -19,6 +19,7 @@ from vcnode.models.base import (
     Reply,
     Request,
 )
+from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
 
 MIN_MEM_SIZE_MIB = 128
 """The smallest guest worth booting. Measured with one vCPU: with 112 MiB the kernel panics while it unpacks
@@ -66,15 +67,6 @@ class AgentType(StrEnum):
     MOCK = "mock"
     HYPERSTART = "hyperstart"
     SSHD = "sshd"
-
-
-class NetworkModel(StrEnum):
-    """Drivers that connect a pod."""
-
-    NOOP = "noop"
-    BRIDGE = "bridge"
-    CNI = "cni"
-    CNM = "cnm"
 
 
 class Resources(Request):
@@ -198,6 +190,8 @@ class PodSpec(Request):
     """Driver that reaches into the guest. Default: the node's."""
     network_model: NetworkModel | None = None
     """Driver that connects the pod. Default: the node's."""
+    network: NetworkConfig = NetworkConfig()
+    """What that driver is to do."""
     template: Literal["auto", "require", "never"] = "auto"
     """Whether the VM starts as a copy of a booted one of its shape: ``auto`` where that is possible,
     ``require`` or fail, ``never`` (always boot)."""
@@ -216,23 +210,6 @@ class PodSpec(Request):
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ValueError(f"container ids must be distinct; {', '.join(twice)} is used more than once")
         return self
-
-
-class Endpoint(Reply):
-    """How one interface of the pod's network namespace reaches the VM."""
-
-    id: str
-    """Unique within the node."""
-    name: str
-    """Interface name in the namespace and in the guest, such as ``eth0``."""
-    tap_name: str | None = None
-    """The tap that QEMU holds."""
-    mac: str
-    """Hardware address of the guest's interface."""
-    addresses: tuple[str, ...] = ()
-    """Addresses with prefix length."""
-    mtu: int = 1500
-    """Maximum transmission unit in bytes."""
 
 
 class ContainerStatus(Reply):
@@ -316,10 +293,8 @@ class PodStatus(Reply):
     """Driver that reaches into the guest."""
     network_model: NetworkModel
     """Driver that connects the pod."""
-    netns_path: str | None = None
-    """The pod's network namespace, if it has one."""
-    endpoints: tuple[Endpoint, ...] = ()
-    """Its interfaces."""
+    network: NetworkNamespace | None = None
+    """Its network namespace and interfaces, while it has them."""
     containers: tuple[ContainerStatus, ...] = ()
     """Its containers, in the order of creation."""
     leftovers: tuple[str, ...] = ()

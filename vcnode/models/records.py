@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from vcnode.models.base import Moment
 from vcnode.models.image import ImageConfig
+from vcnode.models.network import NetworkModel
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
     ContainerState,
     HypervisorType,
-    NetworkModel,
     PodSpec,
     PodState,
 )

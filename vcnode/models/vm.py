@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from vcnode.models.base import Moment
-from vcnode.models.pod import ContainerResources, Endpoint, HypervisorType, NetworkModel
+from vcnode.models.network import DnsConfig, Endpoint, NetworkConfig, NetworkModel, NetworkNamespace
+from vcnode.models.pod import ContainerResources, HypervisorType
 
 
 class Data(BaseModel):
@@ -31,6 +32,8 @@ class VmSpec(Data):
     """Host directory that the guest sees as the 9p share ``shared``."""
     netdevs: tuple[NetDev, ...] = ()
     """Network devices."""
+    netns_path: str | None = None
+    """Network namespace to run in; None: the node agent's own."""
     clone_of: str | None = None
     """Key of the template to start from; None: boot."""
     template_key: str | None = None
@@ -168,7 +171,9 @@ class GuestConfig(Data):
     machine_id: str
     """32 hex digits."""
     endpoints: tuple[Endpoint, ...] = ()
-    """Interfaces to set up."""
+    """Interfaces to set up, in the order of the VM's network devices."""
+    dns: DnsConfig = DnsConfig()
+    """Name resolution, for the guest and its containers."""
 
 
 class GuestContainerState(Data):
@@ -199,17 +204,47 @@ class GuestInfo(Data):
     """The guest kernel's release."""
 
 
+class NetworkRequest(Data):
+    """A pod that is about to be connected."""
+
+    pod_id: str
+    """Pod."""
+    vm_id: str
+    """Its VM; what a driver makes is named after it."""
+    config: NetworkConfig = NetworkConfig()
+    """What the caller wants."""
+
+
 class NetworkAttachment(Data):
-    """What a network driver made for one VM; kept in the pod's record."""
+    """What a network driver holds, or is about to hold, for one VM; kept in the pod's record.
+
+    A driver's ``plan`` makes it, which is when addresses and ports are taken: they are the pod's as long as
+    its record has the attachment.
+    """
 
     model: NetworkModel
     """Driver."""
     vm_id: str
     """VM that it was made for; what the driver makes is named after it, so this alone is enough to detach."""
+    pod_id: str | None = None
+    """Pod that it was planned for; None for a VM that has none yet."""
+    config: NetworkConfig = NetworkConfig()
+    """What was asked for."""
     netns_path: str | None = None
     """Network namespace in which the VM runs."""
+    netns_created: bool = True
+    """Whether the driver makes that namespace, and removes it."""
     endpoints: tuple[Endpoint, ...] = ()
     """Interfaces, in guest order."""
+    dns: DnsConfig = DnsConfig()
+    """Name resolution as the guest is to have it: what was asked for, completed by the driver."""
+
+    @property
+    def namespace(self) -> NetworkNamespace | None:
+        """As callers see it."""
+        if self.netns_path is None:
+            return None
+        return NetworkNamespace(path=self.netns_path, created=self.netns_created, endpoints=self.endpoints)
 
 
 VmSpec.model_rebuild()

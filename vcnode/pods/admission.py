@@ -55,7 +55,7 @@ class Admission:
         network_model = spec.network_model or settings.network
         hypervisor = driver(parts.hypervisors, hypervisor_type, "pod.hypervisor_type")
         agent = driver(parts.agents, agent_type, "pod.agent_type")
-        driver(parts.networks, network_model, "pod.network_model")
+        driver(parts.networks, network_model, "pod.network_model").check(spec.network)
         if agent_type is not AgentType.NOOP and agent.info.mock != hypervisor.info.mock:
             raise InvalidArgumentError.field(
                 "pod.agent_type", f"{agent_type} does not go with hypervisor_type {hypervisor_type}"

@@ -65,8 +65,8 @@ def find_container(record: PodRecord, wanted: str) -> ContainerRecord:
     )
 
 
-def starting(vm: VmRecord, verb: str) -> Edit:
-    """A start begins; *vm* is what it is going to make."""
+def starting(vm: VmRecord, network: NetworkAttachment, verb: str) -> Edit:
+    """A start begins; *vm* and *network* are what it is going to make."""
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.START, verb)
@@ -75,15 +75,14 @@ def starting(vm: VmRecord, verb: str) -> Edit:
                 f"Pod {record.pod_id} has left something on the host; stop or delete the pod first.",
                 leftovers=list(record.leftovers),
             )
-        return _copy(record, state=state, reason=None, vm=vm, network=None, phases_ms={}), (
-            News(EventKind.POD_STARTING),
-        )
+        changed = _copy(record, state=state, reason=None, vm=vm, network=network, phases_ms={})
+        return changed, (News(EventKind.POD_STARTING),)
 
     return edit
 
 
 def networked(network: NetworkAttachment) -> Edit:
-    """The pod's network was made."""
+    """The pod's network was made; *network* says more than its plan did."""
     return lambda record: (_copy(record, network=network), ())
 
 

@@ -7,7 +7,7 @@ then it is logged. Reads come from memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
@@ -16,6 +16,8 @@ from vcnode.models.call import Call
 from vcnode.models.events import EventKind
 from vcnode.models.pod import ContainerStatus, PodStatus
 from vcnode.models.records import PodRecord
+from vcnode.models.vm import NetworkAttachment, VmRecord
+from vcnode.pods import edits
 from vcnode.pods.edits import Edit, News, find_container
 from vcnode.pods.statuses import container_id, container_status, pod_status
 from vcnode.pods.store import Store, Tx
@@ -118,22 +120,50 @@ class Ledger:
             StorageError, ResourceExhaustedError: The database cannot be written; nothing is changed.
         """
 
-        def change(tx: Tx) -> PodRecord:
-            before = tx.pods.get(pod_id)
-            if before is None:
-                raise NotFoundError(f"There is no pod {pod_id} any more.", pod_id=pod_id)
-            after, news = edit(before)
-            if after is not before:
-                if len(after.containers) > len(before.containers):
-                    _check_images(tx, after)
-                after = after.model_copy(update={"revision": before.revision + 1})
-                tx.save_pod(after)
-            for item in news:
-                self._emit(tx, after, item, call)
-            return after
+        return await self._write(pod_id, lambda tx: self._apply(tx, pod_id, edit, call))
 
+    async def begin_start(
+        self,
+        pod_id: str,
+        vm: VmRecord,
+        plan: Callable[[Sequence[NetworkAttachment]], NetworkAttachment],
+        call: Call,
+    ) -> PodRecord:
+        """Commit that a start begins, and with it the addresses and ports that the pod gets.
+
+        Args:
+            pod_id: The pod.
+            vm: What the start is going to make.
+            plan: Plans its network, given those of all other pods; see `vcnode.drivers.base.Network.plan`.
+            call: The command.
+
+        Raises:
+            VcnodeError: As `change`, and what *plan* raised; nothing is changed.
+        """
+
+        def begin(tx: Tx) -> PodRecord:
+            others = [r.network for r in tx.pods.values() if r.pod_id != pod_id and r.network is not None]
+            return self._apply(tx, pod_id, edits.starting(vm, plan(others), call.verb), call)
+
+        return await self._write(pod_id, begin)
+
+    def _apply(self, tx: Tx, pod_id: str, edit: Edit, call: Call | None) -> PodRecord:
+        before = tx.pods.get(pod_id)
+        if before is None:
+            raise NotFoundError(f"There is no pod {pod_id} any more.", pod_id=pod_id)
+        after, news = edit(before)
+        if after is not before:
+            if len(after.containers) > len(before.containers):
+                _check_images(tx, after)
+            after = after.model_copy(update={"revision": before.revision + 1})
+            tx.save_pod(after)
+        for item in news:
+            self._emit(tx, after, item, call)
+        return after
+
+    async def _write(self, pod_id: str, work: Callable[[Tx], PodRecord]) -> PodRecord:
         before = self.find(pod_id)
-        after = await self._store.write(change)
+        after = await self._store.write(work)
         if before is not None and after.state is not before.state:
             log.info("Pod %s: %s -> %s (%s)", pod_id, before.state, after.state, after.reason or "")
         if after is not before and self.after_change is not None:

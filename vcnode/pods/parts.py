@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 from vcnode.aio import Spawner
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage
 from vcnode.errors import UnsupportedError
-from vcnode.models.pod import AgentType, HypervisorType, NetworkModel
+from vcnode.models.network import NetworkModel
+from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
 from vcnode.pods.host import HostMemory
 from vcnode.pods.images import ImageService

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,16 +16,17 @@ from typing import Protocol
 from vcnode.aio import Spawner, finish
 from vcnode.drivers.base import GuestSession, Storage, Vm
 from vcnode.errors import AgentError, HypervisorError, ResourceExhaustedError, UnsupportedError, VcnodeError
+from vcnode.models.network import Interworking
 from vcnode.models.node import PoolStatus
-from vcnode.models.pod import NetworkModel
 from vcnode.models.records import PodRecord
-from vcnode.models.vm import VmSpec
+from vcnode.models.vm import NetworkAttachment
 from vcnode.pods.host import HostMemory
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.queue import StartQueue
-from vcnode.pods.templates import Kind, Templates
+from vcnode.pods.templates import Kind, Templates, prepare
 from vcnode.pods.undo import UndoStack
-from vcnode.settings import PoolSettings, Settings
+from vcnode.pods.wiring import netdevs
+from vcnode.settings import PoolSettings, Settings, ShapeSettings
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Spare:
     vm: Vm
     session: GuestSession
     kind: Kind
+    network: NetworkAttachment
+    """Its namespace and taps, not wired to anything yet."""
     watcher: asyncio.Task[None] | None = None
     """Notices its end while it waits."""
 
@@ -160,9 +162,14 @@ class Pool:
             self._observer.spare_lost()
             raise
 
-    async def end(self, spare: Spare) -> None:
-        """End a spare and free what it holds. Idempotent; a cancellation is held back."""
-        await finish(self._end(spare), timeout_s=END_LIMIT_S)
+    async def end(self, spare: Spare, *, network: bool = True) -> None:
+        """End a spare and free what it holds. Idempotent; a cancellation is held back.
+
+        Args:
+            spare: The spare.
+            network: Whether its network goes, too; not if a pod has it already.
+        """
+        await finish(self._end(spare, network=network), timeout_s=END_LIMIT_S)
 
     async def make_room(self, mem_size_mib: int) -> None:
         """Give spares up, newest first, until the host has so much memory or none is left."""
@@ -188,7 +195,8 @@ class Pool:
         if (
             not self._ready
             or record.spec.template == "never"
-            or record.network_model is not NetworkModel.NOOP
+            or record.network_model is not self._settings.network
+            or record.spec.network.interworking is Interworking.MACVTAP  # which has no use for a tap
         ):
             return None
         kind = self._templates.kind_of(record)
@@ -202,11 +210,13 @@ class Pool:
         self.changed.set()
         self._wake.set()
 
-    async def _end(self, spare: Spare) -> None:
+    async def _end(self, spare: Spare, *, network: bool) -> None:
         await spare.session.close()
         await spare.vm.stop(grace_s=0)
         await spare.vm.close()
         await self._storage.remove_vm_dir(spare.vm_id)
+        if network:
+            await spare.kind.network.detach(spare.network, timeout_s=END_LIMIT_S)
         self.settle(spare)
 
     async def _end_quietly(self, spare: Spare) -> None:
@@ -251,7 +261,7 @@ class Pool:
 
     async def _drop_stale(self) -> None:
         """End the spares of templates that are out of date: the guest image or QEMU has changed."""
-        for spare in [s for s in self._ready if self._templates.kind(s.kind.shape) != s.kind]:
+        for spare in [s for s in self._ready if self._templates.kind(_size(s)) != s.kind]:
             self._remove(spare)
             await self._end_quietly(spare)
 
@@ -275,16 +285,10 @@ class Pool:
         try:
             undo.push(f"directory of {vm_id}", lambda: self._storage.remove_vm_dir(vm_id))
             directory = await self._storage.make_vm_dir(vm_id)
-            spec = VmSpec(
-                vm_id=vm_id,
-                uuid=str(uuid.uuid4()),
-                vcpu_count=kind.shape.vcpu_count,
-                mem_size_mib=kind.shape.mem_size_mib,
-                directory=str(directory),
-                shared_dir=str(directory / "shared"),
-                clone_of=kind.key,
-            )
-            vm = await kind.hypervisor.launch(spec, timeout_s=MAKE_LIMIT_S)
+            spec, network = await prepare(kind, vm_id, directory, undo)
+            async with netdevs(kind.network, network) as devices:
+                update = {"netdevs": devices, "clone_of": kind.key}
+                vm = await kind.hypervisor.launch(spec.model_copy(update=update), timeout_s=MAKE_LIMIT_S)
             undo.push(f"handle of {vm_id}", vm.close)
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
             session = await kind.agent.connect(vm, timeout_s=MAKE_LIMIT_S)
@@ -298,7 +302,12 @@ class Pool:
                 await self._templates.drop(kind)
             raise
         undo.drop()
-        return Spare(vm, session, kind)
+        return Spare(vm, session, kind, network)
+
+
+def _size(spare: Spare) -> ShapeSettings:
+    shape = spare.kind.shape
+    return ShapeSettings(vcpu_count=shape.vcpu_count, mem_size_mib=shape.mem_size_mib)
 
 
 def _is_of(spare: Spare, shape: PoolSettings) -> bool:

@@ -106,6 +106,7 @@ class Recovery:
         if vm is None:
             return VM_ENDED
         live = parts.live[record.pod_id] = LivePod(record.pod_id, vm)
+        await self._recover_network(record)
         was_paused = vm.paused
         if record.state is PodState.PAUSED:
             # Its agent cannot answer; the resume opens a session. A half-done resume is taken back.
@@ -118,6 +119,15 @@ class Recovery:
             self._watcher.follow(live)
         self._watcher.watch_vm(live)
         return None
+
+    async def _recover_network(self, record: PodRecord) -> None:
+        """Mend the network of a running pod; the pod goes on even if that cannot be."""
+        if record.network is None:
+            return
+        try:
+            await self._parts.network(record).recover(record.network, timeout_s=REQUEST_LIMIT_S)
+        except VcnodeError as exc:
+            log.error("Pod %s: its network does not stand any more", record.pod_id, exc_info=exc)
 
     async def _undo(self, record: PodRecord, found: Recovered) -> None:
         """Take back a half-done start, or finish a half-done stop."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vcnode.models.pod import StopOutcome
 from vcnode.models.records import PodRecord
-from vcnode.models.vm import NetworkAttachment, VmRecord
+from vcnode.models.vm import NetworkAttachment, NetworkRequest, VmRecord
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
 from vcnode.pods.undo import UndoStack
@@ -22,7 +22,7 @@ class Holdings:
         self.vm = vm
         """The VM as far as it is known: without a pid before its launch."""
         self.network = record.network or NetworkAttachment(model=record.network_model, vm_id=vm.vm_id)
-        """Its network; before that is known in full, what is enough to remove it."""
+        """Its network, as planned or as made."""
         self.live = parts.live.get(record.pod_id)
         """Set once the VM is launched, if this process has its handle."""
         self.outcome: StopOutcome = "absent"
@@ -79,6 +79,11 @@ class Holdings:
         if self._parts.live.get(live.pod_id) is live:
             del self._parts.live[live.pod_id]
         self.live = None
+
+
+def request_of(record: PodRecord, vm_id: str) -> NetworkRequest:
+    """What a network driver is asked for."""
+    return NetworkRequest(pod_id=record.pod_id, vm_id=vm_id, config=record.spec.network)
 
 
 async def release(parts: Parts, record: PodRecord) -> tuple[str, ...]:

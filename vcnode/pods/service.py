@@ -21,6 +21,7 @@ from vcnode.models.commands import (
     PodStopped,
 )
 from vcnode.models.events import EventKind
+from vcnode.models.network import NetworkModel
 from vcnode.models.node import NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
@@ -29,7 +30,6 @@ from vcnode.models.pod import (
     ContainerStatus,
     ExecResult,
     HypervisorType,
-    NetworkModel,
     PodSpec,
     PodState,
     PodStatus,
@@ -131,6 +131,7 @@ class PodService:
         self.templates = Templates(
             hypervisors=hypervisors,
             agents=agents,
+            networks=networks,
             storage=storage,
             settings=settings,
             tasks=tasks,

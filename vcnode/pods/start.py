@@ -23,7 +23,7 @@ from vcnode.errors import (
 from vcnode.models.call import Call
 from vcnode.models.pod import PodState
 from vcnode.models.records import PodRecord
-from vcnode.models.vm import GuestConfig, NetDev, VmRecord, VmSpec
+from vcnode.models.vm import GuestConfig, VmRecord, VmSpec
 from vcnode.pods import edits
 from vcnode.pods.containers import Containers
 from vcnode.pods.ledger import check_revision
@@ -33,11 +33,12 @@ from vcnode.pods.marks import new_vm_id
 from vcnode.pods.notes import Notes
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.pool import Pool, Spare
-from vcnode.pods.release import Holdings
+from vcnode.pods.release import Holdings, request_of
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.watch import Watcher
+from vcnode.pods.wiring import netdevs
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,8 @@ class Starter:
             if (spare := self._pool.take(record)) is not None:
                 undo.push(f"spare VM {spare.vm_id}", partial(self._pool.end, spare))
             vm = self._new_vm(record) if spare is None else spare.vm.record
-            record = await parts.ledger.change(pod_id, edits.starting(vm, call.verb), call)
+            plan = partial(parts.network(record).plan, request_of(record, vm.vm_id))
+            record = await parts.ledger.begin_start(pod_id, vm, plan, call)
             phases = Phases(parts.observer, began)
             await ticket.granted.wait()
             phases.done("queue")
@@ -179,7 +181,7 @@ class Starter:
         if record.vm is None:  # cannot be: the edit that began the start has set it
             raise UnsupportedError(f"Pod {record.pod_id} has no VM to start.")
         held = Holdings(parts, record, record.vm)
-        await self._attach_network(record, held, undo)
+        record = await self._attach_network(record, held, undo)
         phases.done("network")
         held.undo_directory(undo)
         live = await self._launch(record, held, undo, spare, phases)
@@ -201,14 +203,14 @@ class Starter:
             self._templates.learn(record)
         return parts.ledger.get(record.pod_id)
 
-    async def _attach_network(self, record: PodRecord, held: Holdings, undo: UndoStack) -> None:
+    async def _attach_network(self, record: PodRecord, held: Holdings, undo: UndoStack) -> PodRecord:
+        """Make what was planned; returns the record as it is then."""
         held.undo_network(undo)
         planned = held.network
-        held.network = await self._parts.network(record).attach(
-            record.pod_id, held.vm.vm_id, timeout_s=REQUEST_LIMIT_S
-        )
-        if held.network != planned:  # else there is nothing to know that the record does not say
-            await self._parts.ledger.change(record.pod_id, edits.networked(held.network))
+        held.network = await self._parts.network(record).attach(planned, timeout_s=REQUEST_LIMIT_S)
+        if held.network == planned:
+            return record  # which says it all
+        return await self._parts.ledger.change(record.pod_id, edits.networked(held.network))
 
     async def _launch(
         self, record: PodRecord, held: Holdings, undo: UndoStack, spare: Spare | None, phases: Phases
@@ -232,7 +234,7 @@ class Starter:
             await self._pool.claim(spare)
         except (HypervisorError, AgentError, UnavailableError, DeadlineExceededError) as exc:
             log.warning("Pod %s: spare VM %s does not answer", record.pod_id, spare.vm_id, exc_info=exc)
-            await self._pool.end(spare)
+            await self._pool.end(spare, network=False)
             return False
         finally:
             phases.done("pool")
@@ -248,8 +250,7 @@ class Starter:
         phases.done("storage")
         template = await self._templates.for_pod(record)
         phases.done("template")
-        taps = await parts.network(record).open_taps(held.network)
-        try:
+        async with netdevs(parts.network(record), held.network) as devices:
             spec = VmSpec(
                 vm_id=held.vm.vm_id,
                 uuid=held.vm.uuid,
@@ -257,14 +258,10 @@ class Starter:
                 mem_size_mib=record.spec.resources.mem_size_mib,
                 directory=str(directory),
                 shared_dir=str(directory / "shared"),
-                netdevs=tuple(
-                    NetDev(tap_fd=fd, mac=e.mac) for fd, e in zip(taps, held.network.endpoints, strict=True)
-                ),
+                netns_path=held.network.netns_path,
+                netdevs=devices,
             )
             return await self._clone_or_boot(record, spec, template, phases)
-        finally:
-            for fd in taps:
-                os.close(fd)
 
     async def _clone_or_boot(
         self, record: PodRecord, spec: VmSpec, template: str | None, phases: Phases
@@ -308,6 +305,7 @@ class Starter:
             entropy=os.urandom(64),
             machine_id=uuid.UUID(held.vm.uuid).hex,
             endpoints=held.network.endpoints,
+            dns=held.network.dns,
         )
         await session.configure(config, timeout_s=REQUEST_LIMIT_S)
         phases.done("configure")

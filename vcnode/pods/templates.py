@@ -12,22 +12,26 @@ import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, cast
 
 from vcnode.aio import Spawner
-from vcnode.drivers.base import GuestAgent, Hypervisor, Storage, Templating
+from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage, Templating
 from vcnode.errors import FailedPreconditionError, UnsupportedError, VcnodeError
+from vcnode.models.network import NetworkConfig, NetworkModel
 from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
-from vcnode.models.vm import VmShape, VmSpec
+from vcnode.models.vm import NetworkAttachment, VmShape, VmSpec
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.undo import UndoStack
+from vcnode.pods.wiring import netdevs, preparer
 from vcnode.settings import Settings, ShapeSettings
 
 log = logging.getLogger(__name__)
 
 LOAD_LIMIT_S = 60.0
 SAVE_LIMIT_S = 120.0
+REQUEST_LIMIT_S = 30.0
 
 
 class Observer(Protocol):
@@ -51,6 +55,8 @@ class Kind:
     shape: VmShape
     key: str
     """Of the template as it has to be now."""
+    network: Network
+    """Makes namespace and taps of VMs that are nobody's."""
 
     @property
     def templating(self) -> Templating:
@@ -64,6 +70,7 @@ class Templates:
     Args:
         hypervisors: Drivers on offer; those with the capability ``templates`` are used.
         agents: Drivers on offer; only the native agent stays silent until it is asked, as a clone must.
+        networks: Drivers on offer.
         storage: For the directories of the VMs that become templates.
         settings: Limits, and what to have ready from the start.
         tasks: Runs the making.
@@ -75,6 +82,7 @@ class Templates:
         *,
         hypervisors: Mapping[HypervisorType, Hypervisor],
         agents: Mapping[AgentType, GuestAgent],
+        networks: Mapping[NetworkModel, Network],
         storage: Storage,
         settings: Settings,
         tasks: Spawner,
@@ -82,6 +90,7 @@ class Templates:
     ) -> None:
         self._hypervisors = hypervisors
         self._agents = agents
+        self._networks = networks
         self._storage = storage
         self._settings = settings
         self._tasks = tasks
@@ -94,11 +103,7 @@ class Templates:
     def warm(self) -> None:
         """Begin to load or make the templates that the settings list; returns at once."""
         for shape in self._settings.templates.warm:
-            kind = self._kind(
-                self._settings.hypervisor,
-                self._settings.agent_type,
-                VmShape(vcpu_count=shape.vcpu_count, mem_size_mib=shape.mem_size_mib),
-            )
+            kind = self.kind(shape)
             if kind is None:
                 log.warning("The settings list templates to warm, but the default drivers have none")
                 return
@@ -153,7 +158,7 @@ class Templates:
         Returns:
             None when these drivers have no templates, or it could not be made (see the log).
         """
-        kind = self.kind(VmShape(vcpu_count=shape.vcpu_count, mem_size_mib=shape.mem_size_mib))
+        kind = self.kind(shape)
         if kind is None or await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
             return kind
         self._make_in_background(kind)
@@ -167,27 +172,43 @@ class Templates:
         self._observer.template_broken()
         await kind.templating.drop_template(kind.key)
 
-    def kind(self, shape: VmShape) -> Kind | None:
-        """What a VM of that shape and of the default drivers is cloned from; None: it boots."""
-        return self._kind(self._settings.hypervisor, self._settings.agent_type, shape)
+    def kind(self, shape: ShapeSettings) -> Kind | None:
+        """What a VM of that size and of the default drivers is cloned from; None: it boots."""
+        settings = self._settings
+        network = self._networks.get(settings.network)
+        count = None if network is None else network.netdev_count(NetworkConfig())
+        return self._kind(
+            settings.hypervisor, settings.agent_type, shape.vcpu_count, shape.mem_size_mib, count
+        )
 
     def kind_of(self, record: PodRecord) -> Kind | None:
         """What the pod's VM would be cloned from; None: it boots."""
-        resources = record.spec.resources
-        shape = VmShape(
-            vcpu_count=resources.vcpu_count,
-            mem_size_mib=resources.mem_size_mib,
-            netdev_count=len(record.network.endpoints) if record.network else 0,
+        size = record.spec.resources
+        if record.network is not None:
+            count: int | None = len(record.network.endpoints)
+        else:
+            network = self._networks.get(record.network_model)
+            count = None if network is None else network.netdev_count(record.spec.network)
+        return self._kind(
+            record.hypervisor_type, record.agent_type, size.vcpu_count, size.mem_size_mib, count
         )
-        return self._kind(record.hypervisor_type, record.agent_type, shape)
 
-    def _kind(self, hypervisor_type: HypervisorType, agent_type: AgentType, shape: VmShape) -> Kind | None:
+    def _kind(
+        self,
+        hypervisor_type: HypervisorType,
+        agent_type: AgentType,
+        vcpu_count: int,
+        mem_size_mib: int,
+        netdev_count: int | None,
+    ) -> Kind | None:
         hypervisor, agent = self._hypervisors.get(hypervisor_type), self._agents.get(agent_type)
-        if hypervisor is None or agent is None or shape.netdev_count:
-            return None  # how a template gets its taps comes with the networks that have some
+        network = preparer(self._networks, self._settings.network, with_taps=bool(netdev_count))
+        if hypervisor is None or agent is None or network is None or netdev_count is None:
+            return None
         if "templates" not in hypervisor.info.capabilities or "configure" not in agent.info.capabilities:
             return None
-        return Kind(hypervisor, agent, shape, cast(Templating, hypervisor).template_key(shape))
+        shape = VmShape(vcpu_count=vcpu_count, mem_size_mib=mem_size_mib, netdev_count=netdev_count)
+        return Kind(hypervisor, agent, shape, cast(Templating, hypervisor).template_key(shape), network)
 
     async def close(self) -> None:
         """End what is being made, with its VMs, and make nothing more. Idempotent; drivers close later."""
@@ -225,16 +246,10 @@ class Templates:
         try:
             undo.push(f"directory of {vm_id}", lambda: self._storage.remove_vm_dir(vm_id))
             directory = await self._storage.make_vm_dir(vm_id)
-            spec = VmSpec(
-                vm_id=vm_id,
-                uuid=str(uuid.uuid4()),
-                vcpu_count=kind.shape.vcpu_count,
-                mem_size_mib=kind.shape.mem_size_mib,
-                directory=str(directory),
-                shared_dir=str(directory / "shared"),
-                template_key=kind.key,
-            )
-            vm = await kind.hypervisor.launch(spec, timeout_s=limit_s)
+            spec, network = await prepare(kind, vm_id, directory, undo)
+            async with netdevs(kind.network, network) as devices:
+                update = {"netdevs": devices, "template_key": kind.key}
+                vm = await kind.hypervisor.launch(spec.model_copy(update=update), timeout_s=limit_s)
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
             session = await kind.agent.connect(vm, timeout_s=limit_s)
             await session.close()
@@ -252,3 +267,32 @@ class Templates:
             if room < 0 and info.key != new.key:
                 log.info("Dropping template %s: more than max_total_mib", info.key)
                 await new.templating.drop_template(info.key)
+
+
+async def prepare(
+    kind: Kind, vm_id: str, directory: Path, undo: UndoStack
+) -> tuple[VmSpec, NetworkAttachment]:
+    """Make the network of a VM that is nobody's yet, and describe the VM, without its network devices.
+
+    Args:
+        kind: What it is made with.
+        vm_id: Its id.
+        directory: Its directory.
+        undo: Gets the undo of the network.
+
+    Raises:
+        NetworkError: The network could not be made.
+    """
+    known = NetworkAttachment(model=NetworkModel(kind.network.info.type), vm_id=vm_id)
+    undo.push(f"network of {vm_id}", lambda: kind.network.detach(known, timeout_s=REQUEST_LIMIT_S))
+    network = await kind.network.prepare(vm_id, kind.shape.netdev_count, timeout_s=REQUEST_LIMIT_S)
+    spec = VmSpec(
+        vm_id=vm_id,
+        uuid=str(uuid.uuid4()),
+        vcpu_count=kind.shape.vcpu_count,
+        mem_size_mib=kind.shape.mem_size_mib,
+        directory=str(directory),
+        shared_dir=str(directory / "shared"),
+        netns_path=network.netns_path,
+    )
+    return spec, network

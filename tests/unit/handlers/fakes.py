@@ -22,6 +22,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.network import NetworkModel
 from vcnode.models.node import ImageStatus, NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
@@ -29,7 +30,6 @@ from vcnode.models.pod import (
     ContainerState,
     ContainerStatus,
     ExecResult,
-    NetworkModel,
     Output,
     PodSpec,
     PodState,

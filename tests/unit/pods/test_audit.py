@@ -24,7 +24,7 @@ async def strand(world: World, vm_id: str) -> None:
     """Put a VM with all that it needs on the host, of which no record knows."""
     directory = await world.storage.make_vm_dir(vm_id)
     await world.storage.share(vm_id, "c1", "/roots/busybox")
-    await world.network.attach("gone", vm_id, timeout_s=1)
+    await world.network.prepare(vm_id, 1, timeout_s=1)
     spec = VmSpec(
         vm_id=vm_id,
         uuid=f"uuid-of-{vm_id}",

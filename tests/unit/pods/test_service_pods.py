@@ -18,7 +18,8 @@ from vcnode.errors import (
     UnsupportedError,
 )
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import AgentType, Cmd, HypervisorType, NetworkModel, PodState, Resources
+from vcnode.models.network import NetworkModel
+from vcnode.models.pod import AgentType, Cmd, HypervisorType, PodState, Resources
 
 
 async def test_create_starts_nothing(world: World) -> None:
@@ -89,7 +90,8 @@ async def test_start_runs_the_pod_and_its_containers_and_says_how_long_each_phas
     assert status.state is PodState.RUNNING
     assert status.hypervisor is not None
     assert status.mock
-    assert status.netns_path is not None
+    assert status.network is not None
+    assert status.network.created
     assert [(c.state, c.pid) for c in status.containers] == [("running", 100)]
     phases = ["queue", "network", "storage", "template", "qemu", "boot", "configure", "containers", "total"]
     assert list(status.phases_ms) == phases

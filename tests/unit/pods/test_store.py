@@ -13,7 +13,8 @@ import pytest
 from tests.unit.pods.world import Clock
 from vcnode.errors import NotFoundError, ResourceExhaustedError, StorageError, UnavailableError
 from vcnode.models.events import EventKind
-from vcnode.models.pod import AgentType, HypervisorType, NetworkModel, PodSpec, PodState, PodStatus
+from vcnode.models.network import NetworkModel
+from vcnode.models.pod import AgentType, HypervisorType, PodSpec, PodState, PodStatus
 from vcnode.models.records import PodRecord
 from vcnode.pods import salvage
 from vcnode.pods import store as store_module

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -14,23 +13,21 @@ from vcnode.aio import Tasks
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.mock.guest import MockGuests
 from vcnode.drivers.agent.noop import NoopAgent
-from vcnode.drivers.audit import Held
 from vcnode.drivers.faults import FaultPlan, Rule
 from vcnode.drivers.hypervisor.mock import MockHypervisor, MockWorld
+from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.mock import MockStorage
 from vcnode.drivers.storage.mock import MockWorld as StorageWorld
 from vcnode.errors import StorageError
 from vcnode.models.call import Call
 from vcnode.models.events import Event
-from vcnode.models.node import DriverInfo
+from vcnode.models.network import NetworkModel
 from vcnode.models.pod import (
     AgentType,
     Cmd,
     ContainerSpec,
-    Endpoint,
     HypervisorType,
-    NetworkModel,
     PodSpec,
 )
 from vcnode.models.vm import NetworkAttachment
@@ -108,43 +105,6 @@ class RecordedStore(Store):
         result = await super().write(work)
         self.plan.reach("committed")
         return result
-
-
-class TapNetwork:
-    """A network that makes a tap and a namespace per VM, in ``made``; descriptors are real."""
-
-    def __init__(self, plan: FaultPlan, made: dict[str, NetworkAttachment]) -> None:
-        self.plan = plan
-        self.made = made
-
-    @property
-    def info(self) -> DriverInfo:
-        return DriverInfo(type=NetworkModel.BRIDGE)
-
-    async def attach(self, pod_id: str, vm_id: str, *, timeout_s: float) -> NetworkAttachment:
-        await self.plan.hit("network.attach", vm_id=vm_id)
-        endpoint = Endpoint(id=f"{vm_id}-0", name="eth0", tap_name=f"tap-{vm_id}", mac="52:54:00:00:00:01")
-        attachment = NetworkAttachment(
-            model=NetworkModel.BRIDGE, vm_id=vm_id, netns_path=f"/netns/{vm_id}", endpoints=(endpoint,)
-        )
-        self.made[vm_id] = attachment
-        return attachment
-
-    async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
-        await self.plan.hit("network.open_taps")
-        return [os.open("/dev/null", os.O_RDWR) for _ in attachment.endpoints]
-
-    async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
-        await self.plan.hit("network.detach")
-        self.made.pop(attachment.vm_id, None)
-
-    async def held(self, mark: str) -> Sequence[Held]:
-        await self.plan.hit("network.held")
-        return [Held("link", f"tap-{vm_id}", vm_id) for vm_id in self.made if vm_id.startswith(mark)]
-
-    async def free(self, held: Held, *, timeout_s: float) -> None:
-        await self.plan.hit("network.free")
-        self.made.pop(held.vm_id or "", None)
 
 
 class Observed:
@@ -241,7 +201,7 @@ class World:
         )
         self.hypervisor = MockHypervisor(plan, world=self.vms, templates=self._templates)
         self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)
-        self.network = TapNetwork(plan, self.taps)
+        self.network = MockNetwork(plan, made=self.taps)
         self.pods = PodService(
             node_name="n1",
             epoch=self.store.epoch,

@@ -21,15 +21,19 @@ class Held:
     vm_id: str
     """Names its directory, and with that its sockets, its mounts and the command lines of its processes."""
     netns_path: str | None = None
-    tap_names: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
 
     @classmethod
     def by(cls, pod: PodStatus) -> Held:
         """What *pod*, which is running, has."""
         return cls(
             vm_id=pod.hypervisor.vm_id if pod.hypervisor is not None else pod.pod_id,
-            netns_path=pod.netns_path,
-            tap_names=tuple(e.tap_name for e in pod.endpoints if e.tap_name is not None),
+            netns_path=None if pod.network is None else pod.network.path,
+            interfaces=tuple(
+                e.host_interface
+                for e in (() if pod.network is None else pod.network.endpoints)
+                if e.host_interface is not None
+            ),
         )
 
 
@@ -86,6 +90,6 @@ def links(held: Held) -> Iterator[str]:
     """What is still there of the network of *held*."""
     if held.netns_path is not None and Path(held.netns_path).exists():
         yield held.netns_path
-    for name in held.tap_names:
+    for name in held.interfaces:
         if Path("/sys/class/net", name).exists():
             yield name

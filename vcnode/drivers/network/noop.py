@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vcnode.drivers.faults import FaultPlan
+from vcnode.errors import InvalidArgumentError
+from vcnode.models.network import NetworkConfig, NetworkModel
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import NetworkModel
-from vcnode.models.vm import NetworkAttachment
+from vcnode.models.vm import NetworkAttachment, NetworkRequest
 
 
 class NoopNetwork:
@@ -26,13 +27,47 @@ class NoopNetwork:
 
     @property
     def info(self) -> DriverInfo:
-        """No capabilities."""
-        return DriverInfo(type=NetworkModel.NOOP)
+        """``spares``: there is nothing to make for one."""
+        return DriverInfo(type=NetworkModel.NOOP, capabilities=("spares",))
 
-    async def attach(self, pod_id: str, vm_id: str, *, timeout_s: float) -> NetworkAttachment:
+    async def open(self) -> None:
+        """Nothing to look for."""
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+    def check(self, config: NetworkConfig) -> None:
+        """Nothing but name resolution (for names in /etc/hosts) can be asked for."""
+        for field in ("networks", "netns_path", "ports", "rate_mbit"):
+            if getattr(config, field) != getattr(NetworkConfig(), field):
+                raise InvalidArgumentError.field(
+                    f"pod.network.{field}", "does not go with network_model noop, which has no interface"
+                )
+
+    def netdev_count(self, config: NetworkConfig) -> int:
+        """None at all."""
+        return 0
+
+    def plan(self, request: NetworkRequest, held: Sequence[NetworkAttachment]) -> NetworkAttachment:
         """An attachment without namespace and endpoints."""
-        await self._hit("attach", vm_id)
+        self.check(request.config)
+        return NetworkAttachment(
+            model=NetworkModel.NOOP,
+            vm_id=request.vm_id,
+            pod_id=request.pod_id,
+            config=request.config,
+            dns=request.config.dns,
+        )
+
+    async def prepare(self, vm_id: str, netdev_count: int, *, timeout_s: float) -> NetworkAttachment:
+        """An attachment without namespace and endpoints."""
+        await self._hit("prepare", vm_id)
         return NetworkAttachment(model=NetworkModel.NOOP, vm_id=vm_id)
+
+    async def attach(self, planned: NetworkAttachment, *, timeout_s: float) -> NetworkAttachment:
+        """Nothing to make."""
+        await self._hit("attach", planned.vm_id)
+        return planned
 
     async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
         """No descriptors."""
@@ -42,3 +77,7 @@ class NoopNetwork:
     async def detach(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
         """Nothing to remove."""
         await self._hit("detach")
+
+    async def recover(self, attachment: NetworkAttachment, *, timeout_s: float) -> None:
+        """Nothing to mend."""
+        await self._hit("recover")

@@ -238,7 +238,13 @@ class QemuHypervisor:
             launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
             argv = build(launch)
             fds = inherited_fds(launch)
-            process = spawn(argv, stderr_fd=stderr_fd, fds=fds, directory=files.directory)
+            process = spawn(
+                argv,
+                stderr_fd=stderr_fd,
+                fds=fds,
+                directory=files.directory,
+                netns_path=spec.netns_path,
+            )
             undo.pop_all()
             record = self._make_record(spec, process)
             vm = QemuVm(record, process=process, files=files, console=console, stderr=stderr)

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from vcnode.drivers import namespaces
 from vcnode.errors import HypervisorError
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,14 @@ def reap(pidfd: int) -> int | None:
     return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 
-def spawn(argv: Sequence[str], *, stderr_fd: int, fds: Sequence[int], directory: Path) -> Process:
+def spawn(
+    argv: Sequence[str],
+    *,
+    stderr_fd: int,
+    fds: Sequence[int],
+    directory: Path,
+    netns_path: str | None = None,
+) -> Process:
     """Start QEMU in a session of its own, with nothing of ours but *stderr_fd* and *fds*.
 
     It shares no pipe, terminal or process group with the node agent, so it outlives it. Blocks for the few
@@ -183,12 +191,15 @@ def spawn(argv: Sequence[str], *, stderr_fd: int, fds: Sequence[int], directory:
         stderr_fd: Takes its standard output and error.
         fds: Descriptors to inherit under their numbers.
         directory: Its working directory: where a core dump would go.
+        netns_path: Network namespace that it is born in; None: ours.
 
     Raises:
         HypervisorError: The program could not be executed.
+        NetworkError: There is no such namespace.
     """
-    try:
-        child = subprocess.Popen(
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=stderr_fd,
@@ -198,6 +209,9 @@ def spawn(argv: Sequence[str], *, stderr_fd: int, fds: Sequence[int], directory:
             env=ENVIRONMENT,
             start_new_session=True,
         )
+
+    try:
+        child = start() if netns_path is None else namespaces.call(netns_path, start)
     except (OSError, ValueError) as exc:
         raise HypervisorError(f"{argv[0]} could not be executed.") from exc
     # From here on the pidfd alone watches and reaps it. Popen must not: it would complain about a child that

@@ -1,0 +1,129 @@
+"""Netlink as the network drivers use it: pyroute2's asyncio interface, with this project's errors.
+
+Everything here runs inside `vcnode.drivers.namespaces.run`, in a thread of its own::
+
+    async def work() -> None:
+        async with links.here() as netlink:
+            ...
+
+    await namespaces.run(netns_path, work)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from vcnode.errors import NetworkError
+
+GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.EADDRNOTAVAIL, errno.ESRCH})
+"""What the kernel says of what is not there (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface."""
+
+    index: int
+    name: str
+    mac: str
+    mtu: int
+    up: bool
+    kind: str | None
+    """Such as ``veth`` or ``bridge``; None for hardware and the loopback."""
+    loopback: bool
+    master: int | None
+    """Index of the bridge that holds it."""
+    alias: str | None
+    """What somebody has noted on it."""
+
+
+def open_socket() -> socket.socket:
+    """A netlink socket of the namespace that the calling thread is in, where it stays."""
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+
+
+@contextlib.asynccontextmanager
+async def over(sock: socket.socket) -> AsyncIterator[AsyncIPRoute]:
+    """Speak over an open socket, which is closed at the end."""
+    # pyroute2's own way into a namespace forks a process for each socket.
+    async with AsyncIPRoute(fileno=sock.detach()) as netlink:
+        yield netlink
+
+
+@contextlib.asynccontextmanager
+async def here() -> AsyncIterator[AsyncIPRoute]:
+    """Speak with the kernel about the namespace that this thread is in."""
+    async with over(open_socket()) as netlink:
+        yield netlink
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Turn an error of the kernel into ours: *what* is what could not be done, as in "make interface x"."""
+    try:
+        yield
+    except NetlinkError as exc:
+        raise NetworkError(f"The kernel would not {what}: {os.strerror(exc.code)}.", errno=exc.code) from exc
+    except OSError as exc:
+        raise NetworkError(f"The kernel would not {what}: {exc.strerror}.", errno=exc.errno) from exc
+
+
+async def find(netlink: AsyncIPRoute, name: str) -> Link | None:
+    """The interface of that name, if there is one."""
+    try:
+        found = await netlink.link("get", ifname=name)
+    except NetlinkError as exc:
+        if exc.code in GONE:
+            return None
+        raise NetworkError(f"Interface {name} cannot be looked at: {os.strerror(exc.code)}.") from exc
+    return _link(found[0]) if found else None
+
+
+async def get(netlink: AsyncIPRoute, name: str) -> Link:
+    """The interface of that name. Raises NetworkError when there is none."""
+    if (link := await find(netlink, name)) is None:
+        raise NetworkError(f"There is no interface {name}.")
+    return link
+
+
+async def every(netlink: AsyncIPRoute) -> list[Link]:
+    """All interfaces of the namespace, in the order of their indexes."""
+    with doing("list interfaces"):
+        return sorted([_link(m) async for m in await netlink.link("dump")], key=lambda link: link.index)
+
+
+async def delete(netlink: AsyncIPRoute, name: str) -> bool:
+    """Remove an interface; False when there is none. Idempotent."""
+    if (link := await find(netlink, name)) is None:
+        return False
+    try:
+        with doing(f"remove interface {name}"):
+            await netlink.link("del", index=link.index)
+    except NetworkError as exc:
+        if exc.details.get("errno") in GONE:
+            return False
+        raise
+    return True
+
+
+def _link(message: Any) -> Link:
+    return Link(
+        index=message["index"],
+        name=message.get("ifname"),
+        mac=message.get("address") or "",
+        mtu=message.get("mtu") or 0,
+        up=bool(message["flags"] & 0x1),
+        kind=message.get(("linkinfo", "kind")),
+        loopback=bool(message["flags"] & 0x8),
+        master=message.get("master"),
+        alias=message.get("ifalias"),
+    )
