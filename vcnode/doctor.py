@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vcnode.drivers.hypervisor.qemu.cgroup import CONTROLLERS, cgroup2_mount
 from vcnode.drivers.storage import tools
 from vcnode.errors import VcnodeError
 from vcnode.pods.salvage import damaged_files
@@ -36,7 +37,6 @@ CAPABILITIES = {
     "CAP_SYS_ADMIN": 21,
     "CAP_MKNOD": 27,
 }
-CONTROLLERS = ("cpu", "memory", "pids")
 PROBE_TIMEOUT_S = 30.0
 _TOOL_TIMEOUT_S = 10.0
 
@@ -168,15 +168,6 @@ async def check_netns() -> Finding:
     )
 
 
-def cgroup2_mount(mountinfo: str) -> Path | None:
-    """Where cgroup v2 is mounted: /sys/fs/cgroup, or beside v1 in hybrid mode."""
-    for line in mountinfo.splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        if filesystem.startswith("cgroup2 "):
-            return Path(mount.split(" ")[4])
-    return None
-
-
 def check_cgroup(mountinfo: str) -> Finding:
     """cgroup v2 is mounted and has the controllers that bound a VM's process."""
     mend = (
@@ -189,6 +180,13 @@ def check_cgroup(mountinfo: str) -> Finding:
         there = (mount / "cgroup.controllers").read_text().split()
     except OSError:
         return Finding("cgroup-v2", "warn", f"{mount} cannot be read", mend)
+    if not os.access(mount, os.W_OK):
+        return Finding(
+            "cgroup-v2",
+            "warn",
+            f"{mount} cannot be written",
+            "Mount it writable (in a container: the host's); else pods end with the node agent's own cgroup.",
+        )
     missing = [name for name in CONTROLLERS if name not in there]
     if missing:
         return Finding("cgroup-v2", "warn", f"{mount} lacks {', '.join(missing)}", mend)

@@ -15,6 +15,7 @@ import pytest
 from tests.support import guests
 from vcnode.aio import Tasks
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor, QemuVm
+from vcnode.drivers.hypervisor.qemu.cgroup import Cgroups
 from vcnode.drivers.hypervisor.qemu.process import read_stat
 from vcnode.drivers.hypervisor.qemu.tsc import measure_khz
 from vcnode.errors import HypervisorError, NotFoundError, UnavailableError
@@ -86,6 +87,25 @@ async def test_a_guest_that_powers_off_in_time_is_graceful(make_node: Node, spec
         assert (found.expected, found.exit_code, found.reason) == (True, 0, "The guest powered off.")
         assert "bye" in found.console_tail
     assert left(spec) == []
+
+
+async def test_a_vm_lives_in_a_session_and_a_cgroup_of_its_own(make_node: Node, spec: VmSpec):
+    """What ends the node agent's session or group (a terminal, a service manager) must not end VMs."""
+    groups = Cgroups.find()
+    if not groups.available:
+        pytest.skip(f"this host has no usable cgroup v2: {groups.note}")
+    group = groups.of(spec.vm_id)
+    async with launched(await make_node(guests.IDLE), spec) as vm:
+        pid = vm.record.pid or 0
+        assert os.getsid(pid) == pid
+        assert group.path is not None
+        assert (group.path / "cgroup.procs").read_text().split() == [str(pid)]
+        usage = group.usage()
+        assert usage is not None
+        assert usage.cpu_s > 0
+        group.kill()
+        assert (await asyncio.wait_for(vm.wait(), LIMIT_S)).exit_code == -signal.SIGKILL
+    assert not group.path.exists()
 
 
 async def test_a_kernel_panic_ends_the_vm_and_is_explained(make_node: Node, spec: VmSpec):

@@ -11,6 +11,7 @@ from tests.support import guests
 from vcnode.aio import Tasks
 from vcnode.drivers.audit import Held
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
+from vcnode.drivers.hypervisor.qemu.cgroup import Cgroups
 from vcnode.drivers.hypervisor.qemu.process import named
 from vcnode.drivers.hypervisor.qemu.templates import TemplateStore
 from vcnode.drivers.storage.local import LocalStorage
@@ -55,9 +56,11 @@ async def test_a_vm_that_nobody_knows_is_found_by_its_name_and_freed(
     async with Tasks() as second_life:
         node = driver(guest_image, short_dir, second_life)
         found = [*await node.held(MARK), *await storage.held(MARK)]
+        group = Cgroups.find().of(vm_id)
         draft = short_dir / "templates" / f".{'k' * 32}.{vm_id}"
         assert found == [
             Held("process", str(vm.record.pid), vm_id),
+            *([Held("cgroup", str(group.path), vm_id)] if group.path else []),
             Held("template", str(draft), vm_id),
             Held("mount", str(directory / "shared"), vm_id),
             Held("socket", str(directory / "agent.sock"), vm_id),
@@ -66,7 +69,7 @@ async def test_a_vm_that_nobody_knows_is_found_by_its_name_and_freed(
         ]
         assert await node.held(f"{MARK}2") == []
         for held in found:
-            owner = node if held.kind in ("process", "template") else storage
+            owner = node if held.kind in ("process", "cgroup", "template") else storage
             await owner.free(held, timeout_s=LIMIT_S)
             await owner.free(held, timeout_s=LIMIT_S)
         assert named(MARK) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import shlex
@@ -17,6 +18,7 @@ from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.hypervisor.qemu import accel, tsc
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
+from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
 from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, spawn
@@ -68,6 +70,10 @@ class QemuHypervisor:
         self._notes: tuple[str, ...] = ()
         self._sources = Sources(state_dir / "templates")
 
+    @functools.cached_property
+    def _cgroups(self) -> Cgroups:
+        return Cgroups.find()
+
     @property
     def info(self) -> DriverInfo:
         """See Protocol Hypervisor."""
@@ -97,7 +103,7 @@ class QemuHypervisor:
             state_dir=self._state_dir,
             timeout_s=self._settings.probe_timeout_s,
         )
-        self._notes = (self._choice.reason,)
+        self._notes = (self._choice.reason, *((self._cgroups.note,) if self._cgroups.note else ()))
         if self._choice.accelerator == "tcg":
             await self._tell_tsc()
         await self._sources.open(self._build.key, self._choice.accelerator)
@@ -113,7 +119,7 @@ class QemuHypervisor:
         """See Protocol Hypervisor. A record without a pid is looked for among all processes."""
         process = await self._hold(record)
         if process is None:
-            VmFiles(Path(record.directory)).remove()
+            self._files(record).remove()
             return None
         late = HypervisorError(f"QEMU of VM {record.vm_id} did not answer within {timeout_s:g} s.")
         vm = self._take_over(record, process)
@@ -128,20 +134,23 @@ class QemuHypervisor:
 
     async def kill(self, record: VmRecord, *, timeout_s: float) -> bool:
         """See Protocol Hypervisor: SIGTERM, and SIGKILL after `TERM_WAIT_S`."""
-        files = VmFiles(Path(record.directory))
+        files = self._files(record)
         process = await self._hold(record)
         if process is None:
             files.remove()
             return False
-        await _end(process, record.vm_id, timeout_s)
+        await _end(process, record.vm_id, files.group, timeout_s)
         files.remove()
         return True
 
     async def held(self, mark: str) -> Sequence[Held]:
-        """See Protocol Auditable: QEMU processes by pid, and templates."""
+        """See Protocol Auditable: QEMU processes by pid, cgroups, and templates."""
         running = await asyncio.to_thread(named, mark)
         processes = [Held("process", str(found.pid), found.vm_id) for found in running]
-        return [*processes, *await self._sources.held(mark)]
+        groups = [
+            Held("cgroup", str(self._cgroups.of(vm_id).path), vm_id) for vm_id in self._cgroups.ids(mark)
+        ]
+        return [*processes, *groups, *await self._sources.held(mark)]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
         """See Protocol Auditable."""
@@ -152,7 +161,12 @@ class QemuHypervisor:
                 if found.vm_id == held.vm_id:
                     process = adopt(found.pid, found.start_ticks, found.uuid)
                     if process is not None:
-                        await _end(process, found.vm_id, timeout_s)
+                        await _end(process, found.vm_id, self._cgroups.of(found.vm_id), timeout_s)
+        elif held.kind == "cgroup":
+            group = self._cgroups.of(held.vm_id)
+            group.kill()
+            if not group.remove():
+                raise HypervisorError(f"{held.name} cannot be removed yet: what was in it is still ending.")
         else:
             await self._sources.discard(held.vm_id)
 
@@ -188,7 +202,7 @@ class QemuHypervisor:
 
     async def _launch(self, spec: VmSpec, timeout_s: float) -> QemuVm:
         self._check_guest()
-        files = VmFiles(Path(spec.directory))
+        files = self._files(spec)
         files.check()
         vm: QemuVm | None = None
         argv: Sequence[str] = ()
@@ -238,6 +252,7 @@ class QemuHypervisor:
             launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
             argv = build(launch)
             fds = inherited_fds(launch)
+            files.group.make()
             process = spawn(
                 argv,
                 stderr_fd=stderr_fd,
@@ -245,6 +260,7 @@ class QemuHypervisor:
                 directory=files.directory,
                 netns_path=spec.netns_path,
             )
+            files.group.take(process.pid)
             undo.pop_all()
             record = self._make_record(spec, process)
             vm = QemuVm(record, process=process, files=files, console=console, stderr=stderr)
@@ -315,9 +331,12 @@ class QemuHypervisor:
             pid, ticks = found
         return adopt(pid, ticks, record.uuid)
 
+    def _files(self, vm: VmRecord | VmSpec) -> VmFiles:
+        return VmFiles(Path(vm.directory), self._cgroups.of(vm.vm_id))
+
     def _take_over(self, record: VmRecord, process: Process) -> QemuVm:
         """The handle of a process that was held again; lets go of it on failure."""
-        files = VmFiles(Path(record.directory))
+        files = self._files(record)
         with contextlib.ExitStack() as undo:
             undo.callback(process.release)
             try:
@@ -325,6 +344,8 @@ class QemuHypervisor:
             except OSError as exc:
                 raise HypervisorError(f"The console of VM {record.vm_id} cannot be opened.") from exc
             undo.pop_all()
+        files.group.make()  # its node agent may have ended before it did so
+        files.group.take(process.pid)
         known = record.model_copy(update={"pid": process.pid, "pid_start_ticks": process.start_ticks})
         return QemuVm(known, process=process, files=files, console=console, stderr=stderr)
 
@@ -354,7 +375,7 @@ class QemuHypervisor:
             self._kernel_params = (*KERNEL_PARAMS, f"tsc_early_khz={khz}", "tsc=reliable")
 
 
-async def _end(process: Process, vm_id: str, timeout_s: float) -> None:
+async def _end(process: Process, vm_id: str, group: Cgroup, timeout_s: float) -> None:
     """End a process: SIGTERM, and SIGKILL after `TERM_WAIT_S`; lets go of it in any case.
 
     Raises:
@@ -364,10 +385,12 @@ async def _end(process: Process, vm_id: str, timeout_s: float) -> None:
         process.signal(signal.SIGTERM)
         if not await process.ended_within(min(TERM_WAIT_S, timeout_s)):
             process.signal(signal.SIGKILL)
+            group.kill()
             if not await process.ended_within(max(timeout_s - TERM_WAIT_S, 1.0)):
                 raise HypervisorError(f"Process {process.pid} of VM {vm_id} survived SIGKILL.")
     except asyncio.CancelledError:
         process.signal(signal.SIGKILL)
+        group.kill()
         raise
     finally:
         process.release()

@@ -1,4 +1,4 @@
-"""What a VM has in its directory: sockets, FIFOs and logs."""
+"""What a VM has on the host besides its process: sockets, FIFOs and logs in its directory, and its cgroup."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup
 from vcnode.errors import HypervisorError
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -16,9 +17,11 @@ MAX_SOCKET_PATH_BYTES = 107
 
 @dataclass(frozen=True, slots=True)
 class VmFiles:
-    """Paths in one VM's directory."""
+    """Paths in one VM's directory, and its cgroup."""
 
     directory: Path
+    group: Cgroup = Cgroup(None)  # noqa: RUF009 -- never changed
+    """The VM's cgroup."""
 
     @property
     def qmp_socket(self) -> Path:
@@ -86,10 +89,11 @@ class VmFiles:
             os.mkfifo(path, 0o600)
 
     def remove(self) -> None:
-        """Remove sockets and FIFOs; logs stay. Idempotent."""
+        """Remove sockets, FIFOs and cgroup, once the process has ended; logs stay. Idempotent."""
         for path in self._all:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+        self.group.remove()
 
 
 def listen(path: Path) -> socket.socket:

@@ -170,7 +170,7 @@ class QemuVm:
 
     async def kill(self) -> None:
         """End the process without asking, and free everything. For a launch that failed."""
-        self._process.signal(signal.SIGKILL)
+        self._kill()
         try:
             if not await self._process.ended_within(KILL_WAIT_S):
                 raise self._unkillable()
@@ -186,10 +186,14 @@ class QemuVm:
                 self._process.signal(signal.SIGTERM)
                 await self._process.ended_within(TERM_WAIT_S)
         if self._process.alive:
-            self._process.signal(signal.SIGKILL)
+            self._kill()
             if not await self._process.ended_within(KILL_WAIT_S):
                 raise self._unkillable()
         await self._aftermath()
+
+    def _kill(self) -> None:
+        self._files.group.kill()
+        self._process.signal(signal.SIGKILL)
 
     async def _quit(self) -> None:
         try:
