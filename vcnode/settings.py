@@ -67,6 +67,8 @@ class NatsSettings(Group):
     """Key of the client certificate."""
     tls_hostname: str | None = None
     """Name expected in the server's certificate, if it differs from the URL's host."""
+    inbox_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "_INBOX"
+    """Where replies to this client arrive; permissions may give it a place of its own (docs/security.md)."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
     """Limit of one attempt to connect."""
     stream_replicas: int = Field(default=1, ge=1, le=5)

@@ -110,10 +110,10 @@ class Operator:
     account: Any
     account_id: str
 
-    def creds(self, name: str = "node", **claims: Any) -> str:
+    def creds(self, name: str = "node", *, grants: dict[str, Any] | None = None, **claims: Any) -> str:
         user = key_pair(nkeys.PREFIX_BYTE_USER)
         limits = {"subs": -1, "data": -1, "payload": -1}
-        nats = {"type": "user", "version": 2, "pub": {}, "sub": {}} | limits
+        nats = {"type": "user", "version": 2, "pub": {}, "sub": {}} | limits | (grants or {})
         token = jwt(self.account, user.public_key.decode(), name, nats, **claims)
         return (
             f"-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n"

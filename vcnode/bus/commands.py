@@ -223,6 +223,7 @@ class DurableCommands:
         with contextlib.suppress(nats.js.errors.NotFoundError):
             await uncancelled(js.delete_consumer(stream, self._node_name))
         config = ConsumerConfig(
+            name=self._node_name,  # with it, the filter is part of the API's subject: permissions can see it
             durable_name=self._node_name,
             description=f"Durable commands to node {self._node_name}",
             deliver_policy=DeliverPolicy.ALL,

@@ -165,7 +165,7 @@ class EventPublisher:
         """Make sure that the stream is there, and find out what it has of ours."""
         js = self._connection.client.jetstream(timeout=ACK_TIMEOUT_S)
         config = await ensure_stream(js, self._stream_config())
-        await self._agree(js, max_age_s=config.max_age or 0.0)
+        await self._agree(js, config)
         return js
 
     def _stream_config(self) -> StreamConfig:
@@ -178,19 +178,25 @@ class EventPublisher:
             num_replicas=self._settings.stream_replicas,
             max_age=self._settings.stream_max_age_s,
             duplicate_window=min(DUPLICATE_WINDOW_S, self._settings.stream_max_age_s),
+            allow_direct=True,
         )
 
-    async def _agree(self, js: JetStreamContext, *, max_age_s: float) -> None:
+    async def _agree(self, js: JetStreamContext, config: StreamConfig) -> None:
         """Bring the outbox in line with what the stream has of this node.
 
         The stream may know more (an acknowledgement was lost, in an outage longer than its memory of message
         ids) or less (it was made anew, or restored from an older copy): what it lost is published again, as
         far as the outbox still keeps it and the stream would still keep it.
         """
-        forgotten = time.time() - max_age_s if max_age_s else 0.0
+        forgotten = time.time() - config.max_age if config.max_age else 0.0
         try:
             last = await uncancelled(
-                js.get_last_msg(self._subjects.event_stream, self._subjects.node_events(self._node_name))
+                js.get_last_msg(
+                    self._subjects.event_stream,
+                    self._subjects.node_events(self._node_name),
+                    # Asked for directly, what is asked for is part of the subject: permissions can see it.
+                    direct=bool(config.allow_direct),
+                )
             )
         except nats.js.errors.NotFoundError:
             await self._publish_again(0, published_after=forgotten)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import nats.errors
 import nats.js.errors
-from nats.js.api import KeyValueConfig
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, KeyValueConfig
 from pydantic import ValidationError
 
 from vcnode import aio
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 API_TIMEOUT_S = 10.0
 RETRY_S = 5.0
+INACTIVE_S = 5.0
+"""After so long without its reader the server forgets a consumer."""
 RENEWALS = 3
 """Renewals of a lease within its time."""
 
@@ -66,6 +69,7 @@ async def open_bucket(
         ttl=ttl_s,
         storage=storage(settings),
         replicas=settings.stream_replicas,
+        direct=True,  # a look-up then names its key in its subject, where permissions can see it
     )
     try:
         made = await uncancelled(js.create_key_value(config))
@@ -126,25 +130,47 @@ class PodMirror:
         bucket = await open_bucket(
             js, self._subjects.pod_bucket, "Last status of every pod, by node and pod", self._settings
         )
-        there = await self._read(bucket)
+        there = await self._read(js)
         while True:
             self._changed.clear()
             await self._put_right(bucket, there)
             self._last_complaint = ""
             await self._changed.wait()
 
-    async def _read(self, bucket: KeyValue) -> dict[str, bytes]:
-        """What the bucket has of this node."""
-        found: dict[str, bytes] = {}
-        start = f"{self._node_name}."
-        watcher = await uncancelled(bucket.watch(f"{start}>", ignore_deletes=True))
+    async def _read(self, js: JetStreamContext) -> dict[str, bytes]:
+        """What the bucket has of this node.
+
+        By a consumer with a name, not by the library's watcher: then what it filters is part of the API's
+        subject, and permissions can keep a node from reading what is another's.
+        """
+        name = self._subjects.pod_bucket
+        start = f"$KV.{name}.{self._node_name}."
+        client = self._connection.client
+        inbox = client.new_inbox()
+        sub = await uncancelled(client.subscribe(inbox))
         try:
-            while (entry := await uncancelled(_next(watcher))) is not None:
-                found[entry.key.removeprefix(start)] = entry.value or b""
+            config = ConsumerConfig(
+                name=f"mirror-{secrets.token_hex(8)}",
+                deliver_subject=inbox,
+                deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
+                ack_policy=AckPolicy.NONE,
+                max_deliver=1,
+                filter_subject=f"{start}>",
+                inactive_threshold=INACTIVE_S,
+                mem_storage=True,
+                num_replicas=1,
+            )
+            info = await uncancelled(js.add_consumer(f"KV_{name}", config))
+            sent = info.delivered.consumer_seq if info.delivered else 0
+            found: dict[str, bytes] = {}
+            for _ in range(sent + (info.num_pending or 0)):
+                msg = await uncancelled(sub.next_msg(timeout=API_TIMEOUT_S))
+                if "KV-Operation" not in (msg.headers or {}):  # else: the mark that a deletion leaves (ADR-8)
+                    found[msg.subject.removeprefix(start)] = msg.data
+            return found
         finally:
             with contextlib.suppress(nats.errors.Error, OSError):
-                await uncancelled(watcher.stop())  # type: ignore[no-untyped-call]
-        return found
+                await uncancelled(sub.unsubscribe())
 
     async def _put_right(self, bucket: KeyValue, there: dict[str, bytes]) -> None:
         """Make *there*, which is what the bucket has, and the bucket itself equal to the truth."""
@@ -277,12 +303,6 @@ class Lease:
                 host=holder.host,
             )
         log.warning("Taking over the name of a node that is gone", extra={"host": holder.host})
-
-
-async def _next(watcher: KeyValue.KeyWatcher) -> KeyValue.Entry | None:
-    """The next of what the bucket holds; None after the last."""
-    entry: KeyValue.Entry | None = await watcher.updates(timeout=API_TIMEOUT_S)  # type: ignore[no-untyped-call]
-    return entry
 
 
 def _parse(body: bytes) -> NodeLease | None:

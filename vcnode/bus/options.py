@@ -96,6 +96,7 @@ def connect_options(settings: NatsSettings) -> dict[str, Any]:
         "max_outstanding_pings": MAX_OUTSTANDING_PINGS,
         "pending_size": PENDING_BYTES,
         "flush_timeout": FLUSH_TIMEOUT_S,
+        "inbox_prefix": settings.inbox_prefix,
     }
     if wants_tls(settings):
         options["tls"] = _tls_context(settings)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vcnode.cli import containers, contracts, demo, doctor, events, guest, images, nodes, pods
+from vcnode.cli import containers, contracts, demo, doctor, events, guest, images, nats, nodes, pods
 from vcnode.cli.command import Config, DeadlineS, Options, Output
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.add_typer(images.app, name="image")
 app.add_typer(nodes.app, name="node")
 app.add_typer(guest.app, name="guest")
 app.add_typer(contracts.app, name="contracts")
+app.add_typer(nats.app, name="nats")
 events.register(app)
 demo.register(app)
 doctor.register(app)
