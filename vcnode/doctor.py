@@ -72,6 +72,7 @@ async def examine(settings: Settings, probes: Sequence[tuple[str, Probe]] = ()) 
     yield check_capabilities(_read("/proc/self/status"))
     yield await check_qemu(settings.qemu.binary)
     yield check_mkfs(shutil.which("mkfs.erofs"))
+    yield check_mkfs_ext4(shutil.which("mkfs.ext4"))
     yield await check_netns()
     yield check_cgroup(_read("/proc/self/mountinfo"))
     yield check_directory("state-dir", settings.state_dir, MIN_FREE_BYTES)
@@ -152,6 +153,18 @@ def check_mkfs(path: str | None) -> Finding:
         return Finding("mkfs.erofs", "ok", path)
     return Finding(
         "mkfs.erofs", "warn", "not found: image.import will fail", "Install the package erofs-utils."
+    )
+
+
+def check_mkfs_ext4(path: str | None) -> Finding:
+    """What formats writable disks."""
+    if path is not None:
+        return Finding("mkfs.ext4", "ok", path)
+    return Finding(
+        "mkfs.ext4",
+        "warn",
+        "not found: containers with a writable disk will fail",
+        "Install the package e2fsprogs.",
     )
 
 

@@ -162,6 +162,8 @@ class LimitSettings(Group):
     """Pods waiting to start; more get ``resource_exhausted``."""
     pods: int = Field(default=500, ge=1)
     """Pods that the node holds, in any state."""
+    writable_disks_mib: int = Field(default=256 * 1024, ge=0)
+    """Sizes of all containers' writable disks, which are sparse; more get ``resource_exhausted``."""
     request_bytes: int = Field(default=512 * 1024, ge=1024)
     """Largest request body."""
     journal_entries: int = Field(default=100_000, ge=100)

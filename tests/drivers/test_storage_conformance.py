@@ -154,3 +154,19 @@ async def test_malformed_digest_is_refused(storage):
     for call in (storage.image_file("sha256:.."), storage.remove_image("sha256:..")):
         with pytest.raises(InvalidArgumentError):
             await call
+
+
+async def test_writable_disk_is_there_from_its_making_to_its_removal(storage):
+    first = await storage.make_layer(VM, 64, timeout_s=30)
+    assert first.is_new
+    again = await storage.make_layer(VM, 64, timeout_s=30)
+    assert (again.path, again.is_new) == (first.path, False)
+    held = [h for h in await storage.held(VM[:8]) if h.kind == "disk"]
+    assert [h.vm_id for h in held] == [VM]
+    await storage.free(held[0], timeout_s=10)
+    assert [h for h in await storage.held(VM[:8]) if h.kind == "disk"] == []
+    assert (await storage.make_layer(VM, 64, timeout_s=30)).is_new
+    await storage.remove_layer(VM)
+    await storage.remove_layer(VM)
+    with pytest.raises(InvalidArgumentError):
+        await storage.make_layer("../x", 64, timeout_s=30)

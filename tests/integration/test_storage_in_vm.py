@@ -134,8 +134,32 @@ async def test_shared_directories_and_images_in_a_guest(rig: Rig, short_dir: Pat
     assert await rig.shell("echo changed > /tmp/new && cat /tmp/new", container_id="c2") == (0, "changed\n")
     assert (box / "tmp" / "new").read_text() == "hello\n"
 
+    await _writable_disk(rig, "d-0123456789abcdef")
+
     # A share is taken away under a running container: that one loses its files, and the host is clean.
     await rig.storage.unshare(rig.vm_id, "c1")
     assert os.listdir(Path(rig.vm.record.directory) / "shared") == []
     assert await rig.shell("cat /tmp/new", container_id="c2") == (0, "changed\n")
     assert (box / "tmp" / "new").read_text() == "hello\n"
+
+
+async def _writable_disk(rig: Rig, image_id: str) -> None:
+    """A layer on a disk outlives its container, and has a bound."""
+    layer_id = "vm-0123456789ab"
+    layer = await rig.storage.make_layer(layer_id, 64, timeout_s=LIMIT_S)
+    disk = Disk(disk_id=layer_id, path=str(layer.path), read_only=False)
+    root = ContainerRoot(disk_id=image_id, layer_disk_id=layer_id)
+    assert await _with_layer(rig, disk, root, "stat -c %a /; echo kept > /tmp/new") == (0, "755\n")
+    script = "cat /tmp/new; dd if=/dev/zero of=/big bs=1M count=80 2>&1 | grep -o 'No space'"
+    assert await _with_layer(rig, disk, root, script) == (0, "kept\nNo space\n")
+    await rig.storage.remove_layer(layer_id)
+
+
+async def _with_layer(rig: Rig, disk: Disk, root: ContainerRoot, script: str) -> tuple[int, str]:
+    """Run *script* in a container on that root, and take all of it out of the guest again."""
+    await rig.vm.attach_disk(disk, timeout_s=LIMIT_S)
+    await rig.container("c3", root)
+    done = await rig.shell(script, container_id="c3")
+    await rig.session.delete_container("c3", timeout_s=LIMIT_S)
+    await rig.vm.detach_disk(disk.disk_id, timeout_s=LIMIT_S)
+    return done

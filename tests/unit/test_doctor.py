@@ -23,7 +23,7 @@ async def collect(settings, probes=()) -> dict[str, Finding]:
 
 async def test_every_check_reports_once_and_every_complaint_says_what_to_do(settings):
     findings = [finding async for finding in examine(settings)]
-    assert len({finding.check for finding in findings}) == len(findings) == 13
+    assert len({finding.check for finding in findings}) == len(findings) == 14
     for finding in findings:
         assert finding.detail
         assert bool(finding.mend) == (finding.level != "ok"), finding

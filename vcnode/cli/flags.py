@@ -32,6 +32,14 @@ Rootfs = Annotated[
     str | None, typer.Option("--rootfs", metavar="DIR", help="Directory on the node's host that is its root.")
 ]
 Readonly = Annotated[bool, typer.Option("--readonly", help="Mount the container's root read-only.")]
+Disk = Annotated[
+    int | None,
+    typer.Option(
+        "--disk",
+        metavar="MIB",
+        help="What the container writes goes to a disk of this size (64, 128, 256, …), not to memory.",
+    ),
+]
 Env = Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="Environment.")]
 Workdir = Annotated[str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Working directory.")]
 User = Annotated[

@@ -52,6 +52,7 @@ class ContainerFlags:
     image: str | None = None
     rootfs: str | None = None
     readonly: bool = False
+    disk_size_mib: int | None = None
     cpus: float | None = None
     mem_limit_mib: int | None = None
     pids_limit: int | None = None
@@ -82,6 +83,8 @@ class ContainerFlags:
                 "image": self.image,
                 "rootfs": self.rootfs,
                 "readonly_rootfs": self.readonly or None,
+                "writable": None if self.disk_size_mib is None else "disk",
+                "disk_size_mib": self.disk_size_mib,
                 "resources": resources,
                 "cmd": self.cmd.data(),
             }

@@ -146,6 +146,7 @@ def container(status: ContainerStatus) -> None:
             ("pid in guest", status.pid),
             ("image", status.image),
             ("digest", status.image_digest),
+            ("disk", status.disk_size_mib and f"{status.disk_size_mib} MiB"),
             ("rootfs", status.rootfs),
             ("created", status.created_at.isoformat(timespec="milliseconds")),
             ("started", status.started_at and status.started_at.isoformat(timespec="milliseconds")),

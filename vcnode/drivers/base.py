@@ -463,6 +463,15 @@ class ImageFile:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerFile:
+    """The writable disk of a container as a file: ext4, sparse."""
+
+    path: Path
+    is_new: bool
+    """Whether this call has made it."""
+
+
+@dataclass(frozen=True, slots=True)
 class PullSource:
     """What to pull, and as whom."""
 
@@ -550,4 +559,22 @@ class Storage(Protocol):
 
     async def remove_image(self, digest: str) -> None:
         """Delete an image's file. Idempotent."""
+        ...
+
+    async def make_layer(self, layer_id: str, size_mib: int, *, timeout_s: float) -> LayerFile:
+        """The writable disk of that id; made, formatted and empty, unless it is there.
+
+        Args:
+            layer_id: An id as of a VM, with the node's mark.
+            size_mib: Size, a power of two; disks of one size are copies of one that was formatted once.
+            timeout_s: Limit of all of it.
+
+        Raises:
+            ResourceExhaustedError: The host has no space left.
+            StorageError: It could not be made; nothing is left of it.
+        """
+        ...
+
+    async def remove_layer(self, layer_id: str) -> None:
+        """Delete a writable disk. Idempotent."""
         ...

@@ -27,6 +27,9 @@ the initramfs (16 MB, and as much again unpacked), with 116 it boots, with 128 c
 MAX_MEM_SIZE_MIB = 1024 * 1024
 MAX_VCPU_COUNT = 64
 MAX_CONTAINERS = 64
+MIN_DISK_SIZE_MIB = 64
+MAX_DISK_SIZE_MIB = 1024 * 1024
+DEFAULT_DISK_SIZE_MIB = 1024
 MAX_OUTPUT_BYTES = 256 * 1024
 """Most bytes of one output stream in an exec reply: two of them fit a NATS message of 1 MiB as base64."""
 
@@ -148,7 +151,12 @@ class ContainerSpec(Request):
     rootfs: HostPath | None = None
     """Directory on the host that is the container's root; shared with the VM, changes reach the host."""
     image: ImageName | None = None
-    """Image known to the node; attached read-only under a writable layer that ends with the VM."""
+    """Image known to the node; attached read-only under a writable layer."""
+    writable: Literal["memory", "disk"] = "memory"
+    """Where that layer is: in the guest's ``memory``, or on a ``disk`` of the container's own on the host,
+    which outlives the VM and goes when the container or the pod is deleted."""
+    disk_size_mib: int | None = Field(default=None, ge=MIN_DISK_SIZE_MIB, le=MAX_DISK_SIZE_MIB)
+    """Size of that disk in MiB, a power of two; the host gives only as much as is written. Default: 1024."""
     readonly_rootfs: bool = False
     """Whether the root is mounted read-only."""
     cmd: Cmd = Cmd()
@@ -171,6 +179,22 @@ class ContainerSpec(Request):
         if self.rootfs is not None and not self.cmd.args:
             raise ValueError("'cmd.args' is required with 'rootfs' (only an image has a default command)")
         return self
+
+    @model_validator(mode="after")
+    def _disk(self) -> Self:
+        if self.writable == "disk" and self.image is None:
+            raise ValueError("'writable' is for an 'image'; what is written to a 'rootfs' goes to the host")
+        if self.disk_size_mib is not None:
+            if self.writable != "disk":
+                raise ValueError("'disk_size_mib' needs 'writable' to be 'disk'")
+            if self.disk_size_mib & (self.disk_size_mib - 1):
+                raise ValueError("'disk_size_mib' must be a power of two, such as 1024")
+        return self
+
+    @property
+    def wanted_disk_mib(self) -> int:
+        """Size of its writable disk in MiB; 0 when it has none."""
+        return 0 if self.writable != "disk" else self.disk_size_mib or DEFAULT_DISK_SIZE_MIB
 
 
 class PodSpec(Request):
@@ -235,6 +259,8 @@ class ContainerStatus(Reply):
     """Image name, if its root is an image."""
     image_digest: str | None = None
     """Digest of that image's file."""
+    disk_size_mib: int | None = None
+    """Size of its writable disk in MiB, if it has one."""
     created_at: Moment
     """When it was created."""
     started_at: Moment | None = None

@@ -27,6 +27,8 @@ class ContainerRecord(Data):
     """The image's file when it was created; a later import under the same name changes nothing here."""
     image_config: ImageConfig = ImageConfig()
     """What that image says about the process to run."""
+    layer_id: str | None = None
+    """Of its writable disk, if it has one: made at the first start, removed with the container."""
     pid: int | None = None
     """Main process in the guest."""
     exit_code: int | None = None

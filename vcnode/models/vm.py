@@ -117,6 +117,8 @@ class ContainerRoot(Data):
     """Directory below the 9p share."""
     disk_id: str | None = None
     """Attached disk that holds an erofs image."""
+    layer_disk_id: str | None = None
+    """With ``disk_id``: attached disk for what is written over the image. None: the guest's memory."""
 
 
 class GuestProcess(Data):

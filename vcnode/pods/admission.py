@@ -10,6 +10,7 @@ from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhausted
 from vcnode.models.image import ImageConfig
 from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import Parts, driver
 from vcnode.pods.process import NO_CONFIG, guest_process
 from vcnode.settings import Settings
@@ -97,7 +98,11 @@ class Admission:
         if spec.rootfs is not None:
             await self._check_rootfs(spec.rootfs, f"{where}.rootfs")
         return ContainerRecord(
-            spec=spec, image_digest=digest, image_config=config, created_at=self.parts.clock()
+            spec=spec,
+            image_digest=digest,
+            image_config=config,
+            layer_id=new_vm_id(self.parts.settings) if spec.writable == "disk" else None,
+            created_at=self.parts.clock(),
         )
 
     async def _check_rootfs(self, path: str, field: str) -> None:

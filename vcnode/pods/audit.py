@@ -90,6 +90,7 @@ class Auditor:
                 owners[record.vm.vm_id] = record.pod_id
             if record.network is not None:
                 owners[record.network.vm_id] = record.pod_id
+            owners |= {c.layer_id: record.pod_id for c in record.containers if c.layer_id is not None}
         return owners
 
     async def _look(self, problems: list[str]) -> list[_Found]:

@@ -32,6 +32,7 @@ from vcnode.pods.lifecycle import (
 from vcnode.pods.live import LivePod, require_live
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 from vcnode.pods.process import exec_process
+from vcnode.pods.release import remove_layers
 from vcnode.pods.statuses import container_id
 from vcnode.pods.watch import Watcher
 
@@ -161,6 +162,7 @@ class ContainerCommands:
                     await self._containers.halt(live, cid, signal=stop_signal(container), grace_s=0)
                     self._require_recorded(pod_id, cid)
                 await self._containers.remove(live, container)
+            await remove_layers(self._parts, [container])
             await self._parts.ledger.change(pod_id, edits.container_removed(cid), call)
             return ContainerDeleted(pod_id=pod_id, container_id=cid, existed=True)
 

@@ -127,6 +127,8 @@ class Containers:
             file = await self._parts.storage.image_file(container.image_digest or "")
             disk = Disk(disk_id=root.disk_id, path=str(file.path))
             await live.vm.attach_disk(disk, timeout_s=REQUEST_LIMIT_S)
+        if root.layer_disk_id is not None:
+            await self._attach_layer(live, container, root.layer_disk_id)
         wanted = GuestContainer(
             container_id=cid,
             root=root,
@@ -145,7 +147,16 @@ class Containers:
         live.provided[cid] = root
         undo.push(f"note of container {cid}", lambda: _forget(live, cid))
 
+    async def _attach_layer(self, live: LivePod, container: ContainerRecord, layer_id: str) -> None:
+        """Plug the container's writable disk in, made at its first start; it stays until `remove_layers`."""
+        size_mib = container.spec.wanted_disk_mib
+        file = await self._parts.storage.make_layer(layer_id, size_mib, timeout_s=REQUEST_LIMIT_S)
+        disk = Disk(disk_id=layer_id, path=str(file.path), read_only=False)
+        await live.vm.attach_disk(disk, timeout_s=REQUEST_LIMIT_S)
+
     async def _withdraw(self, live: LivePod, cid: str, root: ContainerRoot) -> None:
+        if root.layer_disk_id is not None:
+            await live.vm.detach_disk(root.layer_disk_id, timeout_s=REQUEST_LIMIT_S)
         if root.shared_name is not None:
             await self._parts.storage.unshare(live.vm.record.vm_id, root.shared_name)
         elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):
@@ -160,7 +171,7 @@ def stop_signal(container: ContainerRecord) -> int:
 def root_of(container: ContainerRecord) -> ContainerRoot:
     """Where the guest finds the container's root, once it is provided."""
     if container.image_digest is not None:
-        return ContainerRoot(disk_id=disk_id_of(container.image_digest))
+        return ContainerRoot(disk_id=disk_id_of(container.image_digest), layer_disk_id=container.layer_id)
     return ContainerRoot(shared_name=container_id(container))
 
 

@@ -32,11 +32,18 @@ class Ledger:
         store: The database.
         clock: Gives the current time, with its zone.
         is_mock: Whether the hypervisor of a record only pretends.
+        disks_mib: Most that all writable disks together may be large.
     """
 
     def __init__(
-        self, store: Store, *, clock: Callable[[], datetime], is_mock: Callable[[PodRecord], bool]
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], datetime],
+        is_mock: Callable[[PodRecord], bool],
+        disks_mib: int,
     ) -> None:
+        self._disks_mib = disks_mib
         self._store = store
         self._clock = clock
         self._is_mock = is_mock
@@ -86,7 +93,7 @@ class Ledger:
 
         Raises:
             AlreadyExistsError: There is a pod of that id.
-            ResourceExhaustedError: The node holds *limit* pods.
+            ResourceExhaustedError: The node holds *limit* pods, or no more room for writable disks.
             FailedPreconditionError: An image of it was removed meanwhile.
         """
 
@@ -98,6 +105,7 @@ class Ledger:
                     f"The node holds {limit} pods, which is its limit; delete some.", limit=limit
                 )
             _check_images(tx, record)
+            self._check_disks(tx, record)
             tx.save_pod(record)
             self._emit(tx, record, News(EventKind.POD_CREATED), call)
             for container in record.containers:
@@ -155,6 +163,7 @@ class Ledger:
         if after is not before:
             if len(after.containers) > len(before.containers):
                 _check_images(tx, after)
+                self._check_disks(tx, after)
             after = after.model_copy(update={"revision": before.revision + 1})
             tx.save_pod(after)
         for item in news:
@@ -200,6 +209,19 @@ class Ledger:
 
         await self._store.write(announce)
 
+    def _check_disks(self, tx: Tx, record: PodRecord) -> None:
+        """See that the writable disks of all pods, *record* in its new form, stay within their limit."""
+        wanted_mib = _disk_mib(record)
+        others_mib = sum(_disk_mib(pod) for pod in tx.pods.values() if pod.pod_id != record.pod_id)
+        if wanted_mib and wanted_mib + others_mib > self._disks_mib:
+            raise ResourceExhaustedError(
+                f"Pod {record.pod_id} wants {wanted_mib} MiB of writable disks; of {self._disks_mib} MiB,"
+                f" {max(0, self._disks_mib - others_mib)} MiB are left.",
+                resource="disk",
+                wanted_mib=wanted_mib,
+                limit_mib=self._disks_mib,
+            )
+
     def _emit(self, tx: Tx, record: PodRecord, news: News, call: Call | None) -> None:
         subject = record.pod_id if news.container_id is None else f"{record.pod_id}/{news.container_id}"
         data = news.facts
@@ -232,6 +254,10 @@ def check_revision(record: PodRecord, call: Call) -> None:
             revision=record.revision,
             expected=call.expected_revision,
         )
+
+
+def _disk_mib(record: PodRecord) -> int:
+    return sum(container.spec.wanted_disk_mib for container in record.containers)
 
 
 def _check_images(tx: Tx, record: PodRecord) -> None:

@@ -23,5 +23,5 @@ def mark_of(settings: Settings) -> str:
 
 
 def new_vm_id(settings: Settings) -> str:
-    """An id for a new VM of this node; 15 characters, so that it fits the name of an interface."""
+    """An id for a new VM or disk of this node; 15 characters: it fits an interface's name and a serial."""
     return f"{mark_of(settings)}{secrets.token_hex(_RANDOM_DIGITS)[:_RANDOM_DIGITS]}"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
+from vcnode.errors import CleanupError, VcnodeError
 from vcnode.models.pod import StopOutcome
-from vcnode.models.records import PodRecord
+from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import NetworkAttachment, NetworkRequest, VmRecord
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
 from vcnode.pods.undo import UndoStack
+
+log = logging.getLogger(__name__)
 
 
 class Holdings:
@@ -84,6 +89,26 @@ class Holdings:
 def request_of(record: PodRecord, vm_id: str) -> NetworkRequest:
     """What a network driver is asked for."""
     return NetworkRequest(pod_id=record.pod_id, vm_id=vm_id, config=record.spec.network)
+
+
+async def remove_layers(parts: Parts, containers: Iterable[ContainerRecord]) -> None:
+    """Delete the writable disks of containers, which no VM has any more.
+
+    A disk outlives its VM, as the container does; so this is for the end of the container or its pod.
+
+    Raises:
+        CleanupError: Some stay; can be repeated.
+    """
+    left = []
+    for container in containers:
+        if container.layer_id is not None:
+            try:
+                await parts.storage.remove_layer(container.layer_id)
+            except VcnodeError as exc:
+                log.warning("Disk %s stays", container.layer_id, exc_info=exc)
+                left.append(f"disk {container.layer_id}")
+    if left:
+        raise CleanupError("A writable disk could not be deleted; delete again to retry.", tuple(left))
 
 
 async def release(parts: Parts, record: PodRecord) -> tuple[str, ...]:

@@ -10,7 +10,13 @@ from datetime import datetime
 from vcnode import aio
 from vcnode.aio import Spawner
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage
-from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, VcnodeError
+from vcnode.errors import (
+    AlreadyExistsError,
+    CleanupError,
+    FailedPreconditionError,
+    NotFoundError,
+    VcnodeError,
+)
 from vcnode.models.call import Call
 from vcnode.models.commands import (
     ContainerDeleted,
@@ -50,6 +56,7 @@ from vcnode.pods.pause import Pauser
 from vcnode.pods.pool import Pool
 from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
+from vcnode.pods.release import remove_layers
 from vcnode.pods.start import Starter
 from vcnode.pods.stop import Stopper
 from vcnode.pods.store import Store
@@ -107,7 +114,10 @@ class PodService:
         self.node_name = node_name
         self.epoch = epoch
         self._ledger = Ledger(
-            store, clock=clock, is_mock=lambda record: _is_mock(hypervisors, record.hypervisor_type)
+            store,
+            clock=clock,
+            is_mock=lambda record: _is_mock(hypervisors, record.hypervisor_type),
+            disks_mib=settings.limits.writable_disks_mib,
         )
         self._mock = _is_mock(hypervisors, settings.hypervisor)
         self._parts = parts = Parts(
@@ -243,6 +253,7 @@ class PodService:
                 require(f"Pod {pod_id}", record.state, POD_DELETABLE, call.verb)
             grace_s = self._parts.settings.stop_grace_s if record.state is PodState.RUNNING else 0
             await self._stopper.stop(pod_id, call, grace_s=grace_s)
+            await remove_layers(self._parts, record.containers)
             await self._ledger.remove(pod_id, call)
         return PodDeleted(pod_id=pod_id, existed=True)
 
@@ -417,6 +428,11 @@ class PodService:
     async def _forget_unless_leftovers(self, pod_id: str, call: Call) -> None:
         record = self._ledger.find(pod_id)
         if record is not None and record.vm is None and not record.leftovers:
+            try:
+                await remove_layers(self._parts, record.containers)
+            except CleanupError as exc:
+                log.warning("Pod %s is kept: %s", pod_id, exc.message)
+                return
             await self._ledger.remove(pod_id, call)
 
 

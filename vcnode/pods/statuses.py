@@ -53,6 +53,7 @@ def container_status(pod_id: str, record: ContainerRecord) -> ContainerStatus:
         rootfs=spec.rootfs,
         image=spec.image,
         image_digest=record.image_digest,
+        disk_size_mib=spec.wanted_disk_mib or None,
         created_at=record.created_at,
         started_at=record.started_at,
         finished_at=record.finished_at,

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from vcnode.drivers.audit import Held
-from vcnode.drivers.base import ImageFile, PullSource
+from vcnode.drivers.base import ImageFile, LayerFile, PullSource
 from vcnode.drivers.storage.images import ImageStore
+from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.registry import Progress
 from vcnode.drivers.storage.threads import in_thread, make_in_thread
@@ -38,7 +39,7 @@ class LocalStorage:
     """`vcnode.drivers.base.Storage` on this host. It keeps nothing in memory: the mounts are the truth.
 
     Args:
-        state_dir: Holds ``images/``.
+        state_dir: Holds ``images/`` and ``layers/``.
         run_dir: Holds ``vms/<vm_id>/``.
         allowed_roots: Directories under which shared directories and image sources must lie.
         images: Limits of images, and how registries are reached.
@@ -55,15 +56,18 @@ class LocalStorage:
         self._roots = roots
         self._dirs = VmDirs(run_dir, roots)
         self._images = ImageStore(state_dir, roots, images)
+        self._layers = LayerStore(state_dir)
 
     async def open(self) -> None:
-        """Remove what interrupted image builds left. To be called once, before anything else.
+        """Remove what was left incomplete. To be called once, before anything else.
 
         Raises:
             StorageError: The state directory cannot be used.
         """
         async with _translated("Sweeping the image directory"):
             await in_thread(self._images.sweep)
+        async with _translated("Sweeping the directory of writable disks"):
+            await in_thread(self._layers.sweep)
 
     async def vm_ids(self) -> Sequence[str]:
         """VMs that have a directory here, so that recovery can find those that no record knows."""
@@ -71,13 +75,16 @@ class LocalStorage:
             return await in_thread(self._dirs.ids)
 
     async def held(self, mark: str) -> Sequence[Held]:
-        """See `vcnode.drivers.audit.Auditable`: directories of VMs, and mounts and sockets in them."""
+        """See `vcnode.drivers.audit.Auditable`: VMs' directories, mounts and sockets in them; disks."""
         async with _translated("Listing the directories of VMs"):
-            return await in_thread(self._dirs.held, mark)
+            return [*await in_thread(self._dirs.held, mark), *await in_thread(self._layers.held, mark)]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
         """See `vcnode.drivers.audit.Auditable`: the VM's directory goes with all that is in it."""
-        await self.remove_vm_dir(held.vm_id or "")
+        if held.kind == "disk":
+            await self.remove_layer(held.vm_id or "")
+        else:
+            await self.remove_vm_dir(held.vm_id or "")
 
     async def make_vm_dir(self, vm_id: str) -> Path:
         """See `vcnode.drivers.base.Storage`. AlreadyExistsError when the VM has one."""
@@ -148,3 +155,13 @@ class LocalStorage:
         """See `vcnode.drivers.base.Storage`. VMs that have it attached go on reading it."""
         async with _translated(f"Removing image {digest}"):
             await in_thread(self._images.remove, digest)
+
+    async def make_layer(self, layer_id: str, size_mib: int, *, timeout_s: float) -> LayerFile:
+        """See `vcnode.drivers.base.Storage` and `LayerStore`."""
+        async with _translated(f"Making disk {layer_id}"):
+            return await self._layers.make(layer_id, size_mib, timeout_s=timeout_s)
+
+    async def remove_layer(self, layer_id: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Removing disk {layer_id}"):
+            await in_thread(self._layers.remove, layer_id)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vcnode.drivers.audit import Held
-from vcnode.drivers.base import ImageFile, PullSource
+from vcnode.drivers.base import ImageFile, LayerFile, PullSource
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.storage.images import check_digest
 from vcnode.drivers.storage.paths import AllowedRoots
@@ -29,11 +29,13 @@ class MockWorld:
     """By VM id."""
     images: dict[str, ImageFile] = field(default_factory=dict)
     """By digest."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """Writable disks by id, with their sizes in MiB."""
 
     @property
     def empty(self) -> bool:
-        """Whether no VM holds anything (images stay, as they do in life)."""
-        return not self.vm_dirs and not self.shares
+        """Whether no VM and no container holds anything (images stay, as they do in life)."""
+        return not self.vm_dirs and not self.shares and not self.layers
 
 
 class MockStorage:
@@ -83,11 +85,16 @@ class MockStorage:
         await self._hit("held")
         shares = [Held("mount", f"{vm}/shared/{name}", vm) for vm, name in sorted(self.world.shares)]
         directories = [Held("directory", str(self._run_dir / "vms" / vm), vm) for vm in await self.vm_ids()]
-        return [held for held in (*shares, *directories) if held.vm_id and held.vm_id.startswith(mark)]
+        disks = [Held("disk", f"layers/{layer_id}", layer_id) for layer_id in sorted(self.world.layers)]
+        every = (*shares, *directories, *disks)
+        return [held for held in every if held.vm_id and held.vm_id.startswith(mark)]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
         """See `vcnode.drivers.audit.Auditable`."""
-        await self.remove_vm_dir(held.vm_id or "")
+        if held.kind == "disk":
+            await self.remove_layer(held.vm_id or "")
+        else:
+            await self.remove_vm_dir(held.vm_id or "")
 
     async def make_vm_dir(self, vm_id: str) -> Path:
         """See `vcnode.drivers.base.Storage`; the path that is returned does not exist."""
@@ -197,3 +204,17 @@ class MockStorage:
         await self._hit("remove_image")
         check_digest(digest)
         self.world.images.pop(digest, None)
+
+    async def make_layer(self, layer_id: str, size_mib: int, *, timeout_s: float) -> LayerFile:
+        """See `vcnode.drivers.base.Storage`; the path that is returned does not exist."""
+        check_name(layer_id)
+        await self._hit("make_layer")
+        is_new = layer_id not in self.world.layers
+        self.world.layers.setdefault(layer_id, size_mib)
+        return LayerFile(Path("/nonexistent/layers") / layer_id, is_new)
+
+    async def remove_layer(self, layer_id: str) -> None:
+        """See `vcnode.drivers.base.Storage`."""
+        check_name(layer_id)
+        await self._hit("remove_layer")
+        self.world.layers.pop(layer_id, None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 
 from vcnode.guest.agent import process, signals, spawn
 from vcnode.guest.agent.cgroups import ROOT as CGROUP_ROOT
@@ -49,7 +50,16 @@ _READ_BYTES = 32 * 1024
 class ContainerSpec:
     """What a container is to be; see contracts/guest-protocol.md, ``create_container``."""
 
-    __slots__ = ("container_id", "disk_id", "hostname", "limits", "process", "readonly", "shared_name")
+    __slots__ = (
+        "container_id",
+        "disk_id",
+        "hostname",
+        "layer_disk_id",
+        "limits",
+        "process",
+        "readonly",
+        "shared_name",
+    )
 
     def __init__(
         self,
@@ -57,6 +67,7 @@ class ContainerSpec:
         container_id: str,
         shared_name: str | None,
         disk_id: str | None,
+        layer_disk_id: str | None = None,
         readonly: bool,
         hostname: str,
         process: ProcessSpec,
@@ -65,6 +76,7 @@ class ContainerSpec:
         self.container_id = container_id
         self.shared_name = shared_name
         self.disk_id = disk_id
+        self.layer_disk_id = layer_disk_id
         self.readonly = readonly
         self.hostname = hostname
         self.process = process
@@ -176,10 +188,12 @@ class Containers:
             self._remove(container)
             done(failure)
 
-        def prepare(disk_name: str | None) -> None:
+        names: dict[str, str] = {}
+
+        def prepare() -> None:
             container.stop_waiting = None
             try:
-                self._prepare(container, disk_name)
+                self._prepare(container, names)
             except OSError as exc:
                 failed(Failure.of(exc, f"make container {spec.container_id!r}"))
             except Failure as failure:
@@ -188,24 +202,38 @@ class Containers:
                 container.creating = False
                 done(None)
 
-        if spec.disk_id is None:
-            prepare(None)
-        else:
-            container.stop_waiting = self._disks.when_there(spec.disk_id, prepare, failed)
+        wanted = [disk_id for disk_id in (spec.layer_disk_id, spec.disk_id) if disk_id is not None]
 
-    def _prepare(self, container: Container, disk_name: str | None) -> None:
+        def wait_for_next() -> None:
+            if not wanted:
+                prepare()
+                return
+            disk_id = wanted.pop()
+
+            def found(name: str) -> None:
+                names[disk_id] = name
+                wait_for_next()
+
+            stop_waiting = self._disks.when_there(disk_id, found, failed)
+            if stop_waiting is not None:
+                container.stop_waiting = stop_waiting
+
+        wait_for_next()
+
+    def _prepare(self, container: Container, disks: dict[str, str]) -> None:
         spec, undo = container.spec, container.undo
         undo.push(f"remove {container.cgroup.path}", container.cgroup.remove)
         container.cgroup.create(spec.limits)
-        if spec.disk_id is None or disk_name is None:
+        if spec.disk_id is None:
             self._mounts.make_container(spec.container_id, undo)
             self._mounts.bind_shared(spec.container_id, spec.shared_name or "")
             return
-        disk_id = spec.disk_id
-        undo.push(f"release disk {disk_id}", lambda: self._disks.release(disk_id))
-        self._disks.acquire(disk_id, disk_name)
+        for disk_id, name in disks.items():
+            undo.push(f"release disk {disk_id}", partial(self._disks.release, disk_id))
+            self._disks.acquire(disk_id, name, writable=disk_id == spec.layer_disk_id)
+        layer = spec.layer_disk_id and self._disks.path(spec.layer_disk_id)
         self._mounts.make_container(spec.container_id, undo)
-        self._mounts.overlay(spec.container_id, self._disks.path(disk_id))
+        self._mounts.overlay(spec.container_id, self._disks.path(spec.disk_id), layer)
 
     # -- start -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""SCSI disks that the host plugs in: found by their serial, used read-only as erofs, let go again.
+"""SCSI disks that the host plugs in: found by their serial, mounted (see `Disks.acquire`), let go again.
 
 A disk appears some milliseconds after the host has asked for it. The kernel announces it by a uevent, so
 nobody polls; the socket for these exists only while somebody waits.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from vcnode.guest.agent import syscalls, uevents
+from vcnode.guest.agent import modules, syscalls, uevents
 from vcnode.guest.agent.failures import NOT_FOUND, Failure
 from vcnode.guest.agent.loop import IN
 from vcnode.guest.agent.syscalls import MS_NODEV, MS_RDONLY
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SYS_BLOCK = "/sys/block"
 DEV = "/dev"
+EXT4_OPTIONS = "discard,noinit_itable"
+"""What is deleted gives its room on the host back; nothing is written that nobody has asked for (ext4(5))."""
 APPEARS_WITHIN_S = 10.0
 """How long a disk may take to appear after a request has named it."""
 
@@ -142,13 +144,20 @@ class Disks:
         """Where a disk is mounted."""
         return f"{self._directory}/{disk_id}"
 
-    def acquire(self, disk_id: str, name: str) -> None:
-        """Mount disk *name* unless it is mounted already. Whoever acquires releases, also after a failure."""
+    def acquire(self, disk_id: str, name: str, *, writable: bool = False) -> None:
+        """Mount disk *name* unless it is mounted already. Whoever acquires releases, also after a failure.
+
+        An image is erofs; a *writable* disk is ext4, as the host has formatted it.
+        """
         count = self._users.get(disk_id, 0)
         self._users[disk_id] = count + 1
         if count == 0:
             os.makedirs(self.path(disk_id), exist_ok=True)
-            syscalls.mount(f"/dev/{name}", self.path(disk_id), "erofs", MS_RDONLY | MS_NODEV)
+            if writable:
+                modules.load(modules.EXT4)
+                syscalls.mount(f"/dev/{name}", self.path(disk_id), "ext4", MS_NODEV, EXT4_OPTIONS)
+            else:
+                syscalls.mount(f"/dev/{name}", self.path(disk_id), "erofs", MS_RDONLY | MS_NODEV)
 
     def release(self, disk_id: str) -> None:
         """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it.
@@ -160,6 +169,9 @@ class Disks:
             self._users[disk_id] = count - 1
             return
         if count == 1:
+            # The mount may have another user for a moment, such as the last process of a container that is
+            # just being cleared away: nothing must be on its way to the disk when that is pulled out.
+            _sync(self.path(disk_id))
             unmount_directory(self.path(disk_id))
             if (name := find(disk_id, self._sys_block)) is not None:
                 _delete_device(f"{self._sys_block}/{name}/device/delete")
@@ -176,6 +188,18 @@ class _Waiting:
         self.found = found
         self.missing = missing
         self.timer: Timer | None = None
+
+
+def _sync(path: str) -> None:
+    """Write out the file system at *path*; nothing when there is no such directory any more."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def _delete_device(path: str) -> None:

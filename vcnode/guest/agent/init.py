@@ -13,15 +13,12 @@ import socket
 import struct
 import sys
 
-from vcnode.guest.agent import agent, process, syscalls
+from vcnode.guest.agent import agent, modules, process, syscalls
 from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC, MS_REMOUNT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
-
-MODULES_LIST = "/etc/vcnode/modules"
-MODULES_DIRECTORY = "/lib/modules"
 
 # (mount point, type, flags, options)
 _MOUNTS = (
@@ -79,7 +76,7 @@ def _set_up() -> None:
     _link_etc()
     _lighten_kernel()
     _mount_cgroups()
-    load_modules()
+    modules.load(modules.AT_BOOT)
     _loopback_up()
     _leave_ramfs()
 
@@ -128,22 +125,6 @@ def _mount_cgroups() -> None:
         syscalls.mount("cgroup2", _CGROUP, "cgroup2", flags, "favordynmods")
     except OSError:
         syscalls.mount("cgroup2", _CGROUP, "cgroup2", flags)
-
-
-def load_modules(list_file: str = MODULES_LIST, directory: str = MODULES_DIRECTORY) -> None:
-    """Load the kernel modules that the image names, in its order. One that is built in or loaded is fine."""
-    if not os.path.exists(list_file):
-        return
-    with open(list_file, encoding="ascii") as file:
-        names = file.read().split()
-    for name in names:
-        fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            syscalls.finit_module(fd)
-        except FileExistsError:
-            continue
-        finally:
-            os.close(fd)
 
 
 def _loopback_up() -> None:

@@ -81,15 +81,23 @@ class Mounts:
             syscalls.mount(SHARE_TAG, path, "9p", MS_NODEV, _SHARE_OPTIONS)
             self._share_mounted = True
 
-    def overlay(self, container_id: str, lower: str) -> None:
-        """Make *lower* under a fresh writable layer the root; the undo of `make_container` covers it."""
-        layer = f"{self.container(container_id)}/rw"
-        syscalls.mount("tmpfs", layer, "tmpfs", MS_NODEV, "mode=0755")
-        os.mkdir(f"{layer}/upper")
-        os.mkdir(f"{layer}/work")
-        _copy_mode(lower, f"{layer}/upper")
-        # volatile: the layer is memory, there is nothing to sync it to.
-        options = f"lowerdir={lower},upperdir={layer}/upper,workdir={layer}/work,volatile"
+    def overlay(self, container_id: str, lower: str, layer: str | None = None) -> None:
+        """Make *lower* under a writable layer the root; the undo of `make_container` covers it.
+
+        The layer is a fresh one in memory, or a mounted disk's directory *layer*, with what is in it already.
+        """
+        # volatile: a layer in memory has nothing to sync to.
+        volatile = ",volatile" if layer is None else ""
+        if layer is None:
+            layer = f"{self.container(container_id)}/rw"
+            syscalls.mount("tmpfs", layer, "tmpfs", MS_NODEV, "mode=0755")
+        if not os.path.exists(f"{layer}/upper"):
+            # Under another name until its mode is right: a VM may end at any moment, and a disk remains.
+            os.makedirs(f"{layer}/made", exist_ok=True)
+            _copy_mode(lower, f"{layer}/made")
+            os.rename(f"{layer}/made", f"{layer}/upper")
+        os.makedirs(f"{layer}/work", exist_ok=True)
+        options = f"lowerdir={lower},upperdir={layer}/upper,workdir={layer}/work{volatile}"
         syscalls.mount("overlay", self.root(container_id), "overlay", 0, options)
 
 

@@ -49,11 +49,17 @@ def container_spec(params: Params) -> ContainerSpec:
         raise invalid("root", "must have exactly one of shared_name and disk_id")
     shared_name = _matching(root, "shared_name", _SHARED_NAME) if given == ["shared_name"] else None
     disk_id = _matching(root, "disk_id", _DISK_ID) if given == ["disk_id"] else None
+    layer_disk_id = None
+    if disk_id is not None and root.has("layer_disk_id"):
+        layer_disk_id = _matching(root, "layer_disk_id", _DISK_ID)
+        if layer_disk_id == disk_id:
+            raise invalid("root.layer_disk_id", "must be another disk than disk_id")
     root.done()
     spec = ContainerSpec(
         container_id=_matching(params, "container_id", _ID),
         shared_name=shared_name,
         disk_id=disk_id,
+        layer_disk_id=layer_disk_id,
         readonly=params.flag("readonly", False),
         hostname=identity.hostname(params),
         process=ProcessSpec(params.object("process")),

@@ -95,6 +95,11 @@ def umount(target: str | bytes, flags: int = 0) -> None:
     _check(_libc.umount2(_encoded(target), flags), target)
 
 
+def syncfs(fd: int) -> None:
+    """syncfs(2): write out what the file system of *fd* has in memory."""
+    _check(_libc.syncfs(fd))
+
+
 def unshare(flags: int) -> None:
     """Move the caller (for CLONE_NEWPID: its future children) into new namespaces."""
     _check(_libc.unshare(flags))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from vcnode.guest.image.cpio import CharDevice, Directory, File, Hardlink, Symlink, Tree
 from vcnode.guest.image.errors import GuestImageError
-from vcnode.guest.image.modules import Module
+from vcnode.guest.image.modules import ON_DEMAND, WANTED, Module, closure
 from vcnode.guest.image.python import AGENT_ROOT
 
 _LIST_TIMEOUT_S = 30.0
@@ -54,12 +54,20 @@ def add_description(tree: Tree, *, agent_version: str, kernel: str) -> None:
 
 
 def add_modules(tree: Tree, modules: Sequence[Module]) -> None:
-    """Add the modules and the list that says in which order to load them."""
+    """Add the modules and the lists that say in which order to load them: at boot, and when one is wanted."""
     tree.add("/usr/lib/modules", Directory())
     for module in modules:
         tree.add(f"/usr/lib/modules/{module.name}.ko", File(module.content))
-    listing = "".join(f"{module.name}.ko\n" for module in modules)
-    tree.add("/etc/vcnode/modules", File(listing.encode()))
+    at_boot = {module.name for module in modules}
+    for name in ON_DEMAND:
+        later = closure(modules, [name]) - closure(modules, WANTED)
+        at_boot -= later
+        tree.add(f"/etc/vcnode/modules-{name}", _listing(modules, later))
+    tree.add("/etc/vcnode/modules", _listing(modules, at_boot))
+
+
+def _listing(modules: Sequence[Module], names: Collection[str]) -> File:
+    return File("".join(f"{module.name}.ko\n" for module in modules if module.name in names).encode())
 
 
 def add_busybox(tree: Tree, binary: bytes, applets: Sequence[str]) -> None:

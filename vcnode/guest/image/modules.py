@@ -25,6 +25,8 @@ WANTED = (
     "virtio_rng",
 )
 """Modules that the agent or a device needs, most urgent first. Dependencies follow from the modules."""
+ON_DEMAND = ("ext4",)
+"""Modules that the agent loads, with what they depend on, once something wants them."""
 
 _MODULE_FILE = re.compile(r"(?P<name>[A-Za-z0-9_-]+)\.ko(\.(xz|zst|gz))?")
 
@@ -92,7 +94,7 @@ def load_order(
 
 
 def select(
-    files: Mapping[str, bytes], builtin: frozenset[str], wanted: Iterable[str] = WANTED
+    files: Mapping[str, bytes], builtin: frozenset[str], wanted: Iterable[str] = (*WANTED, *ON_DEMAND)
 ) -> list[Module]:
     """Pick from a kernel's module *files* (path to content, as packaged) what is to be loaded, in load order.
 
@@ -106,3 +108,16 @@ def select(
         return None if path is None else parse_module(name, files[path])
 
     return load_order(wanted, builtin, find)
+
+
+def closure(modules: Iterable[Module], wanted: Iterable[str]) -> frozenset[str]:
+    """Names of those of *modules* that *wanted* are or depend on."""
+    by_name = {module.name: module for module in modules}
+    found: set[str] = set()
+    left = list(wanted)
+    while left:
+        name = left.pop()
+        if name in by_name and name not in found:
+            found.add(name)
+            left += by_name[name].depends
+    return frozenset(found)

@@ -43,6 +43,14 @@ def test_modules_are_listed_in_load_order() -> None:
     assert _content(tree, "/usr/lib/modules/a.ko") == b"A"
 
 
+def test_modules_that_are_wanted_later_have_lists_of_their_own() -> None:
+    tree = initrd.skeleton()
+    shared, own = Module("crc32c_generic", b"", ()), Module("jbd2", b"", ("crc32c_generic",))
+    initrd.add_modules(tree, [shared, own, Module("ext4", b"", ("jbd2", "crc32c_generic"))])
+    assert _content(tree, "/etc/vcnode/modules") == b"crc32c_generic.ko\n"
+    assert _content(tree, "/etc/vcnode/modules-ext4") == b"jbd2.ko\next4.ko\n"
+
+
 def test_description_is_json() -> None:
     tree = initrd.skeleton()
     initrd.add_description(tree, agent_version="1.2", kernel="6.1")

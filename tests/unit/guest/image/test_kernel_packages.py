@@ -23,7 +23,7 @@ def _files() -> dict[str, bytes | str]:
         f"{base}/kernel/sound/9p.ko": b"not even read",
         f"{base}/build": "/usr/src/elsewhere",
     }
-    for name in set(modules.WANTED) - {"overlay"}:
+    for name in {*modules.WANTED, *modules.ON_DEMAND} - {"overlay"}:
         files[f"{base}/kernel/{name}.ko"] = elves.module(depends="9pnet" if name == "9p" else "")
     files[f"{base}/kernel/9pnet.ko.xz"] = lzma.compress(elves.module())
     return files
@@ -38,7 +38,9 @@ def test_kernel_and_wanted_modules_are_found(deb: Path) -> None:
     found = kernel_packages.unpack([deb])
     assert found.release == RELEASE
     assert found.vmlinux == ELF
-    assert {module.name for module in found.modules} == {*modules.WANTED, "9pnet"} - {"overlay"}
+    assert {module.name for module in found.modules} == {*modules.WANTED, *modules.ON_DEMAND, "9pnet"} - {
+        "overlay"
+    }
 
 
 def test_packages_without_a_kernel_are_an_error(tmp_path: Path) -> None:
