@@ -1,0 +1,1 @@
+"""Fuzz targets: what others control, and the code that first looks at it. See dev/fuzz."""
