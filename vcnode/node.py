@@ -217,6 +217,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         yield Node(settings, drivers, pods, service, connection, address)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()
+        pods.end_waits()
         await pods.announce(EventKind.NODE_STOPPING, service.info().model_dump(mode="json"))
         await bus.drain(timeout_s=settings.drain_timeout_s)
 
@@ -288,6 +289,7 @@ def _join_bus(
         services,
         journal,
         max_concurrent=settings.limits.concurrent_commands,
+        max_waits=settings.limits.concurrent_waits,
         max_request_bytes=settings.limits.request_bytes,
         observer=metrics,
         clock=_now,

@@ -156,6 +156,8 @@ class LimitSettings(Group):
 
     concurrent_commands: int = Field(default=64, ge=1)
     """Commands in progress at once; more get ``resource_exhausted``."""
+    concurrent_waits: int = Field(default=1024, ge=1)
+    """Commands that only wait (``container.wait``), besides; more get ``resource_exhausted``."""
     concurrent_starts: int = Field(default=4, ge=1)
     """Pods starting at once; more wait."""
     queued_starts: int = Field(default=256, ge=0)

@@ -383,3 +383,55 @@ async def test_closed_session_refuses_calls_and_ends_its_events(session: GuestSe
     assert [event async for event in session.events()] == []
     with pytest.raises(AgentError):
         await session.ping(timeout_s=LIMIT_S)
+
+
+# -- pause, processes --------------------------------------------------------------------------------
+
+
+async def test_a_paused_container_stands_still_until_it_is_resumed(rig: Rig, session: GuestSession) -> None:
+    container_id = await rig.running(session)
+    for _ in range(2):
+        await session.pause_container(container_id, timeout_s=LIMIT_S)
+    assert (await state_of(session, container_id)).state == "paused"
+    with pytest.raises(FailedPreconditionError):
+        await execute(session, container_id, "true")
+    await session.close()
+    session = await rig.connect()
+    assert (await state_of(session, container_id)).state == "paused"
+    for _ in range(2):
+        await session.resume_container(container_id, timeout_s=LIMIT_S)
+    assert (await state_of(session, container_id)).state == "running"
+    assert await run(session, container_id, "echo", "on") == (0, b"on\n", b"")
+
+
+async def test_a_paused_container_can_be_killed_and_started_again(rig: Rig, session: GuestSession) -> None:
+    container_id = await rig.running(session)
+    for everyone in (False, True):
+        await session.pause_container(container_id, timeout_s=LIMIT_S)
+        await session.signal_container(container_id, signal.SIGKILL, everyone=everyone, timeout_s=LIMIT_S)
+        assert await exit_of(session, container_id) == 137
+        await session.start_container(container_id, timeout_s=LIMIT_S)
+        assert (await state_of(session, container_id)).state == "running"
+
+
+async def test_what_does_not_run_cannot_be_paused_but_resumed(rig: Rig, session: GuestSession) -> None:
+    container_id = await rig.create(session, "true")
+    with pytest.raises(FailedPreconditionError):
+        await session.pause_container(container_id, timeout_s=LIMIT_S)
+    await session.resume_container(container_id, timeout_s=LIMIT_S)
+    for call in (session.pause_container, session.resume_container):
+        with pytest.raises(NotFoundError):
+            await call("absent", timeout_s=LIMIT_S)
+
+
+async def test_the_processes_of_a_container_are_told(rig: Rig, session: GuestSession) -> None:
+    container_id = await rig.running(session)
+    found, total = await session.list_processes(container_id, limit=5, timeout_s=LIMIT_S)
+    assert total == len(found) == 1
+    (main,) = found
+    assert main.args == ("sleep", "infinity")
+    assert (main.container_pid, main.uid, main.name) == (1, 0, "sleep")
+    assert main.pid == (await state_of(session, container_id)).pid
+    assert not main.args_truncated
+    with pytest.raises(NotFoundError):
+        await session.list_processes("absent", limit=5, timeout_s=LIMIT_S)

@@ -34,6 +34,8 @@ COMMANDS: dict[str, Callable[[World, str], Awaitable[object]]] = {
     "add": lambda w, p: w.pods.create_container(p, container("c2"), w.call("container.create")),
     "start c2": lambda w, p: w.pods.start_container(p, "c2", w.call("container.start")),
     "stop c1": lambda w, p: w.pods.stop_container(p, "c1", 0, w.call("container.stop")),
+    "pause c1": lambda w, p: w.pods.pause_container(p, "c1", w.call("container.pause")),
+    "resume c1": lambda w, p: w.pods.resume_container(p, "c1", w.call("container.resume")),
     "delete c2": lambda w, p: w.pods.delete_container(p, "c2", True, w.call("container.delete")),
 }
 DISTURBANCES = ("none", "none", "fail", "cancel", "vm dies", "session lost", "crash")

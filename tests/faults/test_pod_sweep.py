@@ -54,6 +54,11 @@ async def paused(world: World) -> None:
     await world.pods.pause("p1", world.call("pod.pause"))
 
 
+async def frozen(world: World) -> None:
+    await running(world)
+    await world.pods.pause_container("p1", "c2", world.call("container.pause"))
+
+
 async def stopped(world: World) -> None:
     await running(world)
     await world.pods.stop("p1", None, world.call("pod.stop"))
@@ -85,6 +90,11 @@ COMMANDS: dict[str, tuple[Act, Act]] = {
         lambda w: w.pods.start_container("p1", "c4", w.call("container.start")),
     ),
     "container stop": (running, lambda w: w.pods.stop_container("p1", "c2", None, w.call("container.stop"))),
+    "container pause": (running, lambda w: w.pods.pause_container("p1", "c2", w.call("container.pause"))),
+    "container resume": (
+        frozen,
+        lambda w: w.pods.resume_container("p1", "c2", w.call("container.resume")),
+    ),
     "container delete": (
         running,
         lambda w: w.pods.delete_container("p1", "c2", True, w.call("container.delete")),
@@ -132,6 +142,10 @@ async def check(world: World, where: str) -> None:
         if status.state is PodState.RUNNING:
             assert all(machine.running for machine in world.vms.alive), where
             for each in status.containers:
+                if each.state is ContainerState.PAUSED:
+                    each = await world.pods.resume_container(
+                        status.pod_id, each.container_id, world.call("container.resume")
+                    )
                 if each.state is ContainerState.RUNNING:
                     result = await world.pods.exec(status.pod_id, each.container_id, TRUE, world.call())
                     assert result.exit_code == 0, where

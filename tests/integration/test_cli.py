@@ -77,6 +77,25 @@ async def test_containers_come_and_go(sh: Shell, image: str) -> None:
     assert (await ok(sh("container", "delete", "p1", "c1"))).out == "p1/c1 deleted\n"
 
 
+async def test_containers_are_paused_watched_and_waited_for(sh: Shell, image: str) -> None:
+    await ok(sh("pod", "run", "--id", "p1", "--image", image, "--", "sleep", "infinity"))
+    assert "paused" in (await ok(sh("container", "pause", "p1", "main"))).out
+    assert "running" in (await ok(sh("container", "resume", "p1", "main"))).out
+    for name in ("ps", "processes"):
+        table = (await ok(sh("container", name, "p1", "main"))).out.splitlines()
+        assert table[1].split()[0] == "1"
+        assert table[1].endswith("sleep infinity")
+    assert (await sh("container", "wait", "p1", "main", "--deadline", "0.05")).code == 125
+    assert "paused" in (await ok(sh("pod", "pause", "p1"))).out
+    assert "running" in (await ok(sh("pod", "resume", "p1"))).out
+    await ok(sh("container", "wait", "p1", "main", "--for", "running"))
+    await ok(sh("container", "kill", "p1", "main", "-s", "SIGTERM"))
+    waited = await sh("container", "wait", "p1", "main")
+    assert (waited.code, waited.out) == (143, "143\n")
+    assert "143 (SIGTERM)" in (await ok(sh("container", "list"))).out
+    assert (await sh("container", "wait", "p1", "main", "--for", "dead")).code == 2
+
+
 async def test_exec_passes_output_and_exit_code_on(sh: Shell, image: str) -> None:
     await ok(sh("pod", "run", "--id", "p1", "--image", image, "--", "sleep", "9"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import time
@@ -15,6 +16,7 @@ from vcnode.errors import FailedPreconditionError
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
+from vcnode.models.signals import signal_number
 from vcnode.node import Node, running
 from vcnode.settings import NatsSettings, QemuSettings, Settings
 
@@ -80,6 +82,9 @@ async def test_a_life(guest_image: Path, short_dir: Path) -> None:
             await pause(rig)
         async with rig.agent():
             await resume(rig)
+            await freeze(rig)
+            await signals_and_waits(rig)
+            await list_processes(rig)
             await stop_paused(rig)
     finally:
         async with rig.agent():
@@ -101,6 +106,49 @@ async def resume(rig: Rig) -> None:
     assert rig.node.pods.status("p1").state is PodState.PAUSED
     await rig.node.pods.resume("p1", rig.call("pod.resume"))
     assert abs(float(await rig.shell("date +%s")) - time.time()) < 2
+
+
+async def freeze(rig: Rig) -> None:
+    """A paused container uses no CPU, whatever it tries, and goes on where it stood."""
+    await rig.start("busy", "sh", "-c", "while true; do true; done")
+    await rig.node.pods.pause_container("p1", "busy", rig.call())
+    usage = "grep usage_usec /sys/fs/cgroup/containers/busy/cpu.stat"
+    before = await rig.shell(usage, None)
+    assert await rig.shell(usage, None) == before
+    await rig.node.pods.resume_container("p1", "busy", rig.call())
+    while await rig.shell(usage, None) == before:  # bounded by the test's limit
+        pass
+    await rig.node.pods.pause_container("p1", "busy", rig.call())
+    assert (await rig.node.pods.stop_container("p1", "busy", None, rig.call())).exit_code == 143
+    await rig.node.pods.delete_container("p1", "busy", False, rig.call())
+
+
+async def signals_and_waits(rig: Rig) -> None:
+    """A signal that was given by name reaches its handler; who waits is woken by the exit."""
+    await rig.start("sig", "sh", "-c", "trap 'exit 7' 37; touch /tmp/ready; while true; do sleep 0.1; done")
+    wait = asyncio.ensure_future(rig.node.pods.wait_container("p1", "sig", "exited"))
+    while not await rig.shell("ls /tmp", "sig"):
+        pass  # bounded by the test's limit
+    await rig.node.pods.kill_container("p1", "sig", signal_number("SIGRTMIN+3"), False, rig.call())
+    reply = await wait
+    assert reply.container is not None
+    assert reply.container.exit_code == 7
+    await rig.node.pods.delete_container("p1", "sig", False, rig.call())
+
+
+async def list_processes(rig: Rig) -> None:
+    """What a container shows of its processes can be printed, whatever it holds."""
+    script = "sh -c 'sleep 98; true' \"$(printf 'evil\\033[2J\\377name')\" & sleep 99; true"
+    await rig.start("many", "sh", "-c", script)
+    while len((reply := await rig.node.pods.processes("p1", "many", 10, rig.call())).processes) < 4:
+        pass  # bounded by the test's limit
+    assert (reply.processes[0].container_pid, reply.processes[0].user) == (1, "root")
+    shown = [arg for process in reply.processes for arg in process.args]
+    assert any("evil" in arg for arg in shown)
+    assert all(arg.isprintable() for arg in shown)
+    few = await rig.node.pods.processes("p1", "many", 2, rig.call())
+    assert (len(few.processes), few.total) == (2, 4)
+    await rig.node.pods.delete_container("p1", "many", True, rig.call())
 
 
 async def stop_paused(rig: Rig) -> None:

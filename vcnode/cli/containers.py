@@ -136,6 +136,87 @@ async def kill(
     cli.show(reply, views.container)
 
 
+@command(app, "pause")
+async def pause(
+    cli: Cli, pod_id: flags.Pod, container_id: flags.Container, command_id: flags.CommandId = None
+) -> None:
+    """Freeze all processes of a container, until 'container resume'.
+
+    \b
+    vcnode container pause web main
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.container_pause(
+            pod_id, container_id, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container)
+
+
+@command(app, "resume")
+async def resume(
+    cli: Cli, pod_id: flags.Pod, container_id: flags.Container, command_id: flags.CommandId = None
+) -> None:
+    """Let a paused container go on.
+
+    \b
+    vcnode container resume web main
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.container_resume(
+            pod_id, container_id, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container)
+
+
+@command(app, "wait", failure=Exit.EXEC_FAILED)
+async def wait(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    condition: Annotated[
+        str, typer.Option("--for", metavar="CONDITION", help="exited, running or removed.")
+    ] = "exited",
+) -> int:
+    """Wait for a container; without --deadline for as long as it takes.
+
+    Waiting for 'exited' prints the exit code and ends with it; a failure of vcnode itself is 125.
+
+    \b
+    vcnode container wait web main
+    vcnode container wait --for running web main
+    """
+    from vcnode.cli import living
+
+    return await living.wait(cli, pod_id, container_id, condition)
+
+
+async def processes(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Most to list.")] = None,
+) -> None:
+    """List the processes of a container, the oldest first ('ps' for short).
+
+    PID is their id inside the container.
+
+    \b
+    vcnode container ps web main
+    vcnode container processes web main --limit 20
+    """
+    from vcnode.cli import living
+
+    await living.ps(cli, pod_id, container_id, limit)
+
+
+command(app, "processes")(processes)
+command(app, "ps")(processes)
+
+
 @command(app, "delete")
 async def delete(
     cli: Cli,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from vcnode.cli.exits import UsageError
 from vcnode.cli.settings import given, invalid
+from vcnode.models import signals
 from vcnode.models.base import Request
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 
@@ -215,12 +215,9 @@ def signal_number(text: str) -> int:
     Raises:
         UsageError: There is no such signal.
     """
-    if text.isdecimal() and 1 <= int(text) <= 64:
-        return int(text)
-    name = text.upper()
     try:
-        return signal.Signals["SIG" + name.removeprefix("SIG")].value
-    except KeyError as exc:
+        return signals.signal_number(text)
+    except ValueError as exc:
         raise UsageError(
             f"There is no signal {text!r}; give a name such as TERM, or a number from 1 to 64."
         ) from exc

@@ -17,6 +17,7 @@ from vcnode.models.commands import (
 from vcnode.models.network import Endpoint
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import ContainerState, ContainerStatus, PodStatus, StopOutcome
+from vcnode.models.signals import MAX_NUMBER, signal_name
 
 STOP_WORDS: dict[StopOutcome, str] = {
     "graceful": "it ended by itself",
@@ -124,7 +125,7 @@ def containers_table(statuses: Iterable[ContainerStatus]) -> None:
                 status.pod_id,
                 status.container_id,
                 state(status.state),
-                status.exit_code,
+                exit_words(status.exit_code),
                 status.image or status.rootfs,
                 age(status.created_at),
                 "out of memory" if status.oom_killed else status.reason,
@@ -134,6 +135,14 @@ def containers_table(statuses: Iterable[ContainerStatus]) -> None:
     )
 
 
+def exit_words(exit_code: int | None) -> str | None:
+    """An exit code, with the signal that it stands for."""
+    if exit_code is None:
+        return None
+    number = exit_code - 128
+    return f"{exit_code} ({signal_name(number)})" if 1 <= number <= MAX_NUMBER else str(exit_code)
+
+
 def container(status: ContainerStatus) -> None:
     """All about one container."""
     show_facts(
@@ -141,7 +150,7 @@ def container(status: ContainerStatus) -> None:
             ("pod", status.pod_id),
             ("container", status.container_id),
             ("state", state(status.state)),
-            ("exit code", status.exit_code),
+            ("exit code", exit_words(status.exit_code)),
             ("reason", "out of memory" if status.oom_killed else status.reason),
             ("pid in guest", status.pid),
             ("image", status.image),

@@ -62,6 +62,14 @@ from vcnode.models.commands import (
     PodStopped,
     RegistryAuth,
 )
+from vcnode.models.living import (
+    MAX_PROCESSES,
+    ContainerProcesses,
+    ContainerProcessesOf,
+    ContainerWait,
+    ContainerWaited,
+    WaitCondition,
+)
 from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -306,6 +314,41 @@ class NodeClient:
         )
         options.setdefault("deadline_s", None if timeout_s is None else timeout_s + EXEC_MARGIN_S)
         return await self._send("container.exec", request, ExecResult, options)
+
+    async def container_pause(
+        self, pod_id: str, container_id: str, **options: Unpack[Change]
+    ) -> ContainerStatus:
+        """Freeze all processes of a container."""
+        request = _make(ContainerName, pod_id=pod_id, container_id=container_id)
+        return await self._send("container.pause", request, ContainerStatus, options)
+
+    async def container_resume(
+        self, pod_id: str, container_id: str, **options: Unpack[Change]
+    ) -> ContainerStatus:
+        """Let a paused container go on."""
+        request = _make(ContainerName, pod_id=pod_id, container_id=container_id)
+        return await self._send("container.resume", request, ContainerStatus, options)
+
+    async def container_wait(
+        self,
+        pod_id: str,
+        container_id: str,
+        condition: WaitCondition = "exited",
+        **options: Unpack[Read],
+    ) -> ContainerWaited:
+        """Wait until the container's main process has ended, runs, or the container is gone.
+
+        Returns at once if that is so; `DeadlineExceededError` says that it is not so yet.
+        """
+        request = _make(ContainerWait, pod_id=pod_id, container_id=container_id, condition=condition)
+        return await self._send("container.wait", request, ContainerWaited, options)
+
+    async def container_processes(
+        self, pod_id: str, container_id: str, *, limit: int = MAX_PROCESSES, **options: Unpack[Read]
+    ) -> ContainerProcesses:
+        """List the processes of a container, the oldest first."""
+        request = _make(ContainerProcessesOf, pod_id=pod_id, container_id=container_id, limit=limit)
+        return await self._send("container.processes", request, ContainerProcesses, options)
 
     async def container_list(
         self,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vcnode.models.image import ImageConfig, PullProgress
+from vcnode.models.living import ContainerProcess
 from vcnode.models.network import NetworkConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import StopOutcome
@@ -279,6 +280,30 @@ class GuestSession(Protocol):
         self, container_id: str, number: int, *, everyone: bool, timeout_s: float
     ) -> None:
         """Send a signal to the main process, or to every process; nothing if it is not running."""
+        ...
+
+    async def pause_container(self, container_id: str, *, timeout_s: float) -> None:
+        """Freeze every process of a running container; returns when they stand still. Idempotent.
+
+        Raises:
+            NotFoundError: The guest has no such container.
+            FailedPreconditionError: It does not run.
+            AgentError: Some process did not stop in time; all of them go on.
+        """
+        ...
+
+    async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
+        """Let the processes of a paused container go on; nothing if it is not paused.
+
+        Raises:
+            NotFoundError: The guest has no such container.
+        """
+        ...
+
+    async def list_processes(
+        self, container_id: str, *, limit: int, timeout_s: float
+    ) -> tuple[Sequence[ContainerProcess], int]:
+        """The oldest *limit* processes of a container, and how many there are. Raises NotFoundError."""
         ...
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:

@@ -14,6 +14,12 @@ from vcnode.models.commands import (
     ContainerStatuses,
     ContainerStop,
 )
+from vcnode.models.living import (
+    ContainerProcesses,
+    ContainerProcessesOf,
+    ContainerWait,
+    ContainerWaited,
+)
 from vcnode.models.pod import ContainerStatus
 
 
@@ -52,3 +58,25 @@ def container_list(node: Services, call: Call, request: ContainerList) -> Contai
 def container_status(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
     """``container.status``."""
     return node.pods.container_status(request.pod_id, request.container_id)
+
+
+async def container_pause(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
+    """``container.pause``."""
+    return await node.pods.pause_container(request.pod_id, request.container_id, call)
+
+
+async def container_resume(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
+    """``container.resume``."""
+    return await node.pods.resume_container(request.pod_id, request.container_id, call)
+
+
+async def container_wait(node: Services, call: Call, request: ContainerWait) -> ContainerWaited:
+    """``container.wait``."""
+    return await node.pods.wait_container(request.pod_id, request.container_id, request.condition)
+
+
+async def container_processes(
+    node: Services, call: Call, request: ContainerProcessesOf
+) -> ContainerProcesses:
+    """``container.processes``."""
+    return await node.pods.processes(request.pod_id, request.container_id, request.limit, call)

@@ -107,6 +107,7 @@ class Dispatcher:
         services: What the handlers work with.
         journal: Where commands and their replies are kept.
         max_concurrent: Commands in progress at once, in each lane.
+        max_waits: The same for commands that only wait.
         max_request_bytes: Largest body.
         observer: Hears how each command ended.
         clock: The time of day, with zone.
@@ -118,13 +119,14 @@ class Dispatcher:
         journal: Journal,
         *,
         max_concurrent: int,
+        max_waits: int = 1024,
         max_request_bytes: int,
         observer: Observer,
         clock: Callable[[], datetime],
     ) -> None:
         self._services = services
         self._journal = journal
-        self._lanes = Lanes(max_concurrent)
+        self._lanes = Lanes(max_concurrent, max_waits)
         self._max_request_bytes = max_request_bytes
         self._observer = observer
         self._clock = clock

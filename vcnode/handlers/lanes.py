@@ -11,6 +11,9 @@ from vcnode.models.commands import Command
 ENDING = frozenset({"pod.stop", "pod.delete", "container.stop", "container.kill", "container.delete"})
 """Verbs that end things; a node full of hanging commands must still take these."""
 
+WAITING = frozenset({"container.wait"})
+"""Verbs that do nothing but wait; many may, and none may keep others out."""
+
 
 class Lane(Enum):
     """Commands are bounded per lane, so that one kind cannot keep the others out."""
@@ -18,10 +21,13 @@ class Lane(Enum):
     READ = "read"
     WORK = "work"
     END = "end"
+    WAIT = "wait"
 
     @classmethod
     def of(cls, command: Command) -> Lane:
         """The lane of *command*."""
+        if command.verb in WAITING:
+            return cls.WAIT
         if not command.mutates:
             return cls.READ
         return cls.END if command.verb in ENDING else cls.WORK
@@ -45,10 +51,11 @@ class Lanes:
 
     Args:
         limit: Commands in progress at once, in each lane.
+        waits: The same for those that only wait.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, waits: int) -> None:
+        self._limits = {**dict.fromkeys(Lane, limit), Lane.WAIT: waits}
         self._taken = dict.fromkeys(Lane, 0)
 
     @property
@@ -63,10 +70,10 @@ class Lanes:
             ResourceExhaustedError: The lane is full.
         """
         lane = Lane.of(command)
-        if self._taken[lane] >= self._limit:
+        if self._taken[lane] >= (limit := self._limits[lane]):
             raise ResourceExhaustedError(
-                f"{self._limit} commands are in progress; try again later.",
-                limit=self._limit,
+                f"{limit} commands are in progress; try again later.",
+                limit=limit,
                 lane=lane.value,
             )
         self._taken[lane] += 1

@@ -11,9 +11,13 @@ from vcnode.handlers.container import (
     container_delete,
     container_kill,
     container_list,
+    container_pause,
+    container_processes,
+    container_resume,
     container_start,
     container_status,
     container_stop,
+    container_wait,
 )
 from vcnode.handlers.exec import container_exec, pod_exec
 from vcnode.handlers.image import image_import, image_list, image_pull, image_remove, image_status
@@ -54,6 +58,10 @@ ROUTES: dict[str, Handler] = {
     "container.start": container_start,
     "container.stop": container_stop,
     "container.kill": container_kill,
+    "container.pause": container_pause,
+    "container.resume": container_resume,
+    "container.wait": container_wait,
+    "container.processes": container_processes,
     "container.delete": container_delete,
     "container.exec": container_exec,
     "container.list": container_list,

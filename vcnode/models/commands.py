@@ -12,6 +12,12 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, NoNul, PodId, Reply, Request
+from vcnode.models.living import (
+    ContainerProcesses,
+    ContainerProcessesOf,
+    ContainerWait,
+    ContainerWaited,
+)
 from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -25,6 +31,7 @@ from vcnode.models.pod import (
     PodStatus,
     StopOutcome,
 )
+from vcnode.models.signals import Signal
 
 
 class Empty(Request):
@@ -120,8 +127,8 @@ class ContainerStop(ContainerName):
 class ContainerKill(ContainerName):
     """``container.kill``."""
 
-    signal: int = Field(default=9, ge=1, le=64)
-    """Signal number."""
+    signal: Signal = 9
+    """Signal, by number or name."""
     all: bool = False
     """Whether every process of the container gets it, not only the main one."""
 
@@ -278,8 +285,18 @@ _ALL = (
     Command("container.start", ContainerName, ContainerStatus, True, "Start a container.", 60.0),
     Command("container.stop", ContainerStop, ContainerStatus, True, "Stop a container.", 120.0),
     Command("container.kill", ContainerKill, ContainerStatus, True, "Send a signal to a container."),
+    Command("container.pause", ContainerName, ContainerStatus, True, "Freeze all processes of a container."),
+    Command("container.resume", ContainerName, ContainerStatus, True, "Let a paused container go on."),
     Command("container.delete", ContainerDelete, ContainerDeleted, True, "Remove a stopped container."),
     Command("container.exec", ContainerExec, ExecResult, True, "Run a command in a container.", 600.0),
+    Command("container.wait", ContainerWait, ContainerWaited, False, "Wait for a container.", 300.0),
+    Command(
+        "container.processes",
+        ContainerProcessesOf,
+        ContainerProcesses,
+        False,
+        "List a container's processes.",
+    ),
     Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
     Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
     Command("image.import", ImageImport, ImageStatus, True, "Make an image of a directory or tar.", 600.0),

@@ -29,6 +29,8 @@ class EventKind(StrEnum):
     POD_SESSION_RESTORED = "pod.session_restored"
     CONTAINER_CREATED = "container.created"
     CONTAINER_STARTED = "container.started"
+    CONTAINER_PAUSED = "container.paused"
+    CONTAINER_RESUMED = "container.resumed"
     CONTAINER_EXITED = "container.exited"
     CONTAINER_DELETED = "container.deleted"
     IMAGE_PULLING = "image.pulling"

@@ -20,6 +20,7 @@ from vcnode.models.base import (
     Request,
 )
 from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
+from vcnode.models.signals import Signal
 
 MIN_MEM_SIZE_MIB = 128
 """The smallest guest worth booting. Measured with one vCPU: with 112 MiB the kernel panics while it unpacks
@@ -163,8 +164,8 @@ class ContainerSpec(Request):
     """Main process."""
     resources: ContainerResources = ContainerResources()
     """Limits."""
-    stop_signal: int | None = Field(default=None, ge=1, le=64)
-    """Signal that asks the main process to end. Default: the image's, else 15 (SIGTERM)."""
+    stop_signal: Signal | None = None
+    """Signal that asks the main process to end, by number or name. Default: the image's, else SIGTERM."""
     stop_timeout_s: float = Field(default=10.0, ge=0, le=3600)
     """Seconds between the stop signal and SIGKILL."""
     labels: Labels = {}

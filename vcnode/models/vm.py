@@ -184,7 +184,7 @@ class GuestContainerState(Data):
     container_id: str
     """Its id."""
     state: str
-    """``created``, ``running`` or ``stopped``."""
+    """``created``, ``running``, ``paused`` or ``stopped``."""
     pid: int | None = None
     """Main process in the guest."""
     exit_code: int | None = None

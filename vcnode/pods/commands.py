@@ -18,7 +18,7 @@ from vcnode.models.pod import ContainerSpec, ContainerState, ContainerStatus, Ex
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.pods import edits
 from vcnode.pods.admission import Admission
-from vcnode.pods.containers import Containers, stop_signal
+from vcnode.pods.containers import Containers
 from vcnode.pods.edits import find_container
 from vcnode.pods.exec import collect
 from vcnode.pods.ledger import check_revision
@@ -117,7 +117,7 @@ class ContainerCommands:
             if container.state in CONTAINER_ALIVE:
                 live = self._live(record, call)
                 grace = container.spec.stop_timeout_s if grace_s is None else grace_s
-                await self._containers.halt(live, cid, signal=stop_signal(container), grace_s=grace)
+                await self._containers.halt(live, container, grace_s=grace)
                 self._require_recorded(pod_id, cid)
             return self._parts.ledger.container_status(self._parts.ledger.get(pod_id), cid)
 
@@ -159,7 +159,7 @@ class ContainerCommands:
             if record.state is PodState.RUNNING:
                 live = self._live(record, call)
                 if container.state in CONTAINER_ALIVE:
-                    await self._containers.halt(live, cid, signal=stop_signal(container), grace_s=0)
+                    await self._containers.halt(live, container, grace_s=0)
                     self._require_recorded(pod_id, cid)
                 await self._containers.remove(live, container)
             await remove_layers(self._parts, [container])

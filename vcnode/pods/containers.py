@@ -8,6 +8,7 @@ from vcnode.errors import AgentError, AlreadyExistsError
 from vcnode.models.pod import ContainerState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import ContainerRoot, Disk, GuestContainer
+from vcnode.pods.lifecycle import CONTAINER_ALIVE
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
 from vcnode.pods.process import guest_process
@@ -59,16 +60,17 @@ class Containers:
             await undo.unwind()
             raise
 
-    async def halt(self, live: LivePod, cid: str, *, signal: int, grace_s: float) -> None:
+    async def halt(self, live: LivePod, container: ContainerRecord, *, grace_s: float) -> None:
         """Ask a running container's main process to end; kill all of it when the grace is over.
 
-        Returns once its end is recorded.
+        A paused one is resumed, so that it can hear. Returns once its end is recorded.
 
         Raises:
             AgentError: It was still there `KILL_LIMIT_S` seconds after SIGKILL, or the guest cannot be asked.
         """
+        cid = container_id(container)
         if grace_s > 0:
-            await self._signal(live, cid, signal, everyone=False)
+            await self._ask(live, container)
             if await _within(live.exit_event(cid), grace_s):
                 return
         await self._signal(live, cid, SIGKILL, everyone=True)
@@ -84,12 +86,12 @@ class Containers:
             TimeoutError: The guest is silent: it did not take the signals in the grace, or a container
                 survived SIGKILL for `KILL_LIMIT_S`; what runs ends with the VM.
         """
-        running = [c for c in record.containers if c.state is ContainerState.RUNNING]
+        running = [c for c in record.containers if c.state in CONTAINER_ALIVE]
         ends = [live.exit_event(container_id(container)) for container in running]
         begun = asyncio.get_running_loop().time()
         async with asyncio.timeout_at(begun + max(grace_s, ASK_LIMIT_S)):
             for container in running:
-                await self._signal(live, container_id(container), stop_signal(container), everyone=False)
+                await self._ask(live, container)
         try:
             async with asyncio.timeout_at(begun + grace_s):
                 for end in ends:
@@ -108,6 +110,13 @@ class Containers:
         if (root := live.provided.get(cid)) is not None:
             await self._withdraw(live, cid, root)
             del live.provided[cid]
+
+    async def _ask(self, live: LivePod, container: ContainerRecord) -> None:
+        """Send the stop signal, and see that it can be heard."""
+        cid = container_id(container)
+        await self._signal(live, cid, stop_signal(container), everyone=False)
+        if container.state is ContainerState.PAUSED:
+            await live.require_session().resume_container(cid, timeout_s=REQUEST_LIMIT_S)
 
     async def _signal(self, live: LivePod, cid: str, number: int, *, everyone: bool) -> None:
         session = live.require_session()

@@ -267,6 +267,25 @@ def container_exited(
     return edit
 
 
+def container_paused(cid: str, verb: str) -> Edit:
+    """A container's processes are frozen."""
+    return _container_step(cid, ContainerStep.PAUSE, EventKind.CONTAINER_PAUSED, verb)
+
+
+def container_resumed(cid: str, verb: str) -> Edit:
+    """A container's processes go on."""
+    return _container_step(cid, ContainerStep.RESUME, EventKind.CONTAINER_RESUMED, verb)
+
+
+def _container_step(cid: str, step: ContainerStep, kind: EventKind, verb: str) -> Edit:
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        container = find_container(record, cid)
+        state = next_container_state(f"{record.pod_id}/{cid}", container.state, step, verb)
+        return _with(record, container.model_copy(update={"state": state})), (News(kind, cid),)
+
+    return edit
+
+
 def container_removed(cid: str) -> Edit:
     """A container leaves the pod."""
 

@@ -6,8 +6,9 @@ then it is logged. Reads come from memory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
@@ -47,6 +48,7 @@ class Ledger:
         self._store = store
         self._clock = clock
         self._is_mock = is_mock
+        self._listeners: dict[str, set[Callable[[], None]]] = {}
         self._statuses: dict[str, tuple[PodRecord, PodStatus]] = {}
         self.after_change: Callable[[PodRecord], Awaitable[None]] | None = None
         """Called with each record after its change is committed; must not raise."""
@@ -172,7 +174,10 @@ class Ledger:
 
     async def _write(self, pod_id: str, work: Callable[[Tx], PodRecord]) -> PodRecord:
         before = self.find(pod_id)
-        after = await self._store.write(work)
+        try:
+            after = await self._store.write(work)
+        finally:  # also when the caller goes away: it may have been committed
+            self._tell(pod_id)
         if before is not None and after.state is not before.state:
             log.info("Pod %s: %s -> %s (%s)", pod_id, before.state, after.state, after.reason or "")
         if after is not before and self.after_change is not None:
@@ -197,9 +202,28 @@ class Ledger:
                 tx.forget_pod(pod_id)
                 self._emit(tx, record, News(EventKind.POD_DELETED), call)
 
-        await self._store.write(remove)
+        try:
+            await self._store.write(remove)
+        finally:
+            self._tell(pod_id)
         self._statuses.pop(pod_id, None)
         log.info("Pod %s: deleted", pod_id)
+
+    @contextlib.contextmanager
+    def listening(self, pod_id: str, listener: Callable[[], None]) -> Iterator[None]:
+        """Call *listener*, within a block, after each change of a pod's record, its removal included."""
+        self._listeners.setdefault(pod_id, set()).add(listener)
+        try:
+            yield
+        finally:
+            listeners = self._listeners[pod_id]
+            listeners.discard(listener)
+            if not listeners:
+                del self._listeners[pod_id]
+
+    def _tell(self, pod_id: str) -> None:
+        for listener in tuple(self._listeners.get(pod_id, ())):
+            listener()
 
     async def announce(self, kind: EventKind, data: JsonObject, *, mock: bool) -> None:
         """Commit an event of the node itself."""

@@ -27,6 +27,7 @@ from vcnode.models.commands import (
     PodStopped,
 )
 from vcnode.models.events import EventKind
+from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import NodeAudit, PoolStatus
 from vcnode.models.pod import (
@@ -48,6 +49,7 @@ from vcnode.pods.commands import ContainerCommands
 from vcnode.pods.containers import Containers
 from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
+from vcnode.pods.life import LifeCommands
 from vcnode.pods.lifecycle import POD_DELETABLE, require
 from vcnode.pods.locks import PodLocks
 from vcnode.pods.notes import Notes
@@ -163,6 +165,7 @@ class PodService:
         self._starter = Starter(parts, containers, self._watcher, self.templates, self.pool, self._notes)
         self._stopper = Stopper(parts, containers)
         self._pauser = Pauser(parts, self._watcher)
+        self._life = LifeCommands(parts)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
 
     # ---- pods ----------------------------------------------------------------------------------------
@@ -323,6 +326,28 @@ class PodService:
     ) -> ContainerDeleted:
         """Remove a container that does not run."""
         return await self._containers.delete(pod_id, container_id, force, call)
+
+    async def pause_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
+        """Freeze all processes of a container."""
+        return await self._life.pause(pod_id, container_id, call)
+
+    async def resume_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
+        """Let a paused container go on."""
+        return await self._life.resume(pod_id, container_id, call)
+
+    async def wait_container(
+        self, pod_id: str, container_id: str, condition: WaitCondition
+    ) -> ContainerWaited:
+        """Wait for something to become of a container."""
+        return await self._life.wait(pod_id, container_id, condition)
+
+    async def processes(self, pod_id: str, container_id: str, limit: int, call: Call) -> ContainerProcesses:
+        """The processes of a container."""
+        return await self._life.processes(pod_id, container_id, limit, call)
+
+    def end_waits(self) -> None:
+        """Let go of all who wait for containers: the node stops."""
+        self._life.end_waits()
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
         """Containers of one pod or of all (None), in one of *states* (empty: any).

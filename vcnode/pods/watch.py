@@ -99,8 +99,10 @@ class Watcher:
             if state is not None:
                 live.provided.setdefault(cid, root_of(container))
             if container.state in CONTAINER_ALIVE:
-                if state is None or state.state != "running":
+                if state is None or state.state not in ("running", "paused"):
                     await self._ended_meanwhile(live, cid, state)
+                elif state.state != container.state:
+                    await self._undo_pause(live, container)
             elif state is not None and cid not in live.starting:
                 await self._undo_unrecorded(live, container, state)
 
@@ -272,10 +274,18 @@ class Watcher:
         """Undo what a command did that never recorded it, and was answered as failed."""
         if container.state is ContainerState.READY:
             await self._containers.remove(live, container)
-        elif state.state == "running":
+        elif state.state in ("running", "paused"):
             await live.require_session().signal_container(
                 container_id(container), SIGKILL, everyone=True, timeout_s=REQUEST_LIMIT_S
             )
+
+    async def _undo_pause(self, live: LivePod, container: ContainerRecord) -> None:
+        """Take back a pause or a resume that was not recorded."""
+        session, cid = live.require_session(), container_id(container)
+        change = (
+            session.pause_container if container.state is ContainerState.PAUSED else session.resume_container
+        )
+        await change(cid, timeout_s=REQUEST_LIMIT_S)
 
     async def _save(self, pod_id: str, edit: edits.Edit) -> PodRecord:
         """Commit a change that has happened already, however long that takes."""

@@ -22,6 +22,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import ImageStatus, NodeAudit, PoolStatus
 from vcnode.models.pod import (
@@ -184,6 +185,23 @@ class FakePods:
     ) -> ContainerDeleted:
         await self._note("delete_container", call, pod_id, container_id, force)
         return ContainerDeleted(pod_id=pod_id, container_id=container_id, existed=True)
+
+    async def pause_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
+        await self._note("pause_container", call, pod_id, container_id)
+        return container_status(pod_id, container_id)
+
+    async def resume_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
+        await self._note("resume_container", call, pod_id, container_id)
+        return container_status(pod_id, container_id)
+
+    async def wait_container(
+        self, pod_id: str, container_id: str, condition: WaitCondition
+    ) -> ContainerWaited:
+        return ContainerWaited(pod_id=pod_id, container_id=container_id, condition=condition)
+
+    async def processes(self, pod_id: str, container_id: str, limit: int, call: Call) -> ContainerProcesses:
+        await self._note("processes", call, pod_id, container_id, limit)
+        return ContainerProcesses(pod_id=pod_id, container_id=container_id, processes=(), total=0)
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
         self.calls.append(("list_containers", (pod_id, states)))

@@ -9,6 +9,7 @@ from typing import NoReturn
 import vcnode
 from vcnode.drivers.base import GuestEvent, GuestSession, RunningProcess, Vm
 from vcnode.errors import AgentError, UnsupportedError
+from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
@@ -61,6 +62,20 @@ class NoopSession:
     async def signal_container(
         self, container_id: str, number: int, *, everyone: bool, timeout_s: float
     ) -> None:
+        """Refused."""
+        self._refuse("containers")
+
+    async def pause_container(self, container_id: str, *, timeout_s: float) -> None:
+        """Refused."""
+        self._refuse("containers")
+
+    async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
+        """Refused."""
+        self._refuse("containers")
+
+    async def list_processes(
+        self, container_id: str, *, limit: int, timeout_s: float
+    ) -> tuple[Sequence[ContainerProcess], int]:
         """Refused."""
         self._refuse("containers")
 

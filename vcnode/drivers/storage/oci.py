@@ -14,13 +14,13 @@ import json
 import os
 import platform
 import re
-import signal
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vcnode.drivers.storage import syscalls
+from vcnode.models import signals
 from vcnode.models.image import ImageConfig
 
 MAX_JSON_BYTES = 4 * 1024 * 1024
@@ -248,16 +248,10 @@ def image_config(document: Mapping[str, Any]) -> ImageConfig:
 
 def signal_number(name: str) -> int:
     """The signal that ``SIGTERM``, ``TERM``, ``15`` or ``SIGRTMIN+3`` names. Raises BadImageError."""
-    text = name.strip().upper().removeprefix("SIG")
-    base, plus, offset = text.partition("+")
     try:
-        number = int(base) if base.isdecimal() else signal.Signals["SIG" + base].value
-        number += int(offset) if plus else 0
-    except (KeyError, ValueError) as exc:
+        return signals.signal_number(name)
+    except ValueError as exc:
         raise BadImageError(f"has a StopSignal {name[:40]!r}, which is no signal") from exc
-    if not 1 <= number <= 64:
-        raise BadImageError(f"has a StopSignal {name[:40]!r}, which is no signal")
-    return number
 
 
 def _words(value: object, field: str) -> tuple[str, ...]:

@@ -106,6 +106,14 @@ class Cgroup:
         """Send SIGKILL to every process in the group, forks in flight included (Linux 5.14)."""
         _write(f"{self.path}/cgroup.kill", "1")
 
+    def freeze(self) -> None:
+        """Begin to freeze every process in the group; ``cgroup.events`` tells when that is done."""
+        _write(f"{self.path}/cgroup.freeze", "1")
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        _write(f"{self.path}/cgroup.freeze", "0")
+
     def mark_oom(self) -> None:
         """Count OOM kills from here on."""
         self._oom_kills = self._count_oom()

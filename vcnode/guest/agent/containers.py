@@ -9,7 +9,8 @@
                                ^----------------------------------------+
 
 ``starting`` lasts from the fork until the program runs; to the host it is ``created`` or ``stopped``, as
-before. `delete` is possible in every state and kills first.
+before. ``running`` may be paused: its processes are frozen. `delete` is possible in every state and kills
+first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from vcnode.guest.agent.cgroups import ROOT as CGROUP_ROOT
 from vcnode.guest.agent.cgroups import Cgroup
 from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
+from vcnode.guest.agent.freezer import Freezing
 from vcnode.guest.agent.loop import IN
+from vcnode.guest.agent.processes import Listing
 from vcnode.guest.agent.ring import Ring
 from vcnode.guest.agent.undo import Undo
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     Done = Callable[[Failure | None], None]
 
 CREATED, STARTING, RUNNING, STOPPED = "created", "starting", "running", "stopped"
+PAUSED = "paused"
 RING_BYTES = 64 * 1024
 """How much of the main process's output is kept, for each of stdout and stderr."""
 _READ_BYTES = 32 * 1024
@@ -92,6 +96,10 @@ class Container:
         self.state = CREATED
         self.undo = Undo()
         self.main: Spawned | None = None
+        self.paused = False
+        """Its processes are frozen; only while it is running."""
+        self.freezing: Freezing | None = None
+        """The request that waits for that."""
         self.ended_by = 0
         """The signal whose effect was brought about by SIGKILL; 0: none."""
         self.exit_code: int | None = None
@@ -127,7 +135,7 @@ class Container:
         """The state as the host knows it."""
         if self.state == STARTING:
             return CREATED if self.exit_code is None else STOPPED
-        return self.state
+        return PAUSED if self.paused else self.state
 
 
 class Containers:
@@ -350,6 +358,7 @@ class Containers:
         self._loop.unwatch(main.pidfd)
         os.close(main.pidfd)
         container.main = None
+        self._thaw(container, "The container has ended.")
         if container.state == RUNNING:
             container.exit_code = process.exit_code(status)
             if container.ended_by and container.exit_code == 128 + signal.SIGKILL:
@@ -386,6 +395,57 @@ class Containers:
         else:
             for pid in container.cgroup.pids():
                 _signal_pid(pid, number)
+
+    # -- pause -------------------------------------------------------------------------------------
+
+    def pause(self, container_id: str, done: Done) -> None:
+        """Freeze every process of a running container; *done* is called once they stand still.
+
+        Raises:
+            Failure: ``not_found``, ``failed_precondition``.
+        """
+        container = self.get(container_id)
+        if container.state != RUNNING or container.freezing is not None:
+            state = "being paused" if container.freezing else container.public_state
+            raise Failure(FAILED_PRECONDITION, f"Container {container_id!r} is {state}, not running.")
+        if container.paused:
+            done(None)
+            return
+
+        def frozen(failure: Failure | None) -> None:
+            container.freezing = None
+            container.paused = failure is None
+            done(failure)
+
+        freezing = Freezing(self._loop, container.cgroup, frozen)
+        if freezing.pending:
+            container.freezing = freezing
+
+    def resume(self, container_id: str) -> None:
+        """Let a paused container go on; nothing when it is not paused.
+
+        Raises:
+            Failure: ``not_found``.
+        """
+        self._thaw(self.get(container_id), "The container was resumed meanwhile.")
+
+    def _thaw(self, container: Container, reason: str) -> None:
+        if container.freezing is not None:
+            container.freezing.cancel(reason)
+        if container.paused:
+            container.cgroup.thaw()
+            container.paused = False
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def list_processes(self, container_id: str, limit: int, done: Callable[[dict[str, Any]], None]) -> None:
+        """Describe the processes of a container; *done* gets the result of ``list_processes``.
+
+        Raises:
+            Failure: ``not_found``.
+        """
+        container = self.get(container_id)
+        Listing(self._loop, container.cgroup.pids(), self._mounts.root(container_id), limit, done)
 
     # -- delete ------------------------------------------------------------------------------------
 
@@ -441,7 +501,7 @@ class Containers:
         """
         container = self.get(container_id)
         main = container.main
-        if container.state != RUNNING or main is None:
+        if container.state != RUNNING or main is None or container.paused or container.freezing:
             raise Failure(
                 FAILED_PRECONDITION, f"Container {container_id!r} is {container.public_state}, not running."
             )

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 
-from vcnode.guest.agent import cgroups, identity
+from vcnode.guest.agent import cgroups, identity, processes
 from vcnode.guest.agent.containers import ContainerSpec
 from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
@@ -105,6 +105,9 @@ class Service:
             "create_container": self._create_container,
             "start_container": self._start_container,
             "signal_container": self._signal_container,
+            "pause_container": self._pause_container,
+            "resume_container": self._resume_container,
+            "list_processes": self._list_processes,
             "delete_container": self._delete_container,
             "list_containers": self._list_containers,
             "execute": self._execute,
@@ -159,6 +162,23 @@ class Service:
         params.done()
         self._containers.signal(container_id, number, everyone=everyone)
         answer.result({})
+
+    def _pause_container(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        params.done()
+        self._containers.pause(container_id, _done(answer))
+
+    def _resume_container(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        params.done()
+        self._containers.resume(container_id)
+        answer.result({})
+
+    def _list_processes(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        limit = params.integer("limit", 1, processes.MAX_PROCESSES)
+        params.done()
+        self._containers.list_processes(container_id, limit, answer.result)
 
     def _delete_container(self, params: Params, answer: Answer) -> None:
         container_id = _matching(params, "container_id", _ID)

@@ -78,6 +78,15 @@ def resolve(
     return Identity(uid, gid, tuple(sorted(found)[:MAX_GROUPS]), home if home.startswith(b"/") else b"/")
 
 
+def names(passwd: bytes) -> dict[int, str]:
+    """The first name of each user number in a passwd file."""
+    found: dict[int, str] = {}
+    for name, fields in _entries(passwd, 3):
+        if (uid := _number(fields[2])) is not None:
+            found.setdefault(uid, name[:64].decode("utf-8", "replace"))
+    return found
+
+
 def _resolve_group(word: str, entries: list[tuple[bytes, list[bytes]]], path: str) -> int:
     wanted = word.encode()
     for name, fields in entries:

@@ -14,6 +14,7 @@ from vcnode.drivers.agent.mock.process import MockProcess, check_signal
 from vcnode.drivers.base import ContainerExited, GuestEvent, GuestSession, RunningProcess, SessionLost, Vm
 from vcnode.drivers.faults import FaultPlan
 from vcnode.errors import AgentError, DeadlineExceededError
+from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
@@ -124,6 +125,24 @@ class MockSession:
         async with self._operation("signal_container", timeout_s):
             check_signal(number)
             self._guest.signal(container_id, number, everyone=everyone)
+
+    async def pause_container(self, container_id: str, *, timeout_s: float) -> None:
+        """See `GuestSession.pause_container`."""
+        async with self._operation("pause_container", timeout_s):
+            self._guest.pause(container_id)
+
+    async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
+        """See `GuestSession.resume_container`."""
+        async with self._operation("resume_container", timeout_s):
+            self._guest.resume(container_id)
+
+    async def list_processes(
+        self, container_id: str, *, limit: int, timeout_s: float
+    ) -> tuple[Sequence[ContainerProcess], int]:
+        """See `GuestSession.list_processes`. Of the main process only."""
+        async with self._operation("list_processes", timeout_s):
+            found = self._guest.processes(container_id)
+            return found[:limit], len(found)
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """See `GuestSession.delete_container`."""

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess
-from vcnode.drivers.agent.mock.shell import Program, Sleep, compile_process
+from vcnode.drivers.agent.mock.shell import Program, Sleep, compile_process, find_user
 from vcnode.drivers.base import ContainerExited
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from vcnode.models.living import ContainerProcess
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestProcess
 
 FIRST_PID = 100
@@ -27,6 +28,10 @@ class MockContainer:
         self.finished_at: datetime | None = None
         self.execs: set[MockProcess] = set()
         self.timer: asyncio.Handle | None = None
+        self.started_at: datetime | None = None
+        self.paused = False
+        self.pending_signals: list[int] = []
+        """What comes when it is resumed."""
 
     @property
     def is_running(self) -> bool:
@@ -39,7 +44,7 @@ class MockContainer:
         stopped = "created" if self.exit_code is None else "stopped"
         return GuestContainerState(
             container_id=self.spec.container_id,
-            state="running" if self.is_running else stopped,
+            state=("paused" if self.paused else "running") if self.is_running else stopped,
             pid=self.pid,
             exit_code=None if self.is_running else self.exit_code,
             finished_at=None if self.is_running else self.finished_at,
@@ -85,6 +90,7 @@ class MockGuest:
                 f"Container {container_id}", "running", ["created", "stopped"], "start"
             )
         container.pid = pid = self._next_pid
+        container.started_at = datetime.now(UTC)
         self._next_pid += 1
         # Reading from /dev/null and writing to nowhere takes no time: only sleeping does.
         seconds = sum(step.seconds for step in container.program.steps if isinstance(step, Sleep))
@@ -101,11 +107,54 @@ class MockGuest:
     def signal(self, container_id: str, number: int, *, everyone: bool) -> None:
         """See `GuestSession.signal_container`."""
         container = self.find(container_id)
+        if container.paused and number != SIGKILL:
+            container.pending_signals.append(number)
+            return
         if everyone:
             for process in list(container.execs):
                 process.kill(number)
         if container.is_running and number not in HARMLESS_SIGNALS:
             self._end(container, 128 + number)
+
+    def pause(self, container_id: str) -> None:
+        """See `GuestSession.pause_container`."""
+        container = self.find(container_id)
+        if not container.is_running:
+            raise FailedPreconditionError.state(
+                f"Container {container_id}", container.state.state, ["running"], "pause"
+            )
+        container.paused = True
+
+    def resume(self, container_id: str) -> None:
+        """See `GuestSession.resume_container`."""
+        container = self.find(container_id)
+        if container.paused:
+            container.paused = False
+            signals, container.pending_signals = container.pending_signals, []
+            for number in signals:
+                self.signal(container_id, number, everyone=False)
+            self.catch_up()
+
+    def processes(self, container_id: str) -> list[ContainerProcess]:
+        """See `GuestSession.list_processes`."""
+        container = self.find(container_id)
+        if container.pid is None or container.started_at is None:
+            return []
+        args = container.spec.process.args
+        return [
+            ContainerProcess(
+                pid=container.pid,
+                ppid=0,
+                container_pid=1,
+                uid=find_user(container.spec.process.user),
+                state="S",
+                cpu_ms=0,
+                rss_bytes=0,
+                started_at=container.started_at,
+                name=args[0].rpartition("/")[2][:15],
+                args=args,
+            )
+        ]
 
     def delete(self, container_id: str) -> None:
         """See `GuestSession.delete_container`."""
@@ -119,7 +168,7 @@ class MockGuest:
         if container_id is None:
             return MockProcess(compile_process(process, self.config.hostname if self.config else "mock"))
         container = self.find(container_id)
-        if not container.is_running:
+        if not container.is_running or container.paused:
             raise FailedPreconditionError.state(
                 f"Container {container_id}", container.state.state, ["running"], "execute"
             )
@@ -135,14 +184,14 @@ class MockGuest:
                 self._end(container, 128 + SIGKILL)
 
     def catch_up(self) -> None:
-        """The vCPUs run again: what would have ended meanwhile ends now."""
+        """Something runs again: what would have ended meanwhile ends now."""
         overdue, self._overdue = self._overdue, []
         for container, exit_code in overdue:
             if container.is_running:
-                self._end(container, exit_code)
+                self._end_by_itself(container, exit_code)
 
     def _end_by_itself(self, container: MockContainer, exit_code: int) -> None:
-        if self.is_paused():
+        if self.is_paused() or container.paused:
             self._overdue.append((container, exit_code))
         else:
             self._end(container, exit_code)
@@ -156,6 +205,8 @@ class MockGuest:
             process.kill(SIGKILL)
         container.execs.clear()
         container.pid, container.exit_code, container.finished_at = None, exit_code, datetime.now(UTC)
+        container.paused = False
+        container.pending_signals.clear()
         if self.on_exit is not None:
             self.on_exit(ContainerExited(container.spec.container_id, exit_code, oom_killed=False))
 

@@ -23,12 +23,15 @@ from vcnode.errors import (
     VcnodeError,
 )
 from vcnode.models.base import ID_PATTERN
+from vcnode.models.living import ContainerProcess
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 MAX_TEXT = 500
 """Characters of a text from the guest that are kept."""
 MAX_LISTED = 1_024
 """Most containers that a guest may list."""
+MAX_ARGS = 1_024
+"""Most arguments of a process, and most characters of all of them together, as the protocol bounds them."""
 _MAX_PID = 1 << 22
 _MAX_TIME_NS = 253_402_300_799 * 10**9  # the end of the year 9999, the last that a datetime holds
 _IS_ID = re.compile(ID_PATTERN)
@@ -160,7 +163,7 @@ def _container_state(entry: object) -> GuestContainerState:
     if type(entry) is not dict:
         raise BadFieldError("containers")
     state = entry.get("state")
-    if state not in ("created", "running", "stopped"):
+    if state not in ("created", "running", "paused", "stopped"):
         raise BadFieldError("state")
     code = _optional_int(entry, "exit_code", 0, 255)
     if state == "stopped" and code is None:
@@ -174,6 +177,58 @@ def _container_state(entry: object) -> GuestContainerState:
         oom_killed=_bool(entry, "oom_killed"),
         finished_at=None if finished_at_ns is None else datetime.fromtimestamp(finished_at_ns / 1e9, UTC),
     )
+
+
+def processes(result: Mapping[str, Any], limit: int) -> tuple[Sequence[ContainerProcess], int]:
+    """Result of ``list_processes``. Raises BadFieldError."""
+    entries = result.get("processes")
+    if type(entries) is not list or len(entries) > limit:
+        raise BadFieldError("processes")
+    return [_process(entry) for entry in entries], _int(result, "total", len(entries), _MAX_PID)
+
+
+def _process(entry: object) -> ContainerProcess:
+    if type(entry) is not dict:
+        raise BadFieldError("processes")
+    state, args = entry.get("state"), entry.get("args")
+    if type(state) is not str or len(state) != 1 or not state.isalpha():
+        raise BadFieldError("state")
+    if type(args) is not list or len(args) > MAX_ARGS or any(type(arg) is not str for arg in args):
+        raise BadFieldError("args")
+    user = None if entry.get("user") is None else _text(entry, "user", 64)
+    return ContainerProcess(
+        pid=_int(entry, "pid", 0, _MAX_PID),
+        ppid=_int(entry, "ppid", 0, _MAX_PID),
+        container_pid=_int(entry, "container_pid", 0, _MAX_PID),
+        uid=_int(entry, "uid", 0, (1 << 32) - 1),
+        user=user,
+        state=state,
+        cpu_ms=_int(entry, "cpu_ms", 0, (1 << 53) - 1),
+        rss_bytes=_int(entry, "rss_bytes", 0, (1 << 53) - 1),
+        started_at=datetime.fromtimestamp(_int(entry, "started_at_ns", 0, _MAX_TIME_NS) / 1e9, UTC),
+        name=_text(entry, "name", 64),
+        args=_bounded(args),
+        args_truncated=_bool(entry, "args_truncated"),
+    )
+
+
+def _bounded(args: Sequence[str]) -> tuple[str, ...]:
+    """Arguments fit to be shown, `MAX_ARGS` characters in all: the agent may not keep its own bound."""
+    kept: list[str] = []
+    left = MAX_ARGS
+    for arg in args:
+        if left <= 0:
+            break
+        kept.append(clean(arg, left))
+        left -= max(1, len(arg))
+    return tuple(kept)
+
+
+def _text(fields: Mapping[str, Any], name: str, most: int) -> str:
+    value = fields.get(name)
+    if type(value) is not str:
+        raise BadFieldError(name)
+    return clean(value, most)
 
 
 _ERRORS: Mapping[str, type[VcnodeError]] = {

@@ -16,6 +16,7 @@ from vcnode.drivers.agent.native.process import SIGKILL, NativeProcess
 from vcnode.drivers.base import GuestEvent, SessionLost
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
+from vcnode.models.living import ContainerProcess
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 T = TypeVar("T")
@@ -117,6 +118,22 @@ class NativeSession:
         """See `GuestSession.signal_container`."""
         params = {"container_id": container_id, "signal": number, "everyone": everyone}
         await self._call("signal_container", params, timeout_s, container_id)
+
+    async def pause_container(self, container_id: str, *, timeout_s: float) -> None:
+        """See `GuestSession.pause_container`."""
+        await self._call("pause_container", {"container_id": container_id}, timeout_s, container_id)
+
+    async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
+        """See `GuestSession.resume_container`."""
+        await self._call("resume_container", {"container_id": container_id}, timeout_s, container_id)
+
+    async def list_processes(
+        self, container_id: str, *, limit: int, timeout_s: float
+    ) -> tuple[Sequence[ContainerProcess], int]:
+        """See `GuestSession.list_processes`."""
+        params = {"container_id": container_id, "limit": limit}
+        result = await self._call("list_processes", params, timeout_s, container_id)
+        return self._checked(lambda: messages.processes(result, limit))
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """See `GuestSession.delete_container`."""
