@@ -137,6 +137,7 @@ class Node:
     settings: Settings
     drivers: Drivers
     pods: PodService
+    images: ImageService
     service: NodeService
     connection: Connection
     http_address: str | None
@@ -214,7 +215,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         pods.pool.start()
         if settings.audit_interval_s:
             tasks.spawn(pods.audit_forever(settings.audit_interval_s), name="audit")
-        yield Node(settings, drivers, pods, service, connection, address)
+        yield Node(settings, drivers, pods, images, service, connection, address)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()
         pods.end_waits()

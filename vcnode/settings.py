@@ -6,6 +6,7 @@ setting is ``[nats] url = …`` in the file and ``VCNODE_NATS_URL`` in the envir
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -158,8 +159,9 @@ class LimitSettings(Group):
     """Commands in progress at once; more get ``resource_exhausted``."""
     concurrent_waits: int = Field(default=1024, ge=1)
     """Commands that only wait (``container.wait``), besides; more get ``resource_exhausted``."""
-    concurrent_starts: int = Field(default=4, ge=1)
-    """Pods starting at once; more wait."""
+    concurrent_starts: int = Field(default_factory=lambda: max(2, len(os.sched_getaffinity(0))), ge=1)
+    """Pods starting at once; more wait. Default: the CPUs that the node agent may use, 2 at least: starting
+    is work for a CPU, and more at once only make each slower."""
     queued_starts: int = Field(default=256, ge=0)
     """Pods waiting to start; more get ``resource_exhausted``."""
     pods: int = Field(default=500, ge=1)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.guest_here import make_busybox
 from vcnode.drivers.hypervisor.qemu import templates as qemu_templates
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, PodSpec, PodState
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
 from vcnode.node import Node, running
 from vcnode.settings import NatsSettings, PoolSettings, QemuSettings, Settings
 
@@ -47,16 +48,21 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
         metrics_address="",
         nats=NatsSettings(url="nats://127.0.0.1:1"),
         qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
-        pool=(PoolSettings(spares=2),),
+        pool=(PoolSettings(spares=1),),
     )
+    make_busybox(short_dir / "box")
+    box = ContainerSpec(id="c", image="box", cmd=Cmd(args=("sleep", "1000")))
     async with running(settings) as node:
-        await until_ready(node, 2)
+        await until_ready(node, 1)
+        await node.images.import_("box", str(short_dir / "box"), Call("import", "image.import"))
         (template,) = (settings.state_dir / "templates").iterdir()
         before = qemu_templates._digest_ram(template / "ram")
         facts = []
         try:
-            for pod_id in ("p1", "p2"):
-                status = await node.pods.run(PodSpec(id=pod_id), Call(f"run-{pod_id}", "pod.run"))
+            for pod_id in ("p1", "p2"):  # the first one's spare has not rehearsed, the second one's has
+                await until_ready(node, 1)
+                spec = PodSpec(id=pod_id, containers=(box,))
+                status = await node.pods.run(spec, Call(f"run-{pod_id}", "pod.run"))
                 assert status.state is PodState.RUNNING
                 assert "pool" in status.phases_ms, status.phases_ms
                 assert not {"qemu", "boot"} & set(status.phases_ms), status.phases_ms

@@ -23,6 +23,7 @@ from vcnode.models.vm import NetworkAttachment
 from vcnode.pods.host import HostMemory
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.queue import StartQueue
+from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.templates import Kind, Templates, prepare
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.wiring import netdevs
@@ -78,6 +79,7 @@ class Pool:
         storage: For their directories.
         settings: How many of which shape.
         queue: Spares are made only while no pod starts.
+        rehearsal: What a spare does before it waits.
         tasks: Runs the making, and watches those that wait.
         memory: The host's memory.
         observer: Hears what happens.
@@ -90,6 +92,7 @@ class Pool:
         storage: Storage,
         settings: Settings,
         queue: StartQueue,
+        rehearsal: Rehearsal,
         tasks: Spawner,
         memory: Callable[[], HostMemory],
         observer: Observer,
@@ -98,6 +101,7 @@ class Pool:
         self._storage = storage
         self._settings = settings
         self._queue = queue
+        self._rehearsal = rehearsal
         self._tasks = tasks
         self._memory = memory
         self._observer = observer
@@ -293,6 +297,7 @@ class Pool:
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
             session = await kind.agent.connect(vm, timeout_s=MAKE_LIMIT_S)
             undo.push(f"session with {vm_id}", session.close)
+            await self._rehearsal.run(vm, session)
             await vm.pause(timeout_s=MAKE_LIMIT_S)
         except BaseException as exc:
             for left in await undo.unwind():

@@ -58,6 +58,7 @@ from vcnode.pods.pause import Pauser
 from vcnode.pods.pool import Pool
 from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
+from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.release import remove_layers
 from vcnode.pods.start import Starter
 from vcnode.pods.stop import Stopper
@@ -155,6 +156,7 @@ class PodService:
             storage=storage,
             settings=settings,
             queue=parts.starts,
+            rehearsal=Rehearsal(images, clock),
             tasks=tasks,
             memory=memory,
             observer=metrics,
