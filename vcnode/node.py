@@ -34,13 +34,16 @@ from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.native import NativeAgent
 from vcnode.drivers.agent.noop import NoopAgent
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network
+from vcnode.drivers.failpoints import FailPoints
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
+from vcnode.drivers.mock_host import MockHost
 from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
 from vcnode.drivers.storage.mock import MockStorage
+from vcnode.drivers.watched import Hook, watched
 from vcnode.errors import FailedPreconditionError, StorageError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.services import NodeService, Services
@@ -84,17 +87,27 @@ class Drivers:
     networks: Mapping[NetworkModel, Network]
     storage: LocalStorage | MockStorage
 
+    def watched(self, *, before: Hook, after: Hook) -> Drivers:
+        """The same with somebody who watches their calls."""
+
+        def watch(driver: D, owner: str) -> D:
+            return watched(driver, owner, before=before, after=after)
+
+        return Drivers(
+            hypervisors={name: watch(driver, "hypervisor") for name, driver in self.hypervisors.items()},
+            agents={name: watch(driver, "agent") for name, driver in self.agents.items()},
+            networks={name: watch(driver, "network") for name, driver in self.networks.items()},
+            storage=watch(self.storage, "storage"),
+        )
+
+
+D = TypeVar("D")
+
 
 def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
     """What this node offers: all that is real, or, with the mock hypervisor, nothing that is."""
     if settings.hypervisor is HypervisorType.MOCK:
-        plan = FaultPlan.parse(settings.faults)
-        return Drivers(
-            hypervisors={HypervisorType.MOCK: MockHypervisor(plan)},
-            agents={AgentType.MOCK: MockAgent(plan, tasks=tasks), AgentType.NOOP: NoopAgent()},
-            networks={NetworkModel.NOOP: NoopNetwork(plan), NetworkModel.BRIDGE: MockNetwork(plan)},
-            storage=MockStorage(settings.allowed_roots, run_dir=settings.run_dir, faults=plan),
-        )
+        return _mock_drivers(settings, FaultPlan.parse(settings.faults), tasks)
     guest = Guest(kernel=settings.guest_dir / "vmlinux", initrd=settings.guest_dir / "initrd")
     qemu = QemuHypervisor(settings.qemu, guest, state_dir=settings.state_dir, tasks=tasks)
     return Drivers(
@@ -103,6 +116,25 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
         networks={NetworkModel.NOOP: NoopNetwork()},
         storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),
     )
+
+
+def _mock_drivers(settings: Settings, plan: FaultPlan, tasks: Spawner) -> Drivers:
+    host = MockHost(settings.state_dir / "mock-host.json")
+    drivers = Drivers(
+        hypervisors={HypervisorType.MOCK: MockHypervisor(plan, world=host.vms)},
+        agents={
+            AgentType.MOCK: MockAgent(plan, tasks=tasks, guests=host.guests),
+            AgentType.NOOP: NoopAgent(),
+        },
+        networks={
+            NetworkModel.NOOP: NoopNetwork(plan),
+            NetworkModel.BRIDGE: MockNetwork(plan, made=host.networks),
+        },
+        storage=MockStorage(
+            settings.allowed_roots, run_dir=settings.run_dir, faults=plan, world=host.storage
+        ),
+    )
+    return drivers.watched(before=host.save, after=host.save)
 
 
 @contextlib.contextmanager
@@ -159,6 +191,9 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         stack.push_async_callback(store.close)
         tasks = await stack.enter_async_context(Tasks())
         drivers = choose_drivers(settings, tasks)
+        if points := FailPoints(FaultPlan.parse(settings.faults).rules):
+            drivers = drivers.watched(before=points.before, after=points.after)
+            points.guard(store)
         await _open_drivers(drivers, stack)
         mock = settings.hypervisor is HypervisorType.MOCK
         images = ImageService(

@@ -223,7 +223,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged."""
     faults: str = ""
-    """Fault plan of the mock hypervisor, such as ``hypervisor.launch:2=fail`` (docs/mock.md)."""
+    """Fault plan of the mock hypervisor, such as ``hypervisor.launch:2=fail``; failpoints (``kill``) of any
+    (docs/mock.md)."""
     nats: NatsSettings = NatsSettings()
     qemu: QemuSettings = QemuSettings()
     templates: TemplateSettings = TemplateSettings()

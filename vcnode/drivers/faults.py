@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from vcnode.errors import (
     AgentError,
@@ -48,13 +48,15 @@ ERRORS: dict[str, type[DriverError]] = {
 }
 """What ``fail`` raises, by the part of the operation before the dot."""
 
-ActionName = Literal["fail", "delay", "hang", "die"]
+ActionName = Literal["fail", "delay", "hang", "die", "kill", "trace"]
 
 MAX_DELAY_S = 86_400.0
 
 _RULE = re.compile(
     r"(?P<op>[^:=\s]+)\s*:\s*(?P<when>[^=\s]+)\s*=\s*(?P<action>[a-z]+)\s*(?:\((?P<arg>[^()]*)\))?"
 )
+_STORE = re.compile(r"store\.[a-z_]+")
+"""Commits of the database, named after what they do; only failpoints know them."""
 _WHEN = re.compile(r"(?P<any>\*)|(?P<first>\d{1,9})?(?P<to>-)?(?P<last>\d{1,9})?")
 _EXAMPLE = "hypervisor.launch:2=fail; agent.execute:*=delay(0.2); vm:1=die"
 
@@ -73,6 +75,8 @@ class Rule:
     """What happens."""
     seconds: float = 0.0
     """Length of ``delay``, or how long after the call the VM dies."""
+    after: bool = False
+    """For ``kill``: after the call has done its work, instead of before."""
 
     def applies(self, call: int) -> bool:
         """Whether the *call*-th call of the operation is meant."""
@@ -151,15 +155,16 @@ def parse_rule(text: str) -> Rule:
     if match is None:
         raise _bad(text, f"is not OPERATION:WHEN=ACTION; a plan looks like {_EXAMPLE!r}")
     operation = match["op"]
-    if operation not in OPERATIONS:
+    action, seconds = _parse_action(text, match["action"], match["arg"])
+    point = action in ("kill", "trace") and (operation == "*" or _STORE.fullmatch(operation))
+    if operation not in OPERATIONS and not point:
         near = difflib.get_close_matches(operation, OPERATIONS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"operations are {', '.join(sorted(OPERATIONS))}"
         raise _bad(text, f"{operation!r} is not an operation; {hint}")
     first, last = _parse_when(text, match["when"])
-    action, seconds = _parse_action(text, match["action"], match["arg"])
     if operation == "vm" and action != "die":
         raise _bad(text, "'vm' stands for a VM's life and knows only 'die' and 'die(SECONDS)'")
-    return Rule(operation, first, last, action, seconds)
+    return Rule(operation, first, last, action, after=match["arg"] == "after", seconds=seconds)
 
 
 def _parse_when(text: str, when: str) -> tuple[int, int | None]:
@@ -182,15 +187,20 @@ def _parse_action(text: str, action: str, arg: str | None) -> tuple[ActionName, 
     match action, arg:
         case (("fail" | "hang" | "die"), None):
             return action, 0.0
+        case ("kill", None | "after") | ("trace", None):
+            return cast(ActionName, action), 0.0
+        case "kill", str():
+            raise _bad(text, "'kill' knows only kill and kill(after)")
         case (("delay" | "die"), str()):
             return action, _parse_seconds(text, arg)
         case "delay", None:
             raise _bad(text, "'delay' needs its seconds, such as delay(0.5)")
-        case (("fail" | "hang"), str()):
+        case (("fail" | "hang" | "trace"), str()):
             raise _bad(text, f"{action!r} takes nothing in parentheses")
         case _:
             raise _bad(
-                text, f"{action!r} is not an action; use fail, delay(SECONDS), hang, die or die(SECONDS)"
+                text,
+                f"{action!r} is not an action; use fail, delay(SECONDS), hang, die, die(SECONDS) or kill",
             )
 
 

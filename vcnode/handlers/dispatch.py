@@ -287,7 +287,7 @@ class Dispatcher:
         stored = await self._begin(prepared)
         if stored is not None:
             return as_duplicate(from_stored(stored))
-        outcome = await _settled(prepared.call.verb, self._handle(prepared))
+        outcome = await _settled(prepared.call.verb, self._handle(prepared), begun=True)
         await self._conclude(prepared.call.command_id, outcome)
         return outcome
 
@@ -335,14 +335,14 @@ class Dispatcher:
         return Outcome(body=reply.encoded, headers={})
 
 
-async def _settled(verb: str, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+async def _settled(verb: str, work: Coroutine[Any, Any, Outcome], *, begun: bool = False) -> Outcome:
     """Await *work*; whatever it raises becomes a reply."""
     try:
         return await work
     except asyncio.CancelledError as exc:
-        return error_outcome(_cancelled(exc), verb)
+        return error_outcome(_cancelled(exc), verb, begun=begun)
     except Exception as exc:
-        return error_outcome(exc, verb)
+        return error_outcome(exc, verb, begun=begun)
 
 
 def new_command_id() -> str:

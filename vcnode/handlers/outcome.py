@@ -44,11 +44,14 @@ class Outcome:
         return self.number is None
 
 
-def error_outcome(error: BaseException, verb: str, *, retryable: bool | None = None) -> Outcome:
+def error_outcome(
+    error: BaseException, verb: str, *, retryable: bool | None = None, begun: bool = False
+) -> Outcome:
     """Turn any error into a reply, and log it under the reply's error id.
 
     Errors of vcnode say by their own promise nothing that the caller must not see; of any other the caller
-    learns the error id only. *retryable* overrides what the error says of itself.
+    learns the error id only. *retryable* overrides what the error says of itself; *begun* tells that the
+    command had passed its checks and was being carried out.
     """
     error_id = uuid.uuid4().hex[:16]
     if isinstance(error, VcnodeError):
@@ -66,7 +69,7 @@ def error_outcome(error: BaseException, verb: str, *, retryable: bool | None = N
     )
     # A command that ran inside a guest may have done anything before it was given up: not to be repeated.
     if retryable is None:
-        retryable = known.retryable and not (verb in EXECUTING and isinstance(known, UnavailableError))
+        retryable = known.retryable and not (begun and verb in EXECUTING)
     reply = wire.ErrorReply(
         code=known.code,
         message=known.message,

@@ -1,0 +1,229 @@
+"""``python -m chaos``: a run, its progress, and its verdict."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import nats
+from rich.console import Console
+from rich.table import Table
+
+from chaos import plan
+from chaos.havoc import Havoc
+from chaos.ledger import Ledger
+from chaos.scheduler import CONTAINER, Scheduler
+from chaos.stage import NODE, Stage, connect, stage
+from vcnode.client import Client
+from vcnode.errors import VcnodeError
+from vcnode.models.pod import ContainerState, PodState
+from vcnode.models.subjects import Subjects
+
+SETTLE_LIMIT_S = 120.0
+"""Seconds after the havoc within which every command must have its outcome."""
+PROGRESS_S = 5.0
+EXEC_LIMIT_S = 20.0
+
+
+async def main(options: argparse.Namespace) -> int:
+    """Run, judge, report; 0 when all is well."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    planned = plan.make(options.seed, options.seconds, options.pods)
+    console.print(
+        f"seed {options.seed}: {len(planned.sends)} commands and {len(planned.acts)} acts of havoc"
+        f" in {options.seconds:g} s on {options.pods} pods"
+    )
+    ledger = Ledger()
+    async with stage(
+        hypervisor=options.hypervisor, guest_dir=options.guest_dir, pods=options.pods, keep=options.keep
+    ) as here:
+        await here.start_node()
+        async with await connect(here) as client:
+            await here.ready(client)
+            scheduler = Scheduler(here, ledger, seed=options.seed)
+            havoc = Havoc(here, client)
+            problems = await _run(planned, scheduler, havoc, console)
+            problems += await _settle(here, client)
+            problems += await _delete_all(here, client)
+            events = await _events(here)
+            problems += await _last_look(here, events)
+            problems += havoc.surprises
+        problems += ledger.judge(events, here.tokens())
+        _report(console, ledger, scheduler, havoc, here, len(events), problems)
+        if problems:
+            raise SystemExit(1)
+    return 0
+
+
+async def _run(planned: plan.Plan, scheduler: Scheduler, havoc: Havoc, console: Console) -> list[str]:
+    async def progress() -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            acts = ", ".join(f"{count} x {kind}" for kind, count in sorted(havoc.done.items()))
+            console.print(
+                f"  {scheduler.sent} commands sent, {scheduler.resent} again; {acts or 'no havoc yet'}"
+            )
+
+    telling = asyncio.create_task(progress())
+    sending = asyncio.create_task(scheduler.run(planned.sends))
+    try:
+        await havoc.run(planned.acts)
+        async with asyncio.timeout(SETTLE_LIMIT_S):
+            await asyncio.shield(sending)
+    except TimeoutError:
+        scheduler.give_up()
+        await sending
+        return [f"{SETTLE_LIMIT_S:g} s after the havoc there were commands without an outcome"]
+    finally:
+        telling.cancel()
+        sending.cancel()
+    return []
+
+
+async def _settle(here: Stage, client: Client) -> list[str]:
+    """Wait for the durable commands; then every pod is as it says, and nothing is nobody's."""
+    problems = []
+    await here.ready(client)
+    raw = await nats.connect(here.nats.url)
+    try:
+        js = raw.jetstream()
+        async with asyncio.timeout(SETTLE_LIMIT_S):
+            while (await js.stream_info(Subjects().command_stream)).state.messages:  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+    except TimeoutError:
+        problems.append("durable commands are left in the queue")
+    finally:
+        await raw.close()
+    node = client.node(NODE)
+    audit = await node.node_audit()
+    problems += [f"orphan: {h.kind} {h.name}" for h in audit.holdings if h.orphan]
+    problems += [f"audit: {problem}" for problem in audit.problems]
+    for pod in (await node.pod_list()).pods:
+        if pod.state is PodState.RUNNING:
+            if all(c.state is ContainerState.RUNNING for c in pod.containers):
+                try:
+                    result = await node.container_exec(
+                        pod.pod_id, CONTAINER, ["/bin/true"], timeout_s=EXEC_LIMIT_S
+                    )
+                    if result.exit_code:
+                        problems.append(f"pod {pod.pod_id} runs, and exec ends with {result.exit_code}")
+                except VcnodeError as exc:
+                    problems.append(f"pod {pod.pod_id} runs, and exec fails: {exc.message}")
+        elif pod.state is PodState.FAILED:
+            if not pod.reason:
+                problems.append(f"pod {pod.pod_id} failed without a reason")
+        elif pod.state not in (PodState.READY, PodState.STOPPED):
+            problems.append(f"pod {pod.pod_id} is {pod.state} for good")
+    return problems
+
+
+async def _delete_all(here: Stage, client: Client) -> list[str]:
+    node = client.node(NODE)
+    problems = []
+    for pod in (await node.pod_list()).pods:
+        try:
+            await node.pod_delete(pod.pod_id, force=True)
+        except VcnodeError as exc:
+            problems.append(f"pod {pod.pod_id} ({pod.state}) cannot be deleted: {exc.message}")
+    async with asyncio.timeout(SETTLE_LIMIT_S):
+        code = await here.end_node(signal.SIGTERM)
+    if code:
+        problems.append(f"the node agent ended with code {code}")
+    return problems + [f"left: {what}" for what in here.left()]
+
+
+async def _events(here: Stage) -> list[dict[str, Any]]:
+    """All that the stream has, in its order."""
+    raw = await nats.connect(here.nats.url)
+    try:
+        js = raw.jetstream()
+        sub = await js.subscribe(Subjects().every_event, ordered_consumer=True)
+        count = (await js.stream_info(Subjects().event_stream)).state.messages
+        return [json.loads((await sub.next_msg(timeout=10)).data) for _ in range(count)]
+    finally:
+        await raw.close()
+
+
+async def _last_look(here: Stage, events: list[dict[str, Any]]) -> list[str]:
+    problems = []
+    if not events or events[-1]["type"] != "vcnode.node.stopping":
+        problems.append("the last event is not that of the node's stop")
+    raw = await nats.connect(here.nats.url)
+    try:
+        bucket = await raw.jetstream().key_value(Subjects().pod_bucket)
+        with contextlib.suppress(nats.js.errors.NoKeysError):
+            problems += [f"the bucket still has {key}" for key in await bucket.keys()]
+    finally:
+        await raw.close()
+    return problems
+
+
+def _report(
+    console: Console,
+    ledger: Ledger,
+    scheduler: Scheduler,
+    havoc: Havoc,
+    here: Stage,
+    events: int,
+    problems: list[str],
+) -> None:
+    outcomes = ledger.outcomes()
+    codes = sorted({code for _, code in outcomes}, key=lambda code: (code != "ok", code))
+    table = Table(title="what became of the commands", title_justify="left")
+    for heading in ("command", *codes):
+        table.add_column(heading, justify="left" if heading == "command" else "right")
+    for verb in sorted({verb for verb, _ in outcomes}):
+        table.add_row(verb, *(str(outcomes[verb, code] or "") for code in codes))
+    console.print(table)
+    havoc_table = Table(title="what was broken", title_justify="left")
+    for heading in ("act", "times"):
+        havoc_table.add_column(heading)
+    for kind, count in sorted(havoc.done.items()):
+        havoc_table.add_row(kind, str(count))
+    console.print(havoc_table)
+    effects = len(here.tokens())
+    console.print(
+        f"{scheduler.sent} commands, {scheduler.resent} sent again, {events} events, {effects} effects of"
+        f" execs, {here.starts} starts of the node agent"
+    )
+    for problem in problems:
+        console.print(f"[red]WRONG[/red] {problem}", markup=True)
+    console.print(
+        "nothing lost, nothing leaked, nothing done twice" if not problems else f"{len(problems)} wrong"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dev/chaos",
+        description="Kill a node and all that it works with at random while commands run; then compare what "
+        "was asked with what happened.",
+        epilog="Example: dev/chaos --seconds 600 --seed 7 --pods 4",
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="how long the havoc lasts (default 60)")
+    parser.add_argument("--seed", type=int, default=1, help="the plan: same seed, same plan (default 1)")
+    parser.add_argument("--pods", type=int, default=3, help="how many pods there are at most (default 3)")
+    parser.add_argument("--hypervisor", choices=("qemu", "mock"), default="qemu")
+    parser.add_argument(
+        "--guest-dir", type=Path, default=None, help="guest image (default: the installed one)"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep logs and database of a run that went wrong")
+    options = parser.parse_args()
+    if options.guest_dir is None:
+        from vcnode.guest import image
+
+        options.guest_dir = Path(os.environ.get("VCNODE_GUEST_DIR", image.DEFAULT_DIR))
+    return options
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)
+    sys.exit(asyncio.run(main(_options())))
