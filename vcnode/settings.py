@@ -91,6 +91,9 @@ class QemuSettings(Group):
     """QEMU, by name or path."""
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     """``auto`` boots a guest to see whether KVM really works, remembers the answer, and says so."""
+    tcg_cache_mib: int = Field(default=128, ge=16, le=2048)
+    """Most memory of a VM without KVM for the code that QEMU has translated. When it is full, QEMU starts
+    over. A start needs some 30; what a VM has once used of it, it keeps while it is idle."""
     probe_timeout_s: float = Field(default=10.0, gt=0)
     """Limit of that test boot."""
     boot_timeout_s: float = Field(default=60.0, gt=0)

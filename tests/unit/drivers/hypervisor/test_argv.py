@@ -47,7 +47,8 @@ def test_the_whole_command_line():
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-name", "guest=vcnode-vm-0123456789ab"),
         *("-uuid", "11111111-2222-3333-4444-555555555555"),
-        *("-machine", "type=microvm,accel=tcg,memory-backend=ram"),
+        *("-machine", "type=microvm,memory-backend=ram"),
+        *("-accel", "tcg,tb-size=128"),
         *("-cpu", "max"),
         *("-smp", "cpus=2"),
         *("-m", "size=256M"),
@@ -72,7 +73,7 @@ def test_the_whole_command_line():
 def test_kvm_passes_the_hosts_cpu():
     kvm = replace(LAUNCH, accelerator="kvm")
     assert values(kvm, "-cpu") == ["host"]
-    assert values(kvm, "-machine") == ["type=microvm,accel=kvm,memory-backend=ram"]
+    assert values(kvm, "-accel") == ["kvm"]
 
 
 def test_each_tap_becomes_a_network_device():

@@ -126,8 +126,25 @@ class Machine(Switch):
     flag = "-machine"
     hyphenated = frozenset({"memory_backend"})
     type: str
-    accel: str
     memory_backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvmAccel(Plain):
+    """``-accel kvm``."""
+
+    flag = "-accel"
+    name: str = "kvm"
+
+
+@dataclass(frozen=True, slots=True)
+class TcgAccel(Switch):
+    """``-accel tcg``; translated code takes up to ``tb_size`` MiB, and QEMU's own default is 1 GiB."""
+
+    flag = "-accel"
+    first = "tcg"
+    hyphenated = frozenset({"tb_size"})
+    tb_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +361,8 @@ class Launch:
     """Listening socket that leads to the guest agent's port, inherited."""
     console: Path
     """FIFOs of the serial console, without their ``.in`` and ``.out``."""
+    tcg_cache_mib: int = 128
+    """Most memory for translated code, without KVM."""
     kernel_params: tuple[str, ...] = KERNEL_PARAMS
     """The kernel's command line."""
     ram_file: Path | None = None
@@ -365,7 +384,8 @@ def switches(launch: Launch) -> Iterator[Switch]:
     yield from (NoDefaults(), NoUserConfig(), NoReboot(), Display(), Sandbox())
     yield Name(f"{NAME_PREFIX}{spec.vm_id}")
     yield Uuid(spec.uuid)
-    yield Machine(type="microvm", accel=launch.accelerator, memory_backend="ram")
+    yield Machine(type="microvm", memory_backend="ram")
+    yield KvmAccel() if launch.accelerator == "kvm" else TcgAccel(tb_size=launch.tcg_cache_mib)
     # Under TCG `max` lets an idle guest stop its tick, and boots faster than the default model.
     yield Cpu("host" if launch.accelerator == "kvm" else "max")
     yield Smp(cpus=spec.vcpu_count)

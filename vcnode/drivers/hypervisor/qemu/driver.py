@@ -272,6 +272,7 @@ class QemuHypervisor:
         return Launch(
             binary=self._build.path,
             accelerator=self._choice.accelerator,
+            tcg_cache_mib=self._settings.tcg_cache_mib,
             spec=spec,
             kernel=self._guest.kernel,
             initrd=self._guest.initrd,
