@@ -20,7 +20,7 @@ VERBS: dict[str, int] = {
 }
 """How often each command is sent, against the others."""
 ACTS: dict[str, int] = {
-    "kill node": 5,
+    "kill node": 4,
     "stop node": 1,
     "freeze node": 1,
     "kill QEMU": 4,
@@ -31,7 +31,7 @@ ACTS: dict[str, int] = {
 }
 """How often each thing is broken, against the others."""
 SEND_GAP_S = 0.35
-ACT_GAP_S = 2.5
+ACT_GAP_S = 3.5
 """Mean seconds between two."""
 FIRST_ACT_S = 2.0
 COPY_CHANCE = 0.3
