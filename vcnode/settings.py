@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,7 +22,7 @@ from pydantic_settings import (
 )
 
 from vcnode.models.base import NodeName
-from vcnode.models.network import NetworkModel
+from vcnode.models.network import IpAddress, NetworkModel
 from vcnode.models.pod import (
     MAX_MEM_SIZE_MIB,
     MAX_VCPU_COUNT,
@@ -155,6 +156,23 @@ class ImageSettings(Group):
     """Images that were made or used within so many seconds stay."""
 
 
+class BridgeSettings(Group):
+    """How network model ``bridge`` connects pods."""
+
+    subnet4: IPv4Network | None = IPv4Network("10.119.0.0/16")
+    """Subnet from which pods get their IPv4 addresses; its first one is the host's. None: no IPv4."""
+    subnet6: IPv6Network | None = IPv6Network("fd76:636e:6f64::/64")
+    """The same for IPv6."""
+    mtu: int | None = Field(default=None, ge=1280, le=65521)
+    """Maximum transmission unit in bytes. Default: that of the interface that leads to the outside."""
+    masquerade: bool = True
+    """Whether pods reach the outside, with the host's address; turns the host's forwarding on."""
+    dns_servers: tuple[IpAddress, ...] = ()
+    """Name servers of pods that bring none. Default: the host's, but for those on its loopback."""
+    nft_timeout_s: float = Field(default=10.0, gt=0)
+    """Limit of one change of the nftables table."""
+
+
 class LimitSettings(Group):
     """Bounds that keep one caller from hurting the others."""
 
@@ -234,6 +252,7 @@ class Settings(BaseSettings):
     pool: tuple[PoolSettings, ...] = ()
     """VMs of the default drivers that wait, resumed and paused again, for pods of their size."""
     images: ImageSettings = ImageSettings()
+    bridge: BridgeSettings = BridgeSettings()
     limits: LimitSettings = LimitSettings()
 
     @property

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pyroute2 import AsyncIPRoute
 
@@ -127,7 +128,7 @@ async def wire(
     if mode is Interworking.MACVTAP:
         tap = await macvtaps.make(netlink, link, tap_name(index))
     else:
-        tap = await _own_tap(netlink, tap_name(index), link.mtu)
+        tap = await make_tap(netlink, index, link.mtu, link.mac)
         await (_redirect if mode is Interworking.TC else _bridge)(netlink, link, tap, index)
     return NetworkInterfacePair(
         id=pair_id,
@@ -155,9 +156,22 @@ async def unwire(netlink: AsyncIPRoute, interface: str, *, index: int) -> None:
         await netlink.link("set", index=link.index, ifalias="", state="up" if found[2] == "1" else "down")
 
 
-async def make_tap(netlink: AsyncIPRoute, index: int, mtu: int) -> Link:
-    """Make the tap of a VM whose interfaces are still to come, for a `wire` later. Raises NetworkError."""
-    return await _own_tap(netlink, tap_name(index), mtu)
+async def make_tap(netlink: AsyncIPRoute, index: int, mtu: int, mac: str) -> Link:
+    """The tap of a VM's interface, made if it is missing; *mac* is the guest's. Raises NetworkError."""
+    name = tap_name(index)
+    if (tap := await links.find(netlink, name)) is None:
+        taps.make(name)
+        tap = await links.get(netlink, name)
+    wanted = tap_mac(mac)
+    if not tap.up or tap.mtu != mtu or tap.mac != wanted:
+        with doing(f"set up tap {name}"):
+            await netlink.link("set", index=tap.index, mtu=mtu, address=wanted, state="up")
+    return replace(tap, mac=wanted, mtu=mtu, up=True)
+
+
+def tap_mac(mac: str) -> str:
+    """The MAC of the tap itself, which nobody sees: the guest's, but for its first byte."""
+    return f"06{mac[2:]}" if not mac.startswith("06") else f"02{mac[2:]}"
 
 
 async def redirect(netlink: AsyncIPRoute, source: Link, parent: int, target: Link, *, prio: int = 1) -> None:
@@ -174,16 +188,6 @@ async def redirect(netlink: AsyncIPRoute, source: Link, parent: int, target: Lin
             keys=list(EVERYTHING),
             action={"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": target.index},
         )
-
-
-async def _own_tap(netlink: AsyncIPRoute, name: str, mtu: int) -> Link:
-    if (tap := await links.find(netlink, name)) is None:
-        taps.make(name)
-        tap = await links.get(netlink, name)
-    if not tap.up or tap.mtu != mtu:
-        with doing(f"set up tap {name}"):
-            await netlink.link("set", index=tap.index, mtu=mtu, state="up")
-    return tap
 
 
 async def _redirect(netlink: AsyncIPRoute, link: Link, tap: Link, _index: int) -> None:

@@ -1,0 +1,153 @@
+"""What may leave a pod: a program at the exit of its namespace. Pure.
+
+It is the last thing that a frame passes before the pod's interface, however tap and interface are wired, and
+lets through only what a pod may say:
+
+- frames with its own MAC as source, of ARP, IPv4 and IPv6 only;
+- with its own addresses as source, and in ARP and neighbour advertisements no others as its own;
+- no router advertisement, no redirect;
+- through the gateway to anywhere, but not to other pods: those are reached directly, where a network is
+  shared, or not at all.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vcnode.drivers.network.bpf import OK, SHOT, And, Instruction, Jump, JumpIf, Label, Load, Return, assemble
+
+_ARP, _IPV4, _IPV6, _ICMPV6 = 0x0806, 0x0800, 0x86DD, 58
+_ROUTER_ADVERTISEMENT, _NEIGHBOUR_ADVERTISEMENT, _REDIRECT = 134, 136, 137
+
+# Offsets from the start of the frame. Source: RFC 826, RFC 791, RFC 8200, RFC 4861.
+_DST_MAC, _SRC_MAC, _TYPE, _PAYLOAD = 0, 6, 12, 14
+_ARP_SENDER_MAC, _ARP_SENDER_IP = _PAYLOAD + 8, _PAYLOAD + 14
+_V4_SRC, _V4_DST = _PAYLOAD + 12, _PAYLOAD + 16
+_V6_NEXT, _V6_SRC, _V6_DST, _V6_BODY = _PAYLOAD + 6, _PAYLOAD + 8, _PAYLOAD + 24, _PAYLOAD + 40
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What one interface of a pod may use."""
+
+    mac: str
+    v4: ipaddress.IPv4Interface | None
+    v6: ipaddress.IPv6Interface | None
+    gateway_mac: str
+    """The bridge's."""
+    gateways: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, ...]
+    """The host's addresses in the subnets."""
+
+    @classmethod
+    def of(cls, mac: str, addresses: Sequence[str], gateway_mac: str, gateways: Sequence[str]) -> Identity:
+        """The identity of an interface with these addresses, at most one of a family."""
+        interfaces = [ipaddress.ip_interface(address) for address in addresses]
+        return cls(
+            mac=mac,
+            v4=next((i for i in interfaces if isinstance(i, ipaddress.IPv4Interface)), None),
+            v6=next((i for i in interfaces if isinstance(i, ipaddress.IPv6Interface)), None),
+            gateway_mac=gateway_mac,
+            gateways=tuple(ipaddress.ip_address(gateway) for gateway in gateways),
+        )
+
+    @property
+    def link_local(self) -> ipaddress.IPv6Address:
+        """The address that the guest's kernel makes of the MAC. Source: RFC 4291, appendix A."""
+        octets = bytes.fromhex(self.mac.replace(":", ""))
+        host = bytes((octets[0] ^ 2, *octets[1:3], 0xFF, 0xFE, *octets[3:]))
+        return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + host)
+
+
+def program(identity: Identity) -> bytes:
+    """The program that drops what *identity* may not send, for `bpf`'s kind of filter."""
+    return assemble(tuple(instructions(identity)))
+
+
+def instructions(identity: Identity) -> Iterator[Instruction]:
+    """The program, before it is assembled."""
+    yield from _mac(_SRC_MAC, identity.mac, otherwise="drop")
+    yield Load(_TYPE, 2)
+    if identity.v4 is not None:
+        yield JumpIf(_ARP, "arp")
+        yield JumpIf(_IPV4, "ipv4")
+    if identity.v6 is not None:
+        yield JumpIf(_IPV6, "ipv6")
+    yield Jump("drop")
+    if identity.v4 is not None:
+        yield from _from_v4(identity, identity.v4)
+    if identity.v6 is not None:
+        yield from _from_v6(identity, identity.v6)
+    yield Label("drop")
+    yield Return(SHOT)
+    yield Label("pass")
+    yield Return(OK)
+
+
+def _from_v4(identity: Identity, own: ipaddress.IPv4Interface) -> Iterator[Instruction]:
+    yield Label("arp")
+    yield from _mac(_ARP_SENDER_MAC, identity.mac, otherwise="drop")
+    yield Load(_ARP_SENDER_IP)
+    yield JumpIf(int(own.ip), "pass", "drop")
+    yield Label("ipv4")
+    yield from _words(_V4_SRC, own.ip.packed, otherwise="drop")
+    yield from _routed(identity, _V4_DST, own.network, "v4")
+
+
+def _from_v6(identity: Identity, own: ipaddress.IPv6Interface) -> Iterator[Instruction]:
+    yield Label("ipv6")
+    yield from _words(_V6_SRC, own.ip.packed, otherwise="v6-link-local")
+    yield Jump("v6-source-right")
+    yield Label("v6-link-local")
+    yield from _words(_V6_SRC, identity.link_local.packed, otherwise="drop")
+    yield Label("v6-source-right")
+    yield Load(_V6_NEXT, 1)
+    yield JumpIf(_ICMPV6, None, "v6-routed")
+    yield Load(_V6_BODY, 1)
+    yield JumpIf(_ROUTER_ADVERTISEMENT, "drop")
+    yield JumpIf(_REDIRECT, "drop")
+    yield JumpIf(_NEIGHBOUR_ADVERTISEMENT, None, "v6-routed")
+    target = _V6_BODY + 8
+    yield from _words(target, own.ip.packed, otherwise="v6-target-link-local")
+    yield Jump("pass")
+    yield Label("v6-target-link-local")
+    yield from _words(target, identity.link_local.packed, otherwise="drop")
+    yield Jump("pass")
+    yield Label("v6-routed")
+    yield from _routed(identity, _V6_DST, own.network, "v6")
+
+
+def _routed(
+    identity: Identity, offset: int, subnet: ipaddress.IPv4Network | ipaddress.IPv6Network, name: str
+) -> Iterator[Instruction]:
+    """Pass, unless the frame goes to the gateway's MAC and on to another address of the subnet."""
+    yield from _mac(_DST_MAC, identity.gateway_mac, otherwise="pass")
+    for gateway in identity.gateways:
+        if gateway.version == subnet.version:
+            yield from _words(offset, gateway.packed, otherwise=f"{name}-not-the-gateway")
+            yield Jump("pass")
+            yield Label(f"{name}-not-the-gateway")
+    mask, prefix = subnet.netmask.packed, subnet.network_address.packed
+    yield from _words(offset, prefix, mask=mask, otherwise="pass")
+    yield Jump("drop")
+
+
+def _mac(offset: int, mac: str, *, otherwise: str) -> Iterator[Instruction]:
+    """Go on when the MAC at *offset* is *mac*."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    yield Load(offset)
+    yield JumpIf(int.from_bytes(octets[:4], "big"), None, otherwise)
+    yield Load(offset + 4, 2)
+    yield JumpIf(int.from_bytes(octets[4:], "big"), None, otherwise)
+
+
+def _words(offset: int, value: bytes, *, mask: bytes | None = None, otherwise: str) -> Iterator[Instruction]:
+    """Go on when what stands at *offset* is *value*, in the bits of *mask*."""
+    for at in range(0, len(value), 4):
+        bits = 0xFFFFFFFF if mask is None else int.from_bytes(mask[at : at + 4], "big")
+        if bits:
+            yield Load(offset + at)
+            if bits != 0xFFFFFFFF:
+                yield And(bits)
+            yield JumpIf(int.from_bytes(value[at : at + 4], "big") & bits, None, otherwise)

@@ -1,0 +1,294 @@
+"""The bridge driver's netlink work: bridges, veths, what hangs on them. For threads of `namespaces`."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyroute2 import AsyncIPRoute
+
+from vcnode.drivers.network import interworking, links, taps
+from vcnode.drivers.network.bridge import guard, names
+from vcnode.drivers.network.ipam import Subnets
+from vcnode.drivers.network.links import Link, doing
+from vcnode.errors import NetworkError
+from vcnode.models.network import Endpoint, Interworking, RateMbit
+
+_EGRESS_PRIO = 1
+_BURST_S = 0.01
+_BURST_BYTES = 64 * 1024
+"""At least one frame as large as the guest may hand over at once."""
+_LATENCY_MS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all pods of the node have in common."""
+
+    mark: str
+    subnets: Subnets
+    mtu: int
+
+
+def quieten_namespace() -> None:
+    """Keep the kernel of the thread's namespace from taking part in the pod's network itself."""
+    for name in ("all", "default"):
+        path = Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+        if path.exists():
+            path.write_text("1")
+
+
+async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, network: str | None) -> Link:
+    """The bridge of a network, made if it is missing; it is the gateway of its pods.
+
+    The node's own has the subnets as its routes. One with a name has the gateways' addresses only, and a
+    route for each of its pods, so that all pods share the subnets wherever they are.
+
+    Raises:
+        NetworkError: It could not be made; nothing of it is left.
+    """
+    name = names.bridge(plan.mark, network)
+    if (link := await links.find(netlink, name)) is not None and link.up:
+        return link
+    mac = names.bridge_mac(name)
+    try:
+        with doing(f"make bridge {name}"):
+            if link is None:
+                await netlink.link(
+                    "add", ifname=name, kind="bridge", address=mac, br_mcast_snooping=0, mtu=plan.mtu
+                )
+            link = await links.get(netlink, name)
+            _configure_bridge(name)
+            for subnet in plan.subnets.all:
+                length = subnet.prefixlen if network is None else subnet.max_prefixlen
+                # Nobody else has it, so nobody has to be asked (IFA_F_NODAD).
+                await netlink.addr(
+                    "replace", index=link.index, address=str(subnet[1]), prefixlen=length, flags=2
+                )
+            await netlink.link("set", index=link.index, state="up")
+    except BaseException:
+        await links.delete(netlink, name)
+        raise
+    return await links.get(netlink, name)
+
+
+def _configure_bridge(name: str) -> None:
+    """The host takes nothing from the pods' side to configure itself with."""
+    for family, key, value in (
+        ("ipv6", "accept_ra", "0"),
+        ("ipv6", "disable_ipv6", "0"),
+        ("ipv4", "rp_filter", "1"),
+    ):
+        path = Path("/proc/sys/net", family, "conf", name, key)
+        if path.exists():
+            path.write_text(value)
+
+
+async def remove_bridge(netlink: AsyncIPRoute, name: str) -> bool:
+    """Remove a bridge that has no port any more; whether it was."""
+    link = await links.find(netlink, name)
+    if link is None or any(other.master == link.index for other in await links.every(netlink)):
+        return False
+    return await links.delete(netlink, name)
+
+
+async def attach(
+    host: AsyncIPRoute,
+    pod: AsyncIPRoute,
+    netns_fd: int,
+    plan: Plan,
+    endpoint: Endpoint,
+    index: int,
+    mode: Interworking,
+    rate: RateMbit,
+) -> Endpoint:
+    """Make one interface of a pod, from the bridge to the tap.
+
+    Returns:
+        The endpoint as it is: the planned one, but for its name at the host's end if that was taken, and for
+        what is known now.
+
+    Raises:
+        NetworkError: It could not be made; what is there of it carries the VM's id.
+    """
+    bridge = await ensure_bridge(host, plan, endpoint.network)
+    name = await _make_veth(host, netns_fd, plan, endpoint, index, bridge)
+    veth = await links.get(host, name)
+    with doing(f"set up port {name}"):
+        if endpoint.network is None:
+            await host.brport("set", index=veth.index, isolated=1)
+        else:
+            await _route(host, "replace", bridge, endpoint)
+    link = await links.get(pod, f"eth{index}")
+    pair = await interworking.wire(pod, link, mode, index=index, pair_id=endpoint.id)
+    await _guard(pod, link, plan, endpoint, bridge, clsact=mode is Interworking.TC)
+    await _limit(host, veth, rate.ingress)
+    await _limit(pod, link, rate.egress)
+    return endpoint.model_copy(update={"host_interface": name, "net_pair": pair})
+
+
+async def _make_veth(
+    host: AsyncIPRoute, netns_fd: int, plan: Plan, endpoint: Endpoint, index: int, bridge: Link
+) -> str:
+    """Make the pair of interfaces, the host's end in the bridge; the name of that end."""
+    vm_id = endpoint.id.rpartition("-")[0]
+    spares = names.HOST_INTERFACES[10:]  # the digits are the interfaces' numbers
+    for character in (names.HOST_INTERFACES[index], *spares):
+        name = names.host_interface(vm_id, character)
+        peer = {"ifname": f"eth{index}", "net_ns_fd": netns_fd, "address": endpoint.mac, "mtu": plan.mtu}
+        try:
+            with doing(f"make interface {name}"):
+                await host.link(
+                    "add", ifname=name, kind="veth", master=bridge.index, mtu=plan.mtu, state="up", peer=peer
+                )
+            return name
+        except NetworkError as exc:
+            if exc.details.get("errno") != errno.EEXIST or await links.find(host, name) is None:
+                raise
+    raise NetworkError(f"All names for an interface of VM {vm_id} are taken.")
+
+
+async def _route(host: AsyncIPRoute, verb: str, bridge: Link, endpoint: Endpoint) -> None:
+    for text in endpoint.addresses:
+        address = ipaddress.ip_interface(text).ip
+        await host.route(verb, dst=f"{address}/{address.max_prefixlen}", oif=bridge.index)
+
+
+async def _guard(
+    pod: AsyncIPRoute, link: Link, plan: Plan, endpoint: Endpoint, bridge: Link, *, clsact: bool
+) -> None:
+    """Hang the guard at the exit of the namespace; *clsact*: the interworking has made the place for it."""
+    identity = guard.Identity.of(endpoint.mac, endpoint.addresses, bridge.mac, plan.subnets.gateways)
+    with doing(f"guard {link.name}"):
+        if not clsact:
+            await pod.tc("add", "clsact", link.index)
+        await pod.tc(
+            "add-filter",
+            "bpf",
+            link.index,
+            parent=interworking.CLSACT_EGRESS,
+            protocol=interworking.ETH_P_ALL,
+            prio=_EGRESS_PRIO,
+            direct_action=True,
+            classic=guard.program(identity),
+        )
+
+
+async def _limit(netlink: AsyncIPRoute, link: Link, mbit: float | None) -> None:
+    """Bound what leaves through *link*."""
+    if mbit is None:
+        return
+    rate = int(mbit * 1e6 / 8)
+    with doing(f"limit {link.name}"):
+        await netlink.tc(
+            "add",
+            "tbf",
+            link.index,
+            rate=rate,
+            burst=max(_BURST_BYTES, int(rate * _BURST_S)),
+            latency=f"{_LATENCY_MS}ms",
+        )
+
+
+async def detach(host: AsyncIPRoute, plan: Plan, vm_id: str, endpoints: Sequence[Endpoint]) -> list[str]:
+    """Remove what a VM has at the host's end. Idempotent.
+
+    Returns:
+        Bridges of networks with a name that may have lost their last port.
+
+    Raises:
+        NetworkError: Something is still there.
+    """
+    bridges: list[str] = []
+    known = [e.host_interface for e in endpoints if e.host_interface is not None]
+    for endpoint in endpoints:
+        if endpoint.network is not None:
+            bridges.append(names.bridge(plan.mark, endpoint.network))
+            if (bridge := await links.find(host, bridges[-1])) is not None:
+                await _forget_routes(host, bridge, endpoint)
+    found = known or [
+        link.name for link in await links.every(host) if names.vm_of(link.name, plan.mark) == vm_id
+    ]
+    for name in found:
+        await links.delete(host, name)
+    return bridges
+
+
+async def _forget_routes(host: AsyncIPRoute, bridge: Link, endpoint: Endpoint) -> None:
+    try:
+        with doing(f"remove the routes of {endpoint.id}"):
+            await _route(host, "del", bridge, endpoint)
+    except NetworkError as exc:
+        if exc.details.get("errno") not in links.GONE:
+            raise
+
+
+async def overlapping(netlink: AsyncIPRoute, plan: Plan) -> str | None:
+    """A route of the host's that lies across one of the subnets, as text; None when there is none."""
+    ours = {
+        link.index for link in await links.every(netlink) if link.name.startswith(names.bridges(plan.mark))
+    }
+    for family in (2, 10):
+        with doing("list routes"):
+            routes = [r async for r in await netlink.route("dump", family=family, table=254)]
+        for route in routes:
+            destination, oif = route.get("dst"), route.get("oif")
+            if destination is None or oif in ours or not route["dst_len"]:
+                continue
+            network = ipaddress.ip_network(f"{destination}/{route['dst_len']}", strict=False)
+            for subnet in plan.subnets.all:
+                if network.version == subnet.version and network.overlaps(subnet):
+                    return str(network)
+    return None
+
+
+async def default_mtu(netlink: AsyncIPRoute) -> int | None:
+    """The MTU of the interface that leads to the outside; None when none does."""
+    with doing("list routes"):
+        routes = [r async for r in await netlink.route("dump", family=2, table=254)]
+    for route in routes:
+        if not route["dst_len"] and route.get("oif") is not None:
+            for link in await links.every(netlink):
+                if link.index == route.get("oif"):
+                    return link.mtu
+    return None
+
+
+def enable_forwarding(subnets: Subnets) -> None:
+    """Let the host forward packets, which masquerading needs. Raises NetworkError."""
+    try:
+        if subnets.v4 is not None:
+            _turn_on(Path("/proc/sys/net/ipv4/ip_forward"))
+        if subnets.v6 is not None:
+            _keep_router_advertisements()
+            _turn_on(Path("/proc/sys/net/ipv6/conf/all/forwarding"))
+    except OSError as exc:
+        raise NetworkError(f"Forwarding cannot be turned on: {exc.strerror}.") from exc
+
+
+def _turn_on(path: Path) -> None:
+    if path.read_text().strip() == "0":
+        path.write_text("1")
+
+
+def _keep_router_advertisements() -> None:
+    """A host that forwards stops to configure itself by router advertisements, unless it is told not to."""
+    if Path("/proc/sys/net/ipv6/conf/all/forwarding").read_text().strip() == "0":
+        for path in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
+            if path.read_text().strip() == "1":
+                path.write_text("2")
+
+
+def ipv6_usable() -> bool:
+    """Whether the host has IPv6 at all."""
+    path = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+    return path.exists() and path.read_text().strip() == "0" and os.access(path, os.R_OK)
+
+
+def has_tun() -> bool:
+    """Whether taps can be made."""
+    return Path(taps.TUN_DEVICE).exists()
