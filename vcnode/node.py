@@ -39,6 +39,7 @@ from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
 from vcnode.drivers.mock_host import MockHost
+from vcnode.drivers.network.bridge import BridgeNetwork, Nft
 from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
@@ -57,6 +58,7 @@ from vcnode.models.pod import AgentType, ContainerState, HypervisorType, PodStat
 from vcnode.models.subjects import Subjects
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
+from vcnode.pods.marks import mark_of
 from vcnode.pods.outbox import Outbox
 from vcnode.pods.received import Received
 from vcnode.pods.salvage import damaged_files
@@ -113,7 +115,10 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
     return Drivers(
         hypervisors={HypervisorType.QEMU: qemu},
         agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
-        networks={NetworkModel.NOOP: NoopNetwork()},
+        networks={
+            NetworkModel.NOOP: NoopNetwork(),
+            NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
+        },
         storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),
     )
 

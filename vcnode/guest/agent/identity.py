@@ -9,13 +9,8 @@ import re
 import struct
 import time
 
-from vcnode.guest.agent import syscalls
-from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
+from vcnode.guest.agent import network, syscalls
 from vcnode.guest.agent.params import Params, invalid
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 ETC = "/run/vcnode/etc"
 """Where the files are that /etc of the guest links to; its own root is read-only."""
@@ -50,7 +45,7 @@ def set_clock(now_ns: int) -> None:
 class Identity:
     """The params of ``configure``, checked."""
 
-    __slots__ = ("entropy", "hostname", "machine_id", "time_ns")
+    __slots__ = ("entropy", "hostname", "interfaces", "machine_id", "resolver", "time_ns")
 
     def __init__(self, params: Params) -> None:
         """Take *params* apart; raises `Failure`."""
@@ -65,24 +60,26 @@ class Identity:
         self.machine_id = params.text("machine_id", longest=32)
         if not _MACHINE_ID.fullmatch(self.machine_id):
             raise invalid("machine_id", "must be 32 hex digits in lower case")
-        if params.array("interfaces", _any, longest=64):
-            raise Failure(NOT_IMPLEMENTED, "This agent does not set up network interfaces.")
+        self.interfaces = params.array("interfaces", network.Interface, longest=64)
+        self.resolver = network.Resolver(params.object("dns"))
         params.done()
 
 
-def _any(item: Any, _path: str) -> Any:
-    return item
-
-
 def apply(identity: Identity) -> None:
-    """Take *identity*. Raises OSError; then parts of it may have been taken, and it can be repeated."""
+    """Take *identity*.
+
+    Raises OSError, and `Failure` when there are too few network devices. Parts of it may have been taken
+    then, and it can be repeated.
+    """
     set_clock(identity.time_ns)
     add_entropy(identity.entropy)
     syscalls.sethostname(identity.hostname)
     os.makedirs(ETC, exist_ok=True)
     _replace(f"{ETC}/machine-id", f"{identity.machine_id}\n")
     _replace(f"{ETC}/hostname", f"{identity.hostname}\n")
-    _replace(f"{ETC}/hosts", f"127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{identity.hostname}\n")
+    _replace(f"{ETC}/hosts", network.hosts_file(identity.hostname, identity.interfaces, identity.resolver))
+    _replace(f"{ETC}/resolv.conf", identity.resolver.resolv_conf())
+    network.apply(identity.interfaces)
 
 
 def boot_id() -> str:

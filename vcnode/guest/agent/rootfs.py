@@ -8,6 +8,7 @@ a link in the container's files (``/dev -> /run``) can lead nowhere but into tho
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -71,6 +72,11 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
+ETC = "/run/vcnode/etc"
+ETC_FILES = ("hostname", "hosts", "resolv.conf")
+"""Files of the guest that every container sees in its own /etc."""
+
+
 def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
     """Make the namespaces of a container around its root, and move into them. See `entries.Entry.main`."""
     root, readonly, hostname = fields
@@ -78,11 +84,16 @@ def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
     os.write(fds[0], b"0")
     syscalls.unshare(_NAMESPACES)
     syscalls.sethostname(hostname)
+    files = [
+        (name, syscalls.open_tree(f"{ETC}/{name}")) for name in ETC_FILES if os.path.exists(f"{ETC}/{name}")
+    ]
     _exchange_root(root)
     for target, fstype, flags, options in _MOUNTS:
         _mount(target, fstype, flags, options)
         if target == "/dev":
             _fill_dev()
+    for name, fd in files:
+        _put_over(fd, f"/etc/{name}")
     for path in MASKED_PATHS:
         _mask(path)
     for path in READONLY_PATHS:
@@ -147,6 +158,22 @@ def _fill_dev() -> None:
         os.chmod(path, 0o666)  # noqa: S103 (mknod obeys the umask; these are for everybody)
     for target, link in _LINKS:
         os.symlink(target, link)
+
+
+def _put_over(fd: int, path: str) -> None:
+    """Mount a file of the guest's over one of the container's, which is made if it is missing.
+
+    A root that cannot be written to and lacks the file goes without.
+    """
+    try:
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        syscalls.move_mount(fd, path)
+    except OSError as exc:
+        if exc.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+    finally:
+        os.close(fd)
 
 
 def _mask(path: str) -> None:

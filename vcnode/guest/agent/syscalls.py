@@ -18,6 +18,12 @@ MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 0x2
 
+# open_tree(2), move_mount(2); include/uapi/linux/mount.h, fcntl.h
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 0x1
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_SYMLINKS = 0x10
+
 # unshare(2), setns(2); include/uapi/linux/sched.h
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWCGROUP = 0x0200_0000
@@ -36,8 +42,24 @@ _RESOLVE_IN_ROOT = 0x10
 
 # Numbers of the calls that the C library does not wrap; arch/*/include/generated/uapi/asm/unistd_64.h
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "clone": 56, "finit_module": 313, "bpf": 321, "openat2": 437},
-    "aarch64": {"pivot_root": 41, "clone": 220, "finit_module": 273, "bpf": 280, "openat2": 437},
+    "x86_64": {
+        "pivot_root": 155,
+        "clone": 56,
+        "finit_module": 313,
+        "bpf": 321,
+        "openat2": 437,
+        "open_tree": 428,
+        "move_mount": 429,
+    },
+    "aarch64": {
+        "pivot_root": 41,
+        "clone": 220,
+        "finit_module": 273,
+        "bpf": 280,
+        "openat2": 437,
+        "open_tree": 428,
+        "move_mount": 429,
+    },
 }
 
 # reboot(2); include/uapi/linux/reboot.h
@@ -88,6 +110,17 @@ def mount(
         _encoded(source), _encoded(target), _encoded(fstype), ctypes.c_ulong(flags), _encoded(data)
     )
     _check(result, target)
+
+
+def open_tree(path: str) -> int:
+    """A copy of the mount at *path*, not mounted anywhere; open_tree(2) with OPEN_TREE_CLONE."""
+    return _numbered("open_tree", _AT_FDCWD, _encoded(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+
+
+def move_mount(fd: int, target: str) -> None:
+    """Mount what `open_tree` gave at *target*, whose links are followed; move_mount(2)."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_SYMLINKS
+    _numbered("move_mount", fd, b"", _AT_FDCWD, _encoded(target), flags)
 
 
 def umount(target: str | bytes, flags: int = 0) -> None:

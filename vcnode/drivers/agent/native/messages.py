@@ -58,9 +58,21 @@ def configure_params(config: GuestConfig) -> dict[str, Any]:
         "entropy": base64.b64encode(config.entropy).decode("ascii"),
         "machine_id": config.machine_id,
         "interfaces": [
-            {"name": e.name, "mac": e.mac, "addresses": list(e.addresses), "mtu": e.mtu}
+            {
+                "name": e.name,
+                "mac": e.mac,
+                "addresses": list(e.addresses),
+                "mtu": e.mtu,
+                "routes": [route.model_dump() for route in e.routes],
+            }
             for e in config.endpoints
         ],
+        "dns": {
+            "servers": list(config.dns.servers),
+            "search": list(config.dns.search),
+            "options": list(config.dns.options),
+            "hosts": [list(pair) for pair in config.dns.hosts.items()],
+        },
     }
 
 
