@@ -17,15 +17,23 @@ OK, SHOT = 0, 2
 """TC_ACT_OK and TC_ACT_SHOT: what a program returns for a frame that passes, or is dropped."""
 
 _LOAD = {4: 0x20, 2: 0x28, 1: 0x30}  # BPF_LD | BPF_ABS with BPF_W, BPF_H, BPF_B
-_AND, _JEQ, _JA, _RET = 0x54, 0x15, 0x05, 0x06
+_LOAD_LENGTH, _AND, _JEQ, _JGE, _JA, _RET = 0x80, 0x54, 0x15, 0x35, 0x05, 0x06
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load so many bytes at an offset from the start of the frame; one that is too short is no match: 0."""
+    """Load so many bytes at an offset from the start of the frame.
+
+    A frame that is too short ends the program with 0, which is `OK`: see to it with `LoadLength` before.
+    """
 
     offset: int
     size: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLength:
+    """Load the length of the frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,14 @@ class JumpIf:
     value: int
     then: str | None = None
     otherwise: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JumpUnlessAtLeast:
+    """Go on at a label when what was loaded is less than *value*."""
+
+    value: int
+    otherwise: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +81,8 @@ class Label:
     name: str
 
 
-Instruction = Load | And | JumpIf | Jump | Return | Label
+Code = Load | LoadLength | And | JumpIf | JumpUnlessAtLeast | Jump | Return
+Instruction = Code | Label
 
 
 def assemble(program: Sequence[Instruction]) -> bytes:
@@ -75,7 +92,7 @@ def assemble(program: Sequence[Instruction]) -> bytes:
         ValueError: A label is missing, behind, or too far away.
     """
     places: dict[str, int] = {}
-    code: list[Load | And | JumpIf | Jump | Return] = []
+    code: list[Code] = []
     for instruction in program:
         if isinstance(instruction, Label):
             places[instruction.name] = len(code)
@@ -84,7 +101,7 @@ def assemble(program: Sequence[Instruction]) -> bytes:
     return b"".join(_encode(instruction, at, places) for at, instruction in enumerate(code))
 
 
-def _encode(instruction: Load | And | JumpIf | Jump | Return, at: int, places: Mapping[str, int]) -> bytes:
+def _encode(instruction: Code, at: int, places: Mapping[str, int]) -> bytes:
     def distance(label: str | None, most: int) -> int:
         if label is None:
             return 0
@@ -95,6 +112,10 @@ def _encode(instruction: Load | And | JumpIf | Jump | Return, at: int, places: M
     match instruction:
         case Load(offset, size):
             return struct.pack("=HBBI", _LOAD[size], 0, 0, offset)
+        case LoadLength():
+            return struct.pack("=HBBI", _LOAD_LENGTH, 0, 0, 0)
+        case JumpUnlessAtLeast(value, otherwise):
+            return struct.pack("=HBBI", _JGE, 0, distance(otherwise, 255), value)
         case And(mask):
             return struct.pack("=HBBI", _AND, 0, 0, mask)
         case JumpIf(value, then, otherwise):

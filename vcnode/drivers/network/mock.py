@@ -5,11 +5,12 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from vcnode.drivers.audit import Held
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.network import ipam
-from vcnode.drivers.network.ipam import Subnets
+from vcnode.drivers.network.ipam import Slice, Subnets
 from vcnode.errors import InvalidArgumentError, NetworkError
 from vcnode.models.network import (
     Endpoint,
@@ -75,12 +76,7 @@ class MockNetwork:
         config = request.config
         self.check(config)
         ipam.check_ports(config, held)
-        networks = config.networks or (None,)
-        places = self._subnets.choose(request.vm_id, len(networks), held)
-        endpoints = tuple(
-            self._endpoint(request, index, network, place)
-            for index, (network, place) in enumerate(zip(networks, places, strict=True))
-        )
+        endpoints = ipam.place_endpoints(self._subnets, request, held, partial(self._endpoint, request))
         return NetworkAttachment(
             model=self._model,
             vm_id=request.vm_id,
@@ -91,7 +87,9 @@ class MockNetwork:
             dns=config.dns,
         )
 
-    def _endpoint(self, request: NetworkRequest, index: int, network: str | None, place: int) -> Endpoint:
+    def _endpoint(
+        self, request: NetworkRequest, index: int, network: str | None, part: Slice, place: int
+    ) -> Endpoint:
         mac = ipam.mac_of(request.vm_id, index)
         pair = NetworkInterfacePair(
             id=f"{request.vm_id}-{index}",
@@ -106,8 +104,8 @@ class MockNetwork:
             net_pair=pair,
             host_interface=f"v{index}-{request.vm_id[3:]}",
             mac=mac,
-            addresses=self._subnets.addresses(place),
-            routes=tuple(Route(destination="0.0.0.0/0", gateway=g) for g in self._subnets.gateways)
+            addresses=self._subnets.addresses(place, part),
+            routes=tuple(Route(destination="0.0.0.0/0", gateway=g) for g in self._subnets.gateways(part))
             if index == 0
             else (),
         )

@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 from vcnode.aio import deadline_as
 from vcnode.drivers import namespaces
@@ -24,7 +25,7 @@ from vcnode.drivers.audit import Held
 from vcnode.drivers.network import interworking, ipam, links, resolver
 from vcnode.drivers.network.bridge import firewall, host, names
 from vcnode.drivers.network.bridge.firewall import Nft
-from vcnode.drivers.network.ipam import Subnets
+from vcnode.drivers.network.ipam import Slice, Subnets
 from vcnode.errors import InvalidArgumentError, NetworkError, UnsupportedError
 from vcnode.models.network import (
     Endpoint,
@@ -78,8 +79,10 @@ class BridgeNetwork:
         )
 
     async def open(self) -> None:
-        """See Protocol Network. Changes nothing on the host: what pods need is made with the first."""
+        """See Protocol Network. Makes nothing on the host: what pods need is made with the first."""
         self._unusable = await self._find_obstacle()
+        if self._unusable is None:
+            await self._tidy_up()
         notes = [] if self._unusable is None else [f"No pod can be connected by a bridge: {self._unusable}"]
         if self._nft is None:
             notes.append(
@@ -113,6 +116,11 @@ class BridgeNetwork:
 
     async def close(self) -> None:
         """See Protocol Network: bridges without a pod and, with the last of them, the table are removed."""
+        if self._unusable is None:
+            await self._tidy_up()
+
+    async def _tidy_up(self) -> None:
+        """Remove bridges without a port and, if none is left, the table."""
 
         async def work() -> bool:
             async with links.here() as netlink:
@@ -120,10 +128,10 @@ class BridgeNetwork:
                 gone = [await host.remove_bridge(netlink, link.name) for link in ours]
                 return bool(ours) and all(gone)
 
-        if self._unusable is None:
-            async with self._bridges:
-                if await namespaces.run(None, work) and self._nft is not None and self._table_ready:
-                    await self._nft.drop(self._table, timeout_s=self._settings.nft_timeout_s)
+        async with self._bridges, self._table_lock:
+            if await namespaces.run(None, work) and self._nft is not None:
+                await self._nft.drop(self._table, timeout_s=self._settings.nft_timeout_s)
+                self._table_ready = False
 
     @property
     def _prefix(self) -> str:
@@ -154,23 +162,23 @@ class BridgeNetwork:
         config = request.config
         self.check(config)
         ipam.check_ports(config, held)
-        networks: tuple[str | None, ...] = config.networks or (None,)
-        places = self._plan.subnets.choose(request.vm_id, len(networks), held)
         return NetworkAttachment(
             model=NetworkModel.BRIDGE,
             vm_id=request.vm_id,
             pod_id=request.pod_id,
             config=config,
             netns_path=namespaces.path_of(request.vm_id),
-            endpoints=tuple(
-                self._endpoint(request, index, network, place)
-                for index, (network, place) in enumerate(zip(networks, places, strict=True))
+            endpoints=ipam.place_endpoints(
+                self._plan.subnets, request, held, partial(self._endpoint, request)
             ),
             dns=resolver.complete(config.dns, self._settings.dns_servers),
         )
 
-    def _endpoint(self, request: NetworkRequest, index: int, network: str | None, place: int) -> Endpoint:
-        gateways = () if index else zip(self._plan.subnets.all, self._plan.subnets.gateways, strict=True)
+    def _endpoint(
+        self, request: NetworkRequest, index: int, network: str | None, part: Slice, place: int
+    ) -> Endpoint:
+        subnets = self._plan.subnets
+        gateways = () if index else zip(subnets.all, subnets.gateways(part), strict=True)
         mac = ipam.mac_of(request.vm_id, index)
         return Endpoint(
             id=f"{request.vm_id}-{index}",
@@ -179,7 +187,7 @@ class BridgeNetwork:
             net_pair=_pair(request.vm_id, index, mac, request.config.interworking),
             host_interface=names.host_interface(request.vm_id, names.HOST_INTERFACES[index]),
             mac=mac,
-            addresses=self._plan.subnets.addresses(place),
+            addresses=subnets.addresses(place, part),
             routes=tuple(
                 Route(destination=DEFAULT_ROUTES[subnet.version], gateway=gateway)
                 for subnet, gateway in gateways
@@ -348,7 +356,7 @@ class BridgeNetwork:
         async def work() -> list[str]:
             async with links.here() as netlink:
                 for endpoint in attachment.endpoints:
-                    await host.ensure_bridge(netlink, self._plan, endpoint.network)
+                    await host.ensure_bridge(netlink, self._plan, endpoint)
                 known = {link.name for link in await links.every(netlink)}
                 wanted = [e.host_interface for e in attachment.endpoints if e.host_interface is not None]
                 return [name for name in wanted if name not in known]

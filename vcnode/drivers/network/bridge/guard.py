@@ -16,7 +16,20 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vcnode.drivers.network.bpf import OK, SHOT, And, Instruction, Jump, JumpIf, Label, Load, Return, assemble
+from vcnode.drivers.network.bpf import (
+    OK,
+    SHOT,
+    And,
+    Instruction,
+    Jump,
+    JumpIf,
+    JumpUnlessAtLeast,
+    Label,
+    Load,
+    LoadLength,
+    Return,
+    assemble,
+)
 
 _ARP, _IPV4, _IPV6, _ICMPV6 = 0x0806, 0x0800, 0x86DD, 58
 _ROUTER_ADVERTISEMENT, _NEIGHBOUR_ADVERTISEMENT, _REDIRECT = 134, 136, 137
@@ -38,10 +51,19 @@ class Identity:
     gateway_mac: str
     """The bridge's."""
     gateways: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, ...]
-    """The host's addresses in the subnets."""
+    """The host's addresses on that bridge."""
+    subnets: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+    """All addresses that pods of the node may have."""
 
     @classmethod
-    def of(cls, mac: str, addresses: Sequence[str], gateway_mac: str, gateways: Sequence[str]) -> Identity:
+    def of(
+        cls,
+        mac: str,
+        addresses: Sequence[str],
+        gateway_mac: str,
+        gateways: Sequence[str],
+        subnets: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network],
+    ) -> Identity:
         """The identity of an interface with these addresses, at most one of a family."""
         interfaces = [ipaddress.ip_interface(address) for address in addresses]
         return cls(
@@ -50,6 +72,7 @@ class Identity:
             v6=next((i for i in interfaces if isinstance(i, ipaddress.IPv6Interface)), None),
             gateway_mac=gateway_mac,
             gateways=tuple(ipaddress.ip_address(gateway) for gateway in gateways),
+            subnets=tuple(subnets),
         )
 
     @property
@@ -67,6 +90,7 @@ def program(identity: Identity) -> bytes:
 
 def instructions(identity: Identity) -> Iterator[Instruction]:
     """The program, before it is assembled."""
+    yield from _at_least(_PAYLOAD)
     yield from _mac(_SRC_MAC, identity.mac, otherwise="drop")
     yield Load(_TYPE, 2)
     if identity.v4 is not None:
@@ -87,16 +111,19 @@ def instructions(identity: Identity) -> Iterator[Instruction]:
 
 def _from_v4(identity: Identity, own: ipaddress.IPv4Interface) -> Iterator[Instruction]:
     yield Label("arp")
+    yield from _at_least(_PAYLOAD + 28)
     yield from _mac(_ARP_SENDER_MAC, identity.mac, otherwise="drop")
     yield Load(_ARP_SENDER_IP)
     yield JumpIf(int(own.ip), "pass", "drop")
     yield Label("ipv4")
+    yield from _at_least(_PAYLOAD + 20)
     yield from _words(_V4_SRC, own.ip.packed, otherwise="drop")
-    yield from _routed(identity, _V4_DST, own.network, "v4")
+    yield from _routed(identity, _V4_DST, 4)
 
 
 def _from_v6(identity: Identity, own: ipaddress.IPv6Interface) -> Iterator[Instruction]:
     yield Label("ipv6")
+    yield from _at_least(_V6_BODY)
     yield from _words(_V6_SRC, own.ip.packed, otherwise="v6-link-local")
     yield Jump("v6-source-right")
     yield Label("v6-link-local")
@@ -104,33 +131,41 @@ def _from_v6(identity: Identity, own: ipaddress.IPv6Interface) -> Iterator[Instr
     yield Label("v6-source-right")
     yield Load(_V6_NEXT, 1)
     yield JumpIf(_ICMPV6, None, "v6-routed")
+    yield from _at_least(_V6_BODY + 1)
     yield Load(_V6_BODY, 1)
     yield JumpIf(_ROUTER_ADVERTISEMENT, "drop")
     yield JumpIf(_REDIRECT, "drop")
     yield JumpIf(_NEIGHBOUR_ADVERTISEMENT, None, "v6-routed")
     target = _V6_BODY + 8
+    yield from _at_least(target + 16)
     yield from _words(target, own.ip.packed, otherwise="v6-target-link-local")
     yield Jump("pass")
     yield Label("v6-target-link-local")
     yield from _words(target, identity.link_local.packed, otherwise="drop")
     yield Jump("pass")
     yield Label("v6-routed")
-    yield from _routed(identity, _V6_DST, own.network, "v6")
+    yield from _routed(identity, _V6_DST, 6)
 
 
-def _routed(
-    identity: Identity, offset: int, subnet: ipaddress.IPv4Network | ipaddress.IPv6Network, name: str
-) -> Iterator[Instruction]:
-    """Pass, unless the frame goes to the gateway's MAC and on to another address of the subnet."""
+def _routed(identity: Identity, offset: int, version: int) -> Iterator[Instruction]:
+    """Pass, unless the frame goes to the gateway's MAC and on to an address that may be a pod's."""
     yield from _mac(_DST_MAC, identity.gateway_mac, otherwise="pass")
-    for gateway in identity.gateways:
-        if gateway.version == subnet.version:
-            yield from _words(offset, gateway.packed, otherwise=f"{name}-not-the-gateway")
-            yield Jump("pass")
-            yield Label(f"{name}-not-the-gateway")
-    mask, prefix = subnet.netmask.packed, subnet.network_address.packed
-    yield from _words(offset, prefix, mask=mask, otherwise="pass")
-    yield Jump("drop")
+    for number, gateway in enumerate(g for g in identity.gateways if g.version == version):
+        yield from _words(offset, gateway.packed, otherwise=f"v{version}-not-gateway-{number}")
+        yield Jump("pass")
+        yield Label(f"v{version}-not-gateway-{number}")
+    for number, subnet in enumerate(s for s in identity.subnets if s.version == version):
+        mask, prefix = subnet.netmask.packed, subnet.network_address.packed
+        yield from _words(offset, prefix, mask=mask, otherwise=f"v{version}-outside-{number}")
+        yield Jump("drop")
+        yield Label(f"v{version}-outside-{number}")
+    yield Jump("pass")
+
+
+def _at_least(length: int) -> Iterator[Instruction]:
+    """Go on when the frame is so long."""
+    yield LoadLength()
+    yield JumpUnlessAtLeast(length, "drop")
 
 
 def _mac(offset: int, mac: str, *, otherwise: str) -> Iterator[Instruction]:

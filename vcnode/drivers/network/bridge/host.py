@@ -19,6 +19,7 @@ from vcnode.errors import NetworkError
 from vcnode.models.network import Endpoint, Interworking, RateMbit
 
 _EGRESS_PRIO = 1
+_IFA_F_NODAD = 2
 _BURST_S = 0.01
 _BURST_BYTES = 64 * 1024
 """At least one frame as large as the guest may hand over at once."""
@@ -42,16 +43,13 @@ def quieten_namespace() -> None:
             path.write_text("1")
 
 
-async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, network: str | None) -> Link:
-    """The bridge of a network, made if it is missing; it is the gateway of its pods.
-
-    The node's own has the subnets as its routes. One with a name has the gateways' addresses only, and a
-    route for each of its pods, so that all pods share the subnets wherever they are.
+async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, endpoint: Endpoint) -> Link:
+    """The bridge of an endpoint's network, made if it is missing; it is the gateway of its pods.
 
     Raises:
         NetworkError: It could not be made; nothing of it is left.
     """
-    name = names.bridge(plan.mark, network)
+    name = names.bridge(plan.mark, endpoint.network)
     if (link := await links.find(netlink, name)) is not None and link.up:
         return link
     mac = names.bridge_mac(name)
@@ -63,17 +61,25 @@ async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, network: str | None) 
                 )
             link = await links.get(netlink, name)
             _configure_bridge(name)
-            for subnet in plan.subnets.all:
-                length = subnet.prefixlen if network is None else subnet.max_prefixlen
+            for subnet in _subnets_of(endpoint):
                 # Nobody else has it, so nobody has to be asked (IFA_F_NODAD).
                 await netlink.addr(
-                    "replace", index=link.index, address=str(subnet[1]), prefixlen=length, flags=2
+                    "replace",
+                    index=link.index,
+                    address=str(subnet[1]),
+                    prefixlen=subnet.prefixlen,
+                    flags=_IFA_F_NODAD,
                 )
             await netlink.link("set", index=link.index, state="up")
     except BaseException:
         await links.delete(netlink, name)
         raise
     return await links.get(netlink, name)
+
+
+def _subnets_of(endpoint: Endpoint) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """The subnets of the endpoint's network; the host has the first address in each."""
+    return [ipaddress.ip_interface(address).network for address in endpoint.addresses]
 
 
 def _configure_bridge(name: str) -> None:
@@ -115,14 +121,12 @@ async def attach(
     Raises:
         NetworkError: It could not be made; what is there of it carries the VM's id.
     """
-    bridge = await ensure_bridge(host, plan, endpoint.network)
+    bridge = await ensure_bridge(host, plan, endpoint)
     name = await _make_veth(host, netns_fd, plan, endpoint, index, bridge)
     veth = await links.get(host, name)
     with doing(f"set up port {name}"):
         if endpoint.network is None:
             await host.brport("set", index=veth.index, isolated=1)
-        else:
-            await _route(host, "replace", bridge, endpoint)
     link = await links.get(pod, f"eth{index}")
     pair = await interworking.wire(pod, link, mode, index=index, pair_id=endpoint.id)
     await _guard(pod, link, plan, endpoint, bridge, clsact=mode is Interworking.TC)
@@ -152,17 +156,12 @@ async def _make_veth(
     raise NetworkError(f"All names for an interface of VM {vm_id} are taken.")
 
 
-async def _route(host: AsyncIPRoute, verb: str, bridge: Link, endpoint: Endpoint) -> None:
-    for text in endpoint.addresses:
-        address = ipaddress.ip_interface(text).ip
-        await host.route(verb, dst=f"{address}/{address.max_prefixlen}", oif=bridge.index)
-
-
 async def _guard(
     pod: AsyncIPRoute, link: Link, plan: Plan, endpoint: Endpoint, bridge: Link, *, clsact: bool
 ) -> None:
     """Hang the guard at the exit of the namespace; *clsact*: the interworking has made the place for it."""
-    identity = guard.Identity.of(endpoint.mac, endpoint.addresses, bridge.mac, plan.subnets.gateways)
+    gateways = [str(subnet[1]) for subnet in _subnets_of(endpoint)]
+    identity = guard.Identity.of(endpoint.mac, endpoint.addresses, bridge.mac, gateways, plan.subnets.all)
     with doing(f"guard {link.name}"):
         if not clsact:
             await pod.tc("add", "clsact", link.index)
@@ -203,28 +202,13 @@ async def detach(host: AsyncIPRoute, plan: Plan, vm_id: str, endpoints: Sequence
     Raises:
         NetworkError: Something is still there.
     """
-    bridges: list[str] = []
     known = [e.host_interface for e in endpoints if e.host_interface is not None]
-    for endpoint in endpoints:
-        if endpoint.network is not None:
-            bridges.append(names.bridge(plan.mark, endpoint.network))
-            if (bridge := await links.find(host, bridges[-1])) is not None:
-                await _forget_routes(host, bridge, endpoint)
     found = known or [
         link.name for link in await links.every(host) if names.vm_of(link.name, plan.mark) == vm_id
     ]
     for name in found:
         await links.delete(host, name)
-    return bridges
-
-
-async def _forget_routes(host: AsyncIPRoute, bridge: Link, endpoint: Endpoint) -> None:
-    try:
-        with doing(f"remove the routes of {endpoint.id}"):
-            await _route(host, "del", bridge, endpoint)
-    except NetworkError as exc:
-        if exc.details.get("errno") not in links.GONE:
-            raise
+    return [names.bridge(plan.mark, e.network) for e in endpoints if e.network is not None]
 
 
 async def overlapping(netlink: AsyncIPRoute, plan: Plan) -> str | None:
