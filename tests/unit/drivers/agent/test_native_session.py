@@ -27,6 +27,7 @@ from vcnode.errors import (
     VcnodeError,
 )
 from vcnode.guest.protocol import EVENT, REPLY, ReplyReceived, encode_frame
+from vcnode.models.network import DnsConfig, Endpoint, Route
 from vcnode.models.vm import ContainerRoot, GuestConfig, GuestContainer, GuestProcess
 
 CONTAINER = GuestContainer(
@@ -69,12 +70,29 @@ async def test_answers_find_their_calls_in_any_order(guest: ScriptedGuest) -> No
         assert (await first, await second) == (11, 12)
 
 
+ENDPOINT = Endpoint(
+    id="vm-1-0",
+    name="eth0",
+    mac="02:00:00:00:00:01",
+    addresses=("10.0.0.2/24",),
+    routes=(Route(destination="0.0.0.0/0", gateway="10.0.0.1"),),
+    mtu=1400,
+)
+
+
 async def test_params_are_those_of_the_contract(guest: ScriptedGuest) -> None:
     guest.methods |= dict.fromkeys(
         ("configure", "create_container", "signal_container", "delete_container", "shutdown"), lambda _: {}
     )
     async with session_with(guest) as session:
-        config = GuestConfig(hostname="h", time_ns=5, entropy=b"\0\1", machine_id="0" * 32)
+        config = GuestConfig(
+            hostname="h",
+            time_ns=5,
+            entropy=b"\0\1",
+            machine_id="0" * 32,
+            endpoints=(ENDPOINT,),
+            dns=DnsConfig(servers=("10.0.0.53",), hosts={"db": "10.0.0.9"}),
+        )
         await session.configure(config, timeout_s=LIMIT_S)
         await session.create_container(CONTAINER, timeout_s=LIMIT_S)
         await session.signal_container("c1", 15, everyone=True, timeout_s=LIMIT_S)
@@ -86,7 +104,18 @@ async def test_params_are_those_of_the_contract(guest: ScriptedGuest) -> None:
         "time_ns": 5,
         "entropy": "AAE=",
         "machine_id": "0" * 32,
-        "interfaces": [],
+        "interfaces": [
+            {
+                "name": "eth0",
+                "mac": "02:00:00:00:00:01",
+                "addresses": ["10.0.0.2/24"],
+                "mtu": 1400,
+                "routes": [
+                    {"destination": "0.0.0.0/0", "gateway": "10.0.0.1", "on_link": False, "metric": None}
+                ],
+            }
+        ],
+        "dns": {"servers": ["10.0.0.53"], "search": [], "options": [], "hosts": [["db", "10.0.0.9"]]},
     }
     created = by_method["create_container"]
     assert set(created) == {"container_id", "root", "readonly", "hostname", "process", "resources"}
