@@ -56,6 +56,11 @@ class Metrics:
             "Sessions with guest agents that ended without being closed.",
             registry=registry,
         )
+        self._restarts = Counter(
+            "vcnode_restarts", "Starts that restart policies have made.", ("what",), registry=registry
+        )
+        for what in ("container", "pod"):
+            self._restarts.labels(what)
         self._templates_made = Counter(
             "vcnode_templates_made", "VM templates that were booted and saved.", registry=registry
         )
@@ -96,6 +101,10 @@ class Metrics:
     def phase(self, name: str, seconds: float) -> None:
         """A phase of a start took so long."""
         self._phase_seconds.labels(name).observe(seconds)
+
+    def restarted(self, what: str) -> None:
+        """A restart policy has started a container or a pod again."""
+        self._restarts.labels(what).inc()
 
     def session_lost(self) -> None:
         """A session with a guest was lost."""

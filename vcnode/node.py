@@ -253,12 +253,13 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         connection.start()
         pods.templates.warm()
         pods.pool.start()
+        pods.start_restarts()
         if settings.audit_interval_s:
             tasks.spawn(pods.audit_forever(settings.audit_interval_s), name="audit")
         yield Node(settings, drivers, pods, images, service, connection, address)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()
-        pods.end_waits()
+        await pods.wind_down()
         await pods.announce(EventKind.NODE_STOPPING, service.info().model_dump(mode="json"))
         await bus.drain(timeout_s=settings.drain_timeout_s)
 

@@ -173,6 +173,17 @@ class BridgeSettings(Group):
     """Limit of one change of the nftables table."""
 
 
+class RestartSettings(Group):
+    """How long restart policies wait."""
+
+    backoff_s: float = Field(default=1.0, ge=0.001)
+    """Seconds before the first restart; doubled for each further one in a row."""
+    backoff_max_s: float = Field(default=300.0, ge=0.001)
+    """Most seconds before a restart."""
+    reset_after_s: float = Field(default=600.0, ge=0)
+    """What has run for so many seconds was healthy: its next restart counts as the first."""
+
+
 class LimitSettings(Group):
     """Bounds that keep one caller from hurting the others."""
 
@@ -253,6 +264,7 @@ class Settings(BaseSettings):
     """VMs of the default drivers that wait, resumed and paused again, for pods of their size."""
     images: ImageSettings = ImageSettings()
     bridge: BridgeSettings = BridgeSettings()
+    restarts: RestartSettings = RestartSettings()
     limits: LimitSettings = LimitSettings()
 
     @property

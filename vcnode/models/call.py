@@ -10,7 +10,8 @@ class Call:
     """One command as it arrived: who it is, and what its sender demands of it."""
 
     command_id: str
-    """Idempotency key; events that the command causes carry it as ``commandid``."""
+    """Idempotency key; events that the command causes carry it as ``commandid``.
+    Empty: nobody has asked for it."""
     verb: str
     """Such as ``pod.create``."""
     deadline: float | None = None

@@ -73,6 +73,14 @@ class AgentType(StrEnum):
     SSHD = "sshd"
 
 
+class RestartPolicy(StrEnum):
+    """Whether what has ended is started again."""
+
+    NEVER = "never"
+    ON_FAILURE = "on-failure"
+    ALWAYS = "always"
+
+
 class Resources(Request):
     """What the VM of a pod has."""
 
@@ -168,6 +176,12 @@ class ContainerSpec(Request):
     """Signal that asks the main process to end, by number or name. Default: the image's, else SIGTERM."""
     stop_timeout_s: float = Field(default=10.0, ge=0, le=3600)
     """Seconds between the stop signal and SIGKILL."""
+    restart_policy: RestartPolicy = RestartPolicy.NEVER
+    """Whether it is started again when its main process has ended: ``never``, ``on-failure`` (when the exit
+    code is not 0), or ``always``. Never after ``container.stop`` or ``pod.stop``."""
+    max_restarts: int | None = Field(default=None, ge=1, le=1_000_000)
+    """With ``on-failure``: most restarts in a row; a healthy time between them begins a new one.
+    Default: any."""
     labels: Labels = {}
     """For selection."""
     annotations: Labels = {}
@@ -179,6 +193,7 @@ class ContainerSpec(Request):
             raise ValueError("give exactly one of 'rootfs' and 'image'")
         if self.rootfs is not None and not self.cmd.args:
             raise ValueError("'cmd.args' is required with 'rootfs' (only an image has a default command)")
+        _check_max_restarts(self.restart_policy, self.max_restarts)
         return self
 
     @model_validator(mode="after")
@@ -196,6 +211,11 @@ class ContainerSpec(Request):
     def wanted_disk_mib(self) -> int:
         """Size of its writable disk in MiB; 0 when it has none."""
         return 0 if self.writable != "disk" else self.disk_size_mib or DEFAULT_DISK_SIZE_MIB
+
+
+def _check_max_restarts(policy: RestartPolicy, most: int | None) -> None:
+    if most is not None and policy is not RestartPolicy.ON_FAILURE:
+        raise ValueError("'max_restarts' goes with the restart policy 'on-failure' only")
 
 
 class PodSpec(Request):
@@ -222,6 +242,11 @@ class PodSpec(Request):
     ``require`` or fail, ``never`` (always boot)."""
     priority: int = Field(default=0, ge=-1000, le=1000)
     """When more pods start than may at once, higher ones go first."""
+    restart_policy: RestartPolicy = RestartPolicy.NEVER
+    """Whether the pod is started again when its VM has ended without being asked to: ``never``,
+    ``on-failure`` (at most ``max_restarts`` times in a row), or ``always``. Containers have their own."""
+    max_restarts: int | None = Field(default=None, ge=1, le=1_000_000)
+    """With ``on-failure``: most restarts in a row. Default: any."""
     containers: tuple[ContainerSpec, ...] = Field(default=(), max_length=MAX_CONTAINERS)
     """Containers that start with the pod; more can be added later."""
     labels: Labels = {}
@@ -231,6 +256,7 @@ class PodSpec(Request):
 
     @model_validator(mode="after")
     def _distinct_ids(self) -> Self:
+        _check_max_restarts(self.restart_policy, self.max_restarts)
         ids = [c.id for c in self.containers if c.id is not None]
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ValueError(f"container ids must be distinct; {', '.join(twice)} is used more than once")
@@ -254,6 +280,10 @@ class ContainerStatus(Reply):
     """Whether the memory limit ended it."""
     reason: str | None = None
     """Why it stopped, where the exit code does not say it."""
+    restart_count: int = 0
+    """How often its restart policy has started it again since a command last did."""
+    restart_at: Moment | None = None
+    """When it will be started again, while it waits for that."""
     rootfs: str | None = None
     """Host directory, if its root is one."""
     image: str | None = None
@@ -302,6 +332,10 @@ class PodStatus(Reply):
     """Where it is in its life."""
     reason: str | None = None
     """Why it failed, with the last words of the guest's console where they help."""
+    restart_count: int = 0
+    """How often its restart policy has started it again since a command last did."""
+    restart_at: Moment | None = None
+    """When it will be started again, while it waits for that."""
     revision: int
     """Counts the changes of this pod's record; usable in ``Vcnode-Expected-Revision``."""
     created_at: Moment

@@ -16,6 +16,19 @@ from vcnode.models.pod import (
 from vcnode.models.vm import Data, NetworkAttachment, VmRecord
 
 
+class Restarts(Data):
+    """What a restart policy has done and is to do; all of it begins anew when a command starts something."""
+
+    count: int = 0
+    """Restarts so far."""
+    streak: int = 0
+    """Restarts in a row, without a healthy time between them; the one that is due counts."""
+    at: Moment | None = None
+    """When the next one is due."""
+    cancelled: bool = False
+    """Somebody has asked for a stop: no further ones."""
+
+
 class ContainerRecord(Data):
     """A container of a pod. ``spec.id`` is always set here."""
 
@@ -43,6 +56,8 @@ class ContainerRecord(Data):
     """When it last started."""
     finished_at: Moment | None = None
     """When it last stopped."""
+    restarts: Restarts = Restarts()
+    """What its restart policy does."""
 
 
 class PodNote(Data):
@@ -89,6 +104,8 @@ class PodRecord(Data):
     """In the order of creation."""
     leftovers: tuple[str, ...] = ()
     """What could not be freed."""
+    restarts: Restarts = Restarts()
+    """What its restart policy does."""
     phases_ms: dict[str, float] = {}
     """Milliseconds of each phase of the last start."""
 

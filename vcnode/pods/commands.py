@@ -14,7 +14,14 @@ from vcnode.errors import (
 )
 from vcnode.models.call import Call
 from vcnode.models.commands import ContainerDeleted, ExecOptions
-from vcnode.models.pod import ContainerSpec, ContainerState, ContainerStatus, ExecResult, PodState
+from vcnode.models.pod import (
+    ContainerSpec,
+    ContainerState,
+    ContainerStatus,
+    ExecResult,
+    PodState,
+    RestartPolicy,
+)
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.pods import edits
 from vcnode.pods.admission import Admission
@@ -30,6 +37,7 @@ from vcnode.pods.lifecycle import (
     require,
 )
 from vcnode.pods.live import LivePod, require_live
+from vcnode.pods.locks import RESTART_CONTAINER
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 from vcnode.pods.process import exec_process
 from vcnode.pods.release import remove_layers
@@ -38,6 +46,8 @@ from vcnode.pods.watch import Watcher
 
 _RUNNING = frozenset({PodState.RUNNING})
 _CONTAINER_RUNNING = frozenset({ContainerState.RUNNING})
+RESTARTS = frozenset({RESTART_CONTAINER})
+"""What ending a container interrupts."""
 UNDO_LIMIT_S = 60.0
 """Seconds for taking back a container's start."""
 
@@ -97,10 +107,23 @@ class ContainerCommands:
             await aio.finish(self._record_start(live, cid, pid, call), timeout_s=UNDO_LIMIT_S)
             return self._parts.ledger.container_status(self._parts.ledger.get(pod_id), cid)
 
+    async def start_again(self, pod_id: str, cid: str) -> None:
+        """Start a container that has ended, as its restart policy wants. The caller holds the pod's lock.
+
+        Raises:
+            VcnodeError: It did not start; all is undone.
+        """
+        call = Call("", RESTART_CONTAINER)
+        record, container = self._find(pod_id, cid, call)
+        live = self._live(record, call)
+        pid = await self._containers.launch(live, record, container)
+        await aio.finish(self._record_start(live, cid, pid, call), timeout_s=UNDO_LIMIT_S)
+
     async def stop(self, pod_id: str, cid: str, grace_s: float | None, call: Call) -> ContainerStatus:
         """Ask a container's main process to end, and kill all of it after *grace_s* seconds.
 
-        Idempotent: a container that does not run stays what it is.
+        Its restart policy starts it no more, until a command does. Idempotent: a container that does not run
+        stays what it is.
 
         Args:
             pod_id: The pod.
@@ -112,10 +135,11 @@ class ContainerCommands:
             NotFoundError: There is no such pod or container.
             AgentError: The guest did not do it; the container runs on as far as is known.
         """
-        async with self._parts.locks.hold(pod_id, call.verb):
+        async with self._parts.locks.hold(pod_id, call.verb, overtakes=RESTARTS):
             record, container = self._find(pod_id, cid, call)
-            if container.state in CONTAINER_ALIVE:
-                live = self._live(record, call)
+            live = self._live(record, call) if container.state in CONTAINER_ALIVE else None
+            await self._cancel_restarts(pod_id, container, call)
+            if live is not None:
                 grace = container.spec.stop_timeout_s if grace_s is None else grace_s
                 await self._containers.halt(live, container, grace_s=grace)
                 self._require_recorded(pod_id, cid)
@@ -147,7 +171,7 @@ class ContainerCommands:
             FailedPreconditionError: The container runs, and *force* was not given.
             DriverError: It could not be taken out of the guest; it is still listed.
         """
-        async with self._parts.locks.hold(pod_id, call.verb):
+        async with self._parts.locks.hold(pod_id, call.verb, overtakes=RESTARTS):
             record = self._parts.ledger.get(pod_id, call)
             container = next((c for c in record.containers if c.spec.id == cid), None)
             if container is None:
@@ -156,6 +180,7 @@ class ContainerCommands:
             if not force:
                 idle = frozenset(ContainerState) - CONTAINER_ALIVE
                 require(f"Container {pod_id}/{cid}", container.state, idle, call.verb)
+            await self._cancel_restarts(pod_id, container, call)
             if record.state is PodState.RUNNING:
                 live = self._live(record, call)
                 if container.state in CONTAINER_ALIVE:
@@ -215,6 +240,12 @@ class ContainerCommands:
             await self._containers.remove(live, container)
             raise
         await self._watcher.replay_exits(live)
+
+    async def _cancel_restarts(self, pod_id: str, container: ContainerRecord, call: Call) -> None:
+        """See that the container's policy, if it has one, does not start it again."""
+        if container.spec.restart_policy is not RestartPolicy.NEVER:
+            edit = edits.container_restarts_cancelled(container_id(container))
+            await self._parts.ledger.change(pod_id, edit, call)
 
     def _require_recorded(self, pod_id: str, cid: str) -> None:
         """See that the end of a container was saved, and not only seen."""

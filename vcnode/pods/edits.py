@@ -19,11 +19,13 @@ from vcnode.errors import (
 )
 from vcnode.models.base import JsonObject
 from vcnode.models.events import EventKind
-from vcnode.models.pod import MAX_CONTAINERS, PodState
-from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.models.pod import MAX_CONTAINERS, PodState, RestartPolicy
+from vcnode.models.records import ContainerRecord, PodRecord, Restarts
 from vcnode.models.vm import NetworkAttachment, VmRecord
+from vcnode.pods.backoff import Backoff, after_end
 from vcnode.pods.lifecycle import (
     CONTAINER_ALIVE,
+    POD_HAS_VM,
     POD_TAKES_CONTAINERS,
     ContainerStep,
     PodStep,
@@ -31,6 +33,7 @@ from vcnode.pods.lifecycle import (
     next_pod_state,
     require,
 )
+from vcnode.pods.locks import RESTART_CONTAINER, RESTART_POD
 from vcnode.pods.statuses import container_id
 
 VM_ENDED = "The pod's VM ended."
@@ -76,6 +79,8 @@ def starting(vm: VmRecord, network: NetworkAttachment, verb: str) -> Edit:
                 leftovers=list(record.leftovers),
             )
         changed = _copy(record, state=state, reason=None, vm=vm, network=network, phases_ms={})
+        if verb != RESTART_POD:  # a restart stays due until it is done
+            changed = _copy(changed, restarts=Restarts())
         return changed, (News(EventKind.POD_STARTING),)
 
     return edit
@@ -111,6 +116,7 @@ def started(pids: Mapping[str, int], phases_ms: Mapping[str, float], now: dateti
             finished_at=None,
             containers=containers,
             phases_ms=dict(phases_ms),
+            restarts=_again(record.restarts) if verb == RESTART_POD else Restarts(),
         )
         return changed, news
 
@@ -153,7 +159,14 @@ def stopped(reason: str | None, now: datetime, verb: str) -> Edit:
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.STOPPED, verb)
         containers, news = _containers_ended(record, now)
-        changed = _freed(record, state=state, reason=reason, finished_at=now, containers=containers)
+        changed = _freed(
+            record,
+            state=state,
+            reason=reason,
+            finished_at=now,
+            containers=containers,
+            restarts=Restarts(),
+        )
         return changed, (*news, News(EventKind.POD_STOPPED))
 
     return edit
@@ -170,23 +183,33 @@ def undone(reason: str, now: datetime, verb: str) -> Edit:
     return edit
 
 
-def failed(reason: str, now: datetime) -> Edit:
-    """The pod cannot go on. What it holds on the host is still to be freed."""
+def failed(reason: str, now: datetime, backoff: Backoff | None = None) -> Edit:
+    """The pod cannot go on. What it holds on the host is still to be freed.
+
+    With *backoff* its restart policy is asked, else nothing becomes due.
+    """
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.FAIL, "fail")
         containers, news = _containers_ended(record, now)
         changed = _copy(record, state=state, reason=reason, finished_at=now, containers=containers)
-        return changed, (*news, News(EventKind.POD_FAILED))
+        news = (*news, News(EventKind.POD_FAILED))
+        if backoff is not None:
+            changed = _copy(changed, restarts=_pod_restarts(changed, now, backoff))
+            if changed.restarts.at is not None:
+                news = (*news, News(EventKind.POD_RESTARTING))
+        return changed, news
 
     return edit
 
 
-def failed_and_freed(reason: str, leftovers: tuple[str, ...], now: datetime) -> Edit:
+def failed_and_freed(
+    reason: str, leftovers: tuple[str, ...], now: datetime, backoff: Backoff | None = None
+) -> Edit:
     """The pod cannot go on; what it held was freed, except for *leftovers*."""
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
-        changed, news = failed(reason, now)(record)
+        changed, news = failed(reason, now, backoff)(record)
         return freed(leftovers)(changed)[0], news
 
     return edit
@@ -199,6 +222,30 @@ def freed(leftovers: tuple[str, ...]) -> Edit:
         if leftovers:
             return _copy(record, leftovers=leftovers), (News(EventKind.POD_FAILED),)
         return _freed(record), ()
+
+    return edit
+
+
+def pod_restart_failed(reason: str, now: datetime, backoff: Backoff) -> Edit:
+    """A restart of a failed pod did not succeed: when is the next?"""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        if record.state is not PodState.FAILED or record.restarts.at is None:
+            return record, ()
+        restarts = _pod_restarts(_copy(record, started_at=None), now, backoff)
+        news = () if restarts.at is None else (News(EventKind.POD_RESTARTING),)
+        return _copy(record, reason=reason, restarts=restarts), news
+
+    return edit
+
+
+def pod_restart_cancelled() -> Edit:
+    """Somebody wants a failed pod to stay what it is."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        if record.restarts.at is None:
+            return record, ()
+        return _copy(record, restarts=Restarts()), (News(EventKind.POD_RESTART_CANCELLED),)
 
     return edit
 
@@ -246,23 +293,70 @@ def container_started(cid: str, pid: int, now: datetime, verb: str) -> Edit:
     """A container's main process runs."""
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
-        container = _started(record.pod_id, find_container(record, cid), pid, now, verb)
+        before = find_container(record, cid)
+        container = _started(record.pod_id, before, pid, now, verb)
+        if verb == RESTART_CONTAINER:
+            container = container.model_copy(update={"restarts": _again(before.restarts)})
         return _with(record, container), (News(EventKind.CONTAINER_STARTED, cid),)
 
     return edit
 
 
 def container_exited(
-    cid: str, exit_code: int | None, *, oom_killed: bool, reason: str | None, now: datetime
+    cid: str,
+    exit_code: int | None,
+    *,
+    oom_killed: bool,
+    reason: str | None,
+    now: datetime,
+    backoff: Backoff,
 ) -> Edit:
-    """A container's main process ended; changes nothing if it was not known to run."""
+    """A container's main process ended; changes nothing if it was not known to run.
+
+    Its restart policy says whether and when it starts again, unless the pod is being stopped.
+    """
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         known = next((c for c in record.containers if c.spec.id == cid), None)
         if known is None or known.state not in CONTAINER_ALIVE:
             return record, ()
         container = _ended(record.pod_id, known, exit_code, oom_killed=oom_killed, reason=reason, now=now)
-        return _with(record, container), (News(EventKind.CONTAINER_EXITED, cid),)
+        news: tuple[News, ...] = (News(EventKind.CONTAINER_EXITED, cid),)
+        if record.state in POD_HAS_VM:
+            ran_s = 0.0 if known.started_at is None else (now - known.started_at).total_seconds()
+            restarts = _container_restarts(container, exit_code != 0, ran_s, now, backoff)
+            container = container.model_copy(update={"restarts": restarts})
+            if restarts.at is not None:
+                news = (*news, News(EventKind.CONTAINER_RESTARTING, cid))
+        return _with(record, container), news
+
+    return edit
+
+
+def container_restart_failed(cid: str, reason: str, now: datetime, backoff: Backoff) -> Edit:
+    """A restart of a container did not succeed: when is the next?"""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        known = next((c for c in record.containers if c.spec.id == cid), None)
+        if known is None or known.restarts.at is None:
+            return record, ()
+        restarts = _container_restarts(known, True, 0.0, now, backoff)
+        news = () if restarts.at is None else (News(EventKind.CONTAINER_RESTARTING, cid),)
+        return _with(record, known.model_copy(update={"reason": reason, "restarts": restarts})), news
+
+    return edit
+
+
+def container_restarts_cancelled(cid: str) -> Edit:
+    """Somebody stops a container: whatever its policy says, it does not start again by itself."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        known = find_container(record, cid)
+        if known.spec.restart_policy is RestartPolicy.NEVER or known.restarts.cancelled:
+            return record, ()
+        news = () if known.restarts.at is None else (News(EventKind.CONTAINER_RESTART_CANCELLED, cid),)
+        restarts = known.restarts.model_copy(update={"at": None, "cancelled": True})
+        return _with(record, known.model_copy(update={"restarts": restarts})), news
 
     return edit
 
@@ -298,6 +392,38 @@ def container_removed(cid: str) -> Edit:
     return edit
 
 
+def _again(before: Restarts) -> Restarts:
+    """The restart that was due is done."""
+    return Restarts(count=before.count + 1, streak=before.streak)
+
+
+def _pod_restarts(record: PodRecord, now: datetime, backoff: Backoff) -> Restarts:
+    ran_s = 0.0 if record.started_at is None else (now - record.started_at).total_seconds()
+    return after_end(
+        record.restarts,
+        policy=record.spec.restart_policy,
+        max_restarts=record.spec.max_restarts,
+        failed=True,
+        ran_s=ran_s,
+        now=now,
+        backoff=backoff,
+    )
+
+
+def _container_restarts(
+    container: ContainerRecord, failed: bool, ran_s: float, now: datetime, backoff: Backoff
+) -> Restarts:
+    return after_end(
+        container.restarts,
+        policy=container.spec.restart_policy,
+        max_restarts=container.spec.max_restarts,
+        failed=failed,
+        ran_s=ran_s,
+        now=now,
+        backoff=backoff,
+    )
+
+
 def _copy(record: PodRecord, **changes: object) -> PodRecord:
     return record.model_copy(update=changes)
 
@@ -321,6 +447,7 @@ def _started(pod_id: str, container: ContainerRecord, pid: int, now: datetime, v
             "exit_code": None,
             "oom_killed": False,
             "reason": None,
+            "restarts": Restarts(),
             "started_at": now,
             "finished_at": None,
         }
@@ -359,5 +486,7 @@ def _containers_ended(
         if container.state in CONTAINER_ALIVE:
             container = _ended(record.pod_id, container, None, oom_killed=False, reason=VM_ENDED, now=now)
             news.append(News(EventKind.CONTAINER_EXITED, container.spec.id))
+        if container.restarts != Restarts():  # from here on it is the pod that starts again
+            container = container.model_copy(update={"restarts": Restarts()})
         containers.append(container)
     return tuple(containers), tuple(news)

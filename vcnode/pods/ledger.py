@@ -48,6 +48,8 @@ class Ledger:
         self._store = store
         self._clock = clock
         self._is_mock = is_mock
+        self.on_change: Callable[[str], None] | None = None
+        """Called with the id of each pod whose record has changed or gone, once that is committed."""
         self._listeners: dict[str, set[Callable[[], None]]] = {}
         self._statuses: dict[str, tuple[PodRecord, PodStatus]] = {}
         self.after_change: Callable[[PodRecord], Awaitable[None]] | None = None
@@ -224,6 +226,8 @@ class Ledger:
     def _tell(self, pod_id: str) -> None:
         for listener in tuple(self._listeners.get(pod_id, ())):
             listener()
+        if self.on_change is not None:
+            self.on_change(pod_id)
 
     async def announce(self, kind: EventKind, data: JsonObject, *, mock: bool) -> None:
         """Commit an event of the node itself."""
@@ -262,7 +266,7 @@ class Ledger:
             data,
             time=self._clock(),
             mock=self._is_mock(record),
-            command_id=None if call is None else call.command_id,
+            command_id=None if call is None else call.command_id or None,
         )
 
 

@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from vcnode import aio
 from vcnode.errors import AbortedError, VcnodeError
 
+RESTART_CONTAINER = "container.restart"
+RESTART_POD = "pod.restart"
+BACKGROUND = frozenset({RESTART_CONTAINER, RESTART_POD})
+"""Holders that nobody has asked for: commands wait for them, or overtake them, and are not refused."""
+
 
 @dataclass(slots=True)
 class Hold:
@@ -40,7 +45,12 @@ class PodLocks:
 
     @contextlib.asynccontextmanager
     async def hold(
-        self, pod_id: str, verb: str, *, overtakes: frozenset[str] = frozenset()
+        self,
+        pod_id: str,
+        verb: str,
+        *,
+        overtakes: frozenset[str] = frozenset(),
+        patient: bool = False,
     ) -> AsyncIterator[Hold]:
         """Hold the pod for a block.
 
@@ -49,11 +59,15 @@ class PodLocks:
             verb: The command that wants it.
             overtakes: Verbs of holders that are interrupted: they undo what they did and end with
                 `AbortedError`, which this waits for.
+            patient: Wait for a holder that cannot be overtaken, too, for as long as it takes.
 
         Raises:
             AbortedError: Another command holds the pod; or this one was overtaken.
         """
         while (held := self._held.get(pod_id)) is not None:
+            if held.verb not in overtakes and (patient or held.verb in BACKGROUND):
+                await held.released.wait()
+                continue
             if held.verb not in overtakes:
                 raise AbortedError(
                     f"{held.verb} holds pod {pod_id}; try again when it is done.",

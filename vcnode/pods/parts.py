@@ -13,6 +13,7 @@ from vcnode.errors import UnsupportedError
 from vcnode.models.network import NetworkModel
 from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
+from vcnode.pods.backoff import Backoff
 from vcnode.pods.host import HostMemory
 from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
@@ -54,6 +55,10 @@ class Observer(Protocol):
         """A spare died while it waited, or did not answer when it was taken."""
         ...
 
+    def restarted(self, what: str) -> None:
+        """A restart policy has started a ``container`` or a ``pod`` again."""
+        ...
+
     def audited(self, *, held: Mapping[str, int], orphans: Mapping[str, int], freed: int) -> None:
         """The host was looked at: what is held and what of it is nobody's, by kind; how much was removed."""
         ...
@@ -79,6 +84,12 @@ class Parts:
     """Bounds the pods that start at once."""
     live: dict[str, LivePod] = field(default_factory=dict)
     """Running VMs by pod id."""
+
+    @property
+    def backoff(self) -> Backoff:
+        """How long restart policies wait."""
+        restarts = self.settings.restarts
+        return Backoff(restarts.backoff_s, restarts.backoff_max_s, restarts.reset_after_s)
 
     def hypervisor(self, record: PodRecord) -> Hypervisor:
         """The driver of the pod's VM. Raises UnsupportedError when the node no longer has it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 
 from vcnode import aio
@@ -51,7 +51,7 @@ from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.life import LifeCommands
 from vcnode.pods.lifecycle import POD_DELETABLE, require
-from vcnode.pods.locks import PodLocks
+from vcnode.pods.locks import BACKGROUND, PodLocks
 from vcnode.pods.notes import Notes
 from vcnode.pods.parts import Observer, Parts
 from vcnode.pods.pause import Pauser
@@ -60,6 +60,7 @@ from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.release import remove_layers
+from vcnode.pods.restarts import Restarter
 from vcnode.pods.start import Starter
 from vcnode.pods.stop import Stopper
 from vcnode.pods.store import Store
@@ -69,7 +70,7 @@ from vcnode.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OVERTAKEN = frozenset({"pod.start", "pod.run"})
+OVERTAKEN = frozenset({"pod.start", "pod.run"}) | BACKGROUND
 """Holders that stop and delete interrupt instead of being refused."""
 CLOSE_LIMIT_S = 10.0
 """Seconds to let go of one VM when the node agent goes down."""
@@ -94,6 +95,7 @@ class PodService:
         tasks: Runs the watchers of pods; to be closed after this.
         metrics: Gets phases of starts and losses of sessions.
         clock: The current time, with its zone.
+        sleep: Waits for restarts that are not due yet.
         memory: The host's memory.
     """
 
@@ -112,6 +114,7 @@ class PodService:
         tasks: Spawner,
         metrics: Observer,
         clock: Callable[[], datetime],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         memory: Callable[[], host.HostMemory] = host.read_memory,
     ) -> None:
         self.node_name = node_name
@@ -169,6 +172,7 @@ class PodService:
         self._pauser = Pauser(parts, self._watcher)
         self._life = LifeCommands(parts)
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
+        self._restarter = Restarter(parts, self._containers, self._starter, sleep)
 
     # ---- pods ----------------------------------------------------------------------------------------
 
@@ -347,9 +351,14 @@ class PodService:
         """The processes of a container."""
         return await self._life.processes(pod_id, container_id, limit, call)
 
-    def end_waits(self) -> None:
-        """Let go of all who wait for containers: the node stops."""
+    def start_restarts(self) -> None:
+        """Let restart policies act from now on; to be called once, after `recover`."""
+        self._restarter.start()
+
+    async def wind_down(self) -> None:
+        """Let go of all who wait for containers, and restart nothing any more: the node stops. Idempotent."""
         self._life.end_waits()
+        await self._restarter.close()
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
         """Containers of one pod or of all (None), in one of *states* (empty: any).
@@ -410,6 +419,7 @@ class PodService:
 
     async def close(self) -> None:
         """Let go of all VMs: sessions are closed, the VMs and what runs in them go on. Idempotent."""
+        await self.wind_down()
         await self.pool.close()
         await self.templates.close()
         while self._parts.live:

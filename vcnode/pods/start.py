@@ -29,6 +29,7 @@ from vcnode.pods.containers import Containers
 from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
+from vcnode.pods.locks import RESTART_POD
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.notes import Notes
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
@@ -324,7 +325,8 @@ class Starter:
         if record is None or record.state not in (PodState.STARTING, PodState.RUNNING):
             return  # not even the beginning was saved
         now = parts.clock()
-        if isinstance(exc, asyncio.CancelledError) and not leftovers:
+        # A restart that was cancelled (the node agent stops) stays due; only failed pods have restarts.
+        if isinstance(exc, asyncio.CancelledError) and not leftovers and call.verb != RESTART_POD:
             edit = edits.undone(INTERRUPTED, now, call.verb)
         else:
             edit = edits.failed_and_freed(_reason(exc), leftovers, now)

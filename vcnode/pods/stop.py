@@ -54,6 +54,8 @@ class Stopper:
         parts = self._parts
         record = parts.ledger.get(pod_id, call)
         if record.state in (PodState.READY, PodState.STOPPED, PodState.FAILED):
+            if record.restarts.at is not None:
+                await parts.ledger.change(pod_id, edits.pod_restart_cancelled(), call)
             await self.free(record, call)
             return "absent"
         outcome: StopOutcome = "absent"

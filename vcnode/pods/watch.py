@@ -130,14 +130,14 @@ class Watcher:
         """
         ledger, now = self._parts.ledger, self._parts.clock()
         try:
-            record = await ledger.change(pod_id, edits.failed(reason, now))
+            record = await ledger.change(pod_id, edits.failed(reason, now, self._parts.backoff))
         except VcnodeError as exc:
             log.warning("Pod %s: its failure cannot be saved yet", pod_id, exc_info=exc)
             record = ledger.get(pod_id)
         leftovers = await release(self._parts, record)
         if record.state is PodState.FAILED:
             return await self._save(pod_id, edits.freed(leftovers))
-        return await self._save(pod_id, edits.failed_and_freed(reason, leftovers, now))
+        return await self._save(pod_id, edits.failed_and_freed(reason, leftovers, now, self._parts.backoff))
 
     def _spawn(self, live: LivePod, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._parts.tasks.spawn(work, name=name)
@@ -234,6 +234,7 @@ class Watcher:
             oom_killed=event.oom_killed,
             reason="It used more memory than its limit." if event.oom_killed else None,
             now=self._parts.clock(),
+            backoff=self._parts.backoff,
         )
         await self._record_exit(live, event.container_id, edit)
 
@@ -244,6 +245,7 @@ class Watcher:
             oom_killed=state is not None and state.oom_killed,
             reason="The guest does not know it any more." if state is None else None,
             now=self._parts.clock(),
+            backoff=self._parts.backoff,
         )
         await self._record_exit(live, cid, edit)
 

@@ -140,7 +140,7 @@ async def test_a_node_that_stops_lets_go_of_all_who_wait(world: World) -> None:
     gone = asyncio.ensure_future(world.pods.wait_container("p1", "c1", "exited"))
     await begin(wait, gone)
     gone.cancel()
-    world.pods.end_waits()
+    await world.pods.wind_down()
     with pytest.raises(UnavailableError, match="stopping"):
         await wait
     assert world.pods._ledger._listeners == {}

@@ -60,6 +60,35 @@ class Killed(BaseException):
     """The node agent was killed here: whatever would have come after does not happen."""
 
 
+class Naps:
+    """Sleeps that end when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+        """Seconds of each, from the first on."""
+        self._asleep: list[asyncio.Event] = []
+
+    async def __call__(self, seconds: float) -> None:
+        self.asked.append(seconds)
+        woken = asyncio.Event()
+        self._asleep.append(woken)
+        try:
+            await woken.wait()
+        finally:
+            if woken in self._asleep:
+                self._asleep.remove(woken)
+
+    @property
+    def count(self) -> int:
+        """How many are asleep."""
+        return len(self._asleep)
+
+    def wake(self) -> None:
+        """Let the time pass that they wait for."""
+        while self._asleep:
+            self._asleep.pop().set()
+
+
 class RecordingPlan(FaultPlan):
     """A plan that keeps the order of driver calls and commits, and lets a test act at chosen ones."""
 
@@ -113,11 +142,15 @@ class Observed:
     def __init__(self) -> None:
         self.phases: list[tuple[str, float]] = []
         self.sessions_lost = 0
+        self.restarts: list[str] = []
         self.templates_made = 0
         self.templates_broken = 0
         self.spares_taken: list[bool] = []
         self.spares_lost = 0
         self.audits: list[tuple[dict[str, int], dict[str, int], int]] = []
+
+    def restarted(self, what: str) -> None:
+        self.restarts.append(what)
 
     def phase(self, name: str, seconds: float) -> None:
         self.phases.append((name, seconds))
@@ -163,7 +196,8 @@ class World:
             network=NetworkModel.NOOP if templates else NetworkModel.BRIDGE,
             **settings,  # type: ignore[arg-type]
         )
-        self.clock = Clock()
+        self.clock: Callable[[], datetime] = Clock()
+        self.naps = Naps()
         self.vms = MockWorld()
         self.guests = MockGuests()
         self.host = StorageWorld()
@@ -215,6 +249,7 @@ class World:
             tasks=self.tasks,
             metrics=self.observed,
             clock=self.clock,
+            sleep=self.naps,
             memory=lambda: self.memory,
         )
         return self
