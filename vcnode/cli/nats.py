@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 
 from vcnode.cli.exits import Exit
-from vcnode.models.permissions import Role
 
 app = typer.Typer(no_args_is_help=True, help="Permissions on the NATS server.")
 
@@ -21,7 +20,7 @@ def nats() -> None:
 
 @app.command("permissions")
 def permissions(
-    role: Annotated[Role, typer.Argument(help="Whose permissions.")],
+    role: Annotated[Literal["node", "scheduler", "observer"], typer.Argument(help="Whose permissions.")],
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="The node's name; for the others, any name of their own.")
     ],
@@ -43,7 +42,7 @@ def permissions(
     from vcnode.models.subjects import Subjects
 
     try:
-        made = ready_made.permissions(role, name, Subjects(prefix))
+        made = ready_made.permissions(ready_made.Role(role), name, Subjects(prefix))
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(Exit.USAGE)
