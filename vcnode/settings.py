@@ -184,6 +184,32 @@ class RestartSettings(Group):
     """What has run for so many seconds was healthy: its next restart counts as the first."""
 
 
+class CniSettings(Group):
+    """How network model ``cni`` finds its plugins."""
+
+    conf_dir: Path = Path("/etc/cni/net.d")
+    """Network configurations (``*.conflist``, ``*.conf``, ``*.json``); the first by name is the default."""
+    bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    """Where plugins are; the first directory that has one wins."""
+    timeout_s: float = Field(default=20.0, gt=0)
+    """Limit of one call of a plugin."""
+    gc: bool = False
+    """Whether plugins forget at the node's start what is none of its pods' (GC of CNI 1.1). Only when nobody
+    else on the host uses these networks."""
+
+
+class CnmSettings(Group):
+    """Which namespaces network model ``cnm`` takes."""
+
+    allowed_dirs: tuple[Path, ...] = (
+        Path("/run/netns"),
+        Path("/var/run/netns"),
+        Path("/run/docker/netns"),
+        Path("/var/run/docker/netns"),
+    )
+    """A pod's ``netns_path`` must lie below one of these."""
+
+
 class LimitSettings(Group):
     """Bounds that keep one caller from hurting the others."""
 
@@ -265,6 +291,8 @@ class Settings(BaseSettings):
     images: ImageSettings = ImageSettings()
     bridge: BridgeSettings = BridgeSettings()
     restarts: RestartSettings = RestartSettings()
+    cni: CniSettings = CniSettings()
+    cnm: CnmSettings = CnmSettings()
     limits: LimitSettings = LimitSettings()
 
     @property
