@@ -40,6 +40,8 @@ from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
 from vcnode.drivers.mock_host import MockHost
 from vcnode.drivers.network.bridge import BridgeNetwork, Nft
+from vcnode.drivers.network.cni import CniNetwork
+from vcnode.drivers.network.cnm import CnmNetwork
 from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
@@ -117,6 +119,9 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
         agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
         networks={
             NetworkModel.NOOP: NoopNetwork(),
+            # Before the bridge, whose audit takes the namespace of any orphan away: plugins look into it.
+            NetworkModel.CNI: CniNetwork(settings.cni, settings.state_dir),
+            NetworkModel.CNM: CnmNetwork(settings.cnm, settings.state_dir),
             NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
         },
         storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),

@@ -140,13 +140,18 @@ class CnmNetwork:
 
     def _look_at(self, vm_id: str, path: str) -> os.stat_result:
         """The identity of a namespace, which may be used. Raises as `attach`."""
-        self._below(os.path.realpath(path), [Path(os.path.realpath(d)) for d in self._settings.allowed_dirs])
+        allowed = [Path(os.path.realpath(directory)) for directory in self._settings.allowed_dirs]
+        try:
+            self._below(os.path.realpath(path), allowed)
+            found = os.stat(path)
+        except OSError as exc:
+            raise FailedPreconditionError(
+                f"{_FIELD}: {path} cannot be used: {exc.strerror}.", field=_FIELD
+            ) from exc
         if not namespaces.exists(path):
-            raise FailedPreconditionError(f"{_FIELD}: there is no network namespace {path}.", field=_FIELD)
-        found = os.stat(path)
-        for own in ("/proc/self/ns/net", "/proc/1/ns/net"):
-            if os.path.samestat(found, os.stat(own)):
-                raise InvalidArgumentError.field(_FIELD, "is the host's own network")
+            raise FailedPreconditionError(f"{_FIELD}: {path} is no network namespace.", field=_FIELD)
+        if os.path.samestat(found, os.stat("/proc/self/ns/net")):
+            raise InvalidArgumentError.field(_FIELD, "is the node agent's own network")
         for other in self._kept.find("").values():
             if other.vm_id != vm_id and (other.device, other.inode) == (found.st_dev, found.st_ino):
                 raise FailedPreconditionError(
@@ -226,12 +231,12 @@ class CnmNetwork:
         if taken is None or not await asyncio.to_thread(_same, taken):
             raise NetworkError(f"The network namespace {path} of VM {attachment.vm_id} is gone.")
 
+        wanted = {name for e in attachment.endpoints for name in (e.name, e.tap_name) if name is not None}
+
         async def missing() -> set[str]:
             async with links.here() as netlink:
                 there = {link.name for link in await links.every(netlink)}
-            return {e.name for e in attachment.endpoints} | {
-                e.tap_name for e in attachment.endpoints if e.tap_name
-            } - there
+            return wanted - there
 
         if lost := await namespaces.run(path, missing):
             raise NetworkError(f"Namespace {path} has lost {', '.join(sorted(lost))}.")
