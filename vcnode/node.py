@@ -66,6 +66,7 @@ from vcnode.pods.received import Received
 from vcnode.pods.salvage import damaged_files
 from vcnode.pods.service import PodService
 from vcnode.pods.store import Store
+from vcnode.pods.templates import EVICT_EVERY_S
 from vcnode.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -257,6 +258,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
         pods.templates.warm()
+        tasks.spawn(pods.templates.evict_forever(EVICT_EVERY_S), name="old templates")
         pods.pool.start()
         pods.start_restarts()
         if settings.audit_interval_s:

@@ -131,6 +131,8 @@ class TemplateSettings(Group):
     """Shapes whose template is made or loaded when the node starts, before a pod asks for it."""
     max_total_mib: int = Field(default=4096, ge=0)
     """Space of all templates on disk; beyond it, those that were not used for longest go first."""
+    max_age_s: float = Field(default=7 * 86_400, gt=0)
+    """Seconds after whose last use a template goes, unless it is one to warm or of the pool."""
 
 
 class ImageSettings(Group):
