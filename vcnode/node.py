@@ -30,6 +30,7 @@ from vcnode.bus.connection import Connection
 from vcnode.bus.events import EventPublisher
 from vcnode.bus.kv import Lease, PodMirror
 from vcnode.bus.service import CommandService
+from vcnode.bus.sessions import SessionTraffic
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.native import NativeAgent
 from vcnode.drivers.agent.noop import NoopAgent
@@ -40,8 +41,6 @@ from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
 from vcnode.drivers.mock_host import MockHost
 from vcnode.drivers.network.bridge import BridgeNetwork, Nft
-from vcnode.drivers.network.cni import CniNetwork
-from vcnode.drivers.network.cnm import CnmNetwork
 from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
@@ -66,7 +65,6 @@ from vcnode.pods.received import Received
 from vcnode.pods.salvage import damaged_files
 from vcnode.pods.service import PodService
 from vcnode.pods.store import Store
-from vcnode.pods.templates import EVICT_EVERY_S
 from vcnode.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -120,9 +118,6 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
         agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
         networks={
             NetworkModel.NOOP: NoopNetwork(),
-            # Before the bridge, whose audit takes the namespace of any orphan away: plugins look into it.
-            NetworkModel.CNI: CniNetwork(settings.cni, settings.state_dir),
-            NetworkModel.CNM: CnmNetwork(settings.cnm, settings.state_dir),
             NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
         },
         storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),
@@ -251,14 +246,23 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         )
         outbox = Outbox(store, retention_s=settings.limits.outbox_retention_s)
         _describe(metrics, service, pods, outbox, settings)
-        services = Services(pods=pods, images=images, node=service)
+        services = Services(
+            pods=pods, images=images, node=service, streams=pods.streams, sessions=pods.sessions
+        )
         bus = _join_bus(settings, metrics, store, journal, outbox, services, tasks, stack)
         connection = bus.connection
+        pods.sessions.use(
+            SessionTraffic(
+                connection,
+                pods.sessions,
+                node_name=settings.node_name,
+                subjects=Subjects(settings.nats.prefix),
+            )
+        )
         address = await _serve_http(settings, registry, connection, service, stack)
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
         pods.templates.warm()
-        tasks.spawn(pods.templates.evict_forever(EVICT_EVERY_S), name="old templates")
         pods.pool.start()
         pods.start_restarts()
         if settings.audit_interval_s:
@@ -266,6 +270,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         yield Node(settings, drivers, pods, images, service, connection, address)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()
+        await pods.sessions.stop()
         await pods.wind_down()
         await pods.announce(EventKind.NODE_STOPPING, service.info().model_dump(mode="json"))
         await bus.drain(timeout_s=settings.drain_timeout_s)

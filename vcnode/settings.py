@@ -131,8 +131,6 @@ class TemplateSettings(Group):
     """Shapes whose template is made or loaded when the node starts, before a pod asks for it."""
     max_total_mib: int = Field(default=4096, ge=0)
     """Space of all templates on disk; beyond it, those that were not used for longest go first."""
-    max_age_s: float = Field(default=7 * 86_400, gt=0)
-    """Seconds after whose last use a template goes, unless it is one to warm or of the pool."""
 
 
 class ImageSettings(Group):
@@ -186,32 +184,6 @@ class RestartSettings(Group):
     """What has run for so many seconds was healthy: its next restart counts as the first."""
 
 
-class CniSettings(Group):
-    """How network model ``cni`` finds its plugins."""
-
-    conf_dir: Path = Path("/etc/cni/net.d")
-    """Network configurations (``*.conflist``, ``*.conf``, ``*.json``); the first by name is the default."""
-    bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
-    """Where plugins are; the first directory that has one wins."""
-    timeout_s: float = Field(default=20.0, gt=0)
-    """Limit of one call of a plugin."""
-    gc: bool = False
-    """Whether plugins forget at the node's start what is none of its pods' (GC of CNI 1.1). Only when nobody
-    else on the host uses these networks."""
-
-
-class CnmSettings(Group):
-    """Which namespaces network model ``cnm`` takes."""
-
-    allowed_dirs: tuple[Path, ...] = (
-        Path("/run/netns"),
-        Path("/var/run/netns"),
-        Path("/run/docker/netns"),
-        Path("/var/run/docker/netns"),
-    )
-    """A pod's ``netns_path`` must lie below one of these."""
-
-
 class LimitSettings(Group):
     """Bounds that keep one caller from hurting the others."""
 
@@ -228,6 +200,10 @@ class LimitSettings(Group):
     """Pods that the node holds, in any state."""
     writable_disks_mib: int = Field(default=256 * 1024, ge=0)
     """Sizes of all containers' writable disks, which are sparse; more get ``resource_exhausted``."""
+    sessions: int = Field(default=256, ge=1)
+    """Sessions (exec, attach, copy, forward) open at once; more get ``resource_exhausted``."""
+    session_window_bytes: int = Field(default=512 * 1024, ge=64 * 1024, le=16 * 1024 * 1024)
+    """Bytes of one stream of a session that are kept until its client has taken them."""
     request_bytes: int = Field(default=512 * 1024, ge=1024)
     """Largest request body."""
     journal_entries: int = Field(default=100_000, ge=100)
@@ -293,8 +269,6 @@ class Settings(BaseSettings):
     images: ImageSettings = ImageSettings()
     bridge: BridgeSettings = BridgeSettings()
     restarts: RestartSettings = RestartSettings()
-    cni: CniSettings = CniSettings()
-    cnm: CnmSettings = CnmSettings()
     limits: LimitSettings = LimitSettings()
 
     @property

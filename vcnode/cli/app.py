@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vcnode.cli import containers, contracts, demo, doctor, events, guest, images, nats, nodes, pods
+from vcnode.cli import containers, contracts, demo, doctor, events, guest, images, nats, nodes, pods, sessions
 from vcnode.cli.command import Config, DeadlineS, Options, Output
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.add_typer(nodes.app, name="node")
 app.add_typer(guest.app, name="guest")
 app.add_typer(contracts.app, name="contracts")
 app.add_typer(nats.app, name="nats")
+app.add_typer(sessions.app, name="session")
+sessions.register(app)
 events.register(app)
 demo.register(app)
 doctor.register(app)

@@ -17,6 +17,7 @@ from vcnode.models.commands import (
 from vcnode.models.network import Endpoint
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import ContainerState, ContainerStatus, PodStatus, StopOutcome
+from vcnode.models.sessions import SessionClosed, Sessions
 from vcnode.models.signals import MAX_NUMBER, signal_name
 
 STOP_WORDS: dict[StopOutcome, str] = {
@@ -95,6 +96,33 @@ def container_deleted(reply: ContainerDeleted) -> None:
     """Whether there was something to delete."""
     name = printable(f"{reply.pod_id}/{reply.container_id}")
     print(f"{name} {'deleted' if reply.existed else 'did not exist'}")
+
+
+def _there(attached: bool) -> str:
+    return "there" if attached else "gone"
+
+
+def sessions(reply: Sessions) -> None:
+    """One line for each session."""
+    show_table(
+        ("POD", "CONTAINER", "KIND", "CLIENT", "AGE", "COMMAND ID"),
+        (
+            (
+                s.pod_id,
+                s.container_id,
+                s.kind,
+                _there(s.attached),
+                age(s.opened_at),
+                s.command_id,
+            )
+            for s in reply.sessions
+        ),
+    )
+
+
+def session_closed(reply: SessionClosed) -> None:
+    """Whether there was something to close."""
+    print("closed" if reply.existed else "there was no such session")
 
 
 def image_removed(reply: ImageRemoved) -> None:

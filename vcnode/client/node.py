@@ -24,6 +24,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from pydantic import ValidationError
 
 from vcnode.client.requests import NobodyListensError, Requester
+from vcnode.client.streams import Opening, StreamMethods
 from vcnode.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -82,6 +83,15 @@ from vcnode.models.pod import (
     PodState,
     PodStatus,
 )
+from vcnode.models.sessions import (
+    Session,
+    SessionClosed,
+    SessionExec,
+    SessionList,
+    SessionName,
+    SessionResume,
+    Sessions,
+)
 from vcnode.models.subjects import Subjects
 from vcnode.models.violations import violations_of
 
@@ -108,7 +118,7 @@ ReplyT = TypeVar("ReplyT", bound=Reply)
 RequestT = TypeVar("RequestT", bound=Request)
 
 
-class NodeClient:
+class NodeClient(StreamMethods):
     """Commands to one node; see the module for what all methods share."""
 
     def __init__(self, requester: Requester, subjects: Subjects, name: str) -> None:
@@ -367,6 +377,31 @@ class NodeClient:
         """Show one container."""
         request = _make(ContainerName, pod_id=pod_id, container_id=container_id)
         return await self._send("container.status", request, ContainerStatus, options)
+
+    # Sessions
+
+    async def session_exec(self, request: SessionExec, **options: Unpack[Change]) -> Session:
+        """Start a command with its streams in a session; `exec_stream` does it all."""
+        return await self._send("session.exec", request, Session, options)
+
+    async def session_resume(self, session_id: str, **options: Unpack[Change]) -> Session:
+        """Take over the streams of a session; `resume_stream` does it all."""
+        return await self._send(
+            "session.resume", _make(SessionResume, session_id=session_id), Session, options
+        )
+
+    async def _open_session(self, verb: str, request: Request, options: Opening) -> Session:
+        sent: Change = {"command_id": options.get("command_id"), "deadline_s": options.get("deadline_s")}
+        return await self._send(verb, request, Session, sent)
+
+    async def session_close(self, session_id: str, **options: Unpack[Change]) -> SessionClosed:
+        """End a session and what it runs."""
+        request = _make(SessionName, session_id=session_id)
+        return await self._send("session.close", request, SessionClosed, options)
+
+    async def session_list(self, *, pod_id: str | None = None, **options: Unpack[Read]) -> Sessions:
+        """List sessions, of one pod or of all."""
+        return await self._send("session.list", _make(SessionList, pod_id=pod_id), Sessions, options)
 
     # Images
 

@@ -8,7 +8,9 @@ from enum import Enum
 from vcnode.errors import ResourceExhaustedError
 from vcnode.models.commands import Command
 
-ENDING = frozenset({"pod.stop", "pod.delete", "container.stop", "container.kill", "container.delete"})
+ENDING = frozenset(
+    {"pod.stop", "pod.delete", "container.stop", "container.kill", "container.delete", "session.close"}
+)
 """Verbs that end things; a node full of hanging commands must still take these."""
 
 WAITING = frozenset({"container.wait"})

@@ -34,6 +34,7 @@ from vcnode.handlers.pod import (
     pod_stop,
 )
 from vcnode.handlers.services import Services
+from vcnode.handlers.session import session_close, session_exec, session_list, session_resume
 from vcnode.models.base import Reply
 from vcnode.models.call import Call
 
@@ -66,6 +67,10 @@ ROUTES: dict[str, Handler] = {
     "container.exec": container_exec,
     "container.list": container_list,
     "container.status": container_status,
+    "session.exec": session_exec,
+    "session.resume": session_resume,
+    "session.close": session_close,
+    "session.list": session_list,
     "image.import": image_import,
     "image.pull": image_pull,
     "image.list": image_list,

@@ -38,6 +38,7 @@ from vcnode.models.pod import (
     PodState,
     PodStatus,
 )
+from vcnode.models.sessions import Session, SessionClosed, SessionExec, Sessions
 from vcnode.settings import Settings
 
 
@@ -89,6 +90,20 @@ class Images(Protocol):
     def list(self) -> ImageStatuses: ...
     def status(self, name: str) -> ImageStatus: ...
     async def remove(self, name: str, call: Call) -> ImageRemoved: ...
+
+
+class StreamOpener(Protocol):
+    """What the handlers need of `vcnode.pods.streaming.StreamCommands`, where each method is described."""
+
+    async def exec(self, request: SessionExec, call: Call) -> Session: ...
+
+
+class SessionKeeper(Protocol):
+    """What the handlers need of `vcnode.pods.sessions.SessionRegistry`, where each method is described."""
+
+    def resume(self, session_id: str) -> Session: ...
+    def list(self, pod_id: str | None) -> Sessions: ...
+    def close(self, session_id: str) -> SessionClosed: ...
 
 
 class NodeService:
@@ -210,3 +225,5 @@ class Services:
     pods: Pods
     images: Images
     node: NodeService
+    streams: StreamOpener
+    sessions: SessionKeeper

@@ -31,6 +31,15 @@ from vcnode.models.pod import (
     PodStatus,
     StopOutcome,
 )
+from vcnode.models.sessions import (
+    Session,
+    SessionClosed,
+    SessionExec,
+    SessionList,
+    SessionName,
+    SessionResume,
+    Sessions,
+)
 from vcnode.models.signals import Signal
 
 
@@ -299,6 +308,12 @@ _ALL = (
     ),
     Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
     Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
+    Command(
+        "session.exec", SessionExec, Session, True, "Start a command with its streams in a session.", 60.0
+    ),
+    Command("session.resume", SessionResume, Session, True, "Take over the streams of a session."),
+    Command("session.close", SessionName, SessionClosed, True, "End a session and what it runs."),
+    Command("session.list", SessionList, Sessions, False, "List sessions."),
     Command("image.import", ImageImport, ImageStatus, True, "Make an image of a directory or tar.", 600.0),
     Command("image.pull", ImagePull, ImageStatus, True, "Fetch an image from a registry.", 600.0),
     Command("image.list", Empty, ImageStatuses, False, "List images."),

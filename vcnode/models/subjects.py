@@ -84,6 +84,15 @@ class Subjects:
         """One stream of a session."""
         return f"{self.prefix}.io.{_token(node)}.{_token(session)}.{channel}"
 
+    def every_io(self, node: str, channel: IoChannel) -> str:
+        """One stream of each session of *node*."""
+        return f"{self.prefix}.io.{_token(node)}.*.{channel}"
+
+    @staticmethod
+    def parse_io(subject: str) -> str:
+        """The session of the subject of a stream."""
+        return subject.split(".")[-2]
+
     @property
     def event_prefix(self) -> str:
         """What the subjects of all events begin with."""

@@ -42,6 +42,7 @@ from vcnode.models.pod import (
     PodStatus,
 )
 from vcnode.models.records import PodRecord
+from vcnode.models.subjects import Subjects
 from vcnode.pods import host
 from vcnode.pods.admission import Admission, new_id
 from vcnode.pods.audit import Auditor
@@ -61,9 +62,11 @@ from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.release import remove_layers
 from vcnode.pods.restarts import Restarter
+from vcnode.pods.sessions import SessionRegistry
 from vcnode.pods.start import Starter
 from vcnode.pods.stop import Stopper
 from vcnode.pods.store import Store
+from vcnode.pods.streaming import StreamCommands
 from vcnode.pods.templates import Templates
 from vcnode.pods.watch import Watcher
 from vcnode.settings import Settings
@@ -171,6 +174,17 @@ class PodService:
         self._stopper = Stopper(parts, containers)
         self._pauser = Pauser(parts, self._watcher)
         self._life = LifeCommands(parts)
+        self.sessions = SessionRegistry(
+            node_name=node_name,
+            subjects=Subjects(settings.nats.prefix),
+            tasks=tasks,
+            clock=clock,
+            limit=settings.limits.sessions,
+            window_bytes=settings.limits.session_window_bytes,
+        )
+        """Open sessions."""
+        self.streams = StreamCommands(parts, self.sessions)
+        """The commands that open sessions."""
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
         self._restarter = Restarter(parts, self._containers, self._starter, sleep)
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from tests.support.cli import run
-from vcnode.cli import containers, images, nodes, pods
+from vcnode.cli import containers, images, nodes, pods, sessions
 from vcnode.cli.command import Options, Output, execute
 from vcnode.cli.exits import Exit, UsageError
 from vcnode.errors import HypervisorError, NotFoundError
@@ -19,6 +19,7 @@ GROUPS: dict[str, typer.Typer] = {
     "container": containers.app,
     "image": images.app,
     "node": nodes.app,
+    "session": sessions.app,
 }
 
 

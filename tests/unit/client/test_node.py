@@ -13,10 +13,12 @@ import pytest
 from tests.unit.handlers.fakes import World, pod_status
 from vcnode.client import NodeClient
 from vcnode.client.requests import NobodyListensError
+from vcnode.client.streams import StreamMethods
 from vcnode.errors import DeadlineExceededError, InvalidArgumentError, NodeError, UnavailableError
 from vcnode.models import wire
 from vcnode.models.commands import COMMANDS
 from vcnode.models.pod import Cmd, ContainerSpec, EnvVar, PodSpec, PodState
+from vcnode.models.sessions import SessionExec
 from vcnode.models.subjects import Subjects
 
 
@@ -65,6 +67,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "pod.exec": ("p1", ["true"]),
     "container.create": ("p1", ContainerSpec(image="busybox")),
     "container.exec": ("p1", "c1", Cmd(args=("true",))),
+    "session.exec": (SessionExec(pod_id="p1", cmd=Cmd(args=("true",))),),
+    "session.resume": ("0" * 32,),
+    "session.close": ("0" * 32,),
+    "session.list": (),
     "image.import": ("busybox", "/srv/x"),
     "image.pull": ("registry.example/app:1",),
     "image.status": ("busybox",),
@@ -84,7 +90,8 @@ def arguments(verb: str) -> tuple[Any, ...]:
 
 def test_every_command_has_a_method_and_the_other_way_round() -> None:
     methods = {name for name, _ in inspect.getmembers(NodeClient, inspect.isfunction) if name[0] != "_"}
-    assert methods - {"enqueue"} == {verb.replace(".", "_") for verb in COMMANDS}
+    streams = {name for name in vars(StreamMethods) if name.endswith("_stream")}
+    assert methods - {"enqueue"} - streams == {verb.replace(".", "_") for verb in COMMANDS}
 
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))

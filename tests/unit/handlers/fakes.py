@@ -36,6 +36,7 @@ from vcnode.models.pod import (
     PodState,
     PodStatus,
 )
+from vcnode.models.sessions import Session, SessionClosed, SessionExec, Sessions, SessionSubjects
 from vcnode.pods.journal import Stored
 from vcnode.settings import Settings
 
@@ -238,6 +239,37 @@ class FakeImages:
         return ImageRemoved(name=name, existed=True)
 
 
+def session() -> Session:
+    subjects = SessionSubjects(stdin="i", stdout="o", stderr="e", control="c")
+    return Session(
+        session_id="0" * 32,
+        kind="exec",
+        pod_id="p1",
+        epoch=1,
+        window_bytes=1,
+        chunk_bytes=1,
+        lost_after_s=1,
+        subjects=subjects,
+        streams=(),
+    )
+
+
+class FakeStreams:
+    """One session, whatever its name."""
+
+    async def exec(self, request: SessionExec, call: Call) -> Session:
+        return session()
+
+    def resume(self, session_id: str) -> Session:
+        return session()
+
+    def list(self, pod_id: str | None) -> Sessions:
+        return Sessions(sessions=())
+
+    def close(self, session_id: str) -> SessionClosed:
+        return SessionClosed(existed=False)
+
+
 class MemoryJournal:
     """A journal without a disk; ``begin_gate`` makes it slow, ``finish_error`` makes it fail."""
 
@@ -300,7 +332,13 @@ class World:
             clock=clock,
         )
         self.dispatcher = Dispatcher(
-            Services(pods=self.pods, images=FakeImages(), node=self.node),
+            Services(
+                pods=self.pods,
+                images=FakeImages(),
+                node=self.node,
+                streams=FakeStreams(),
+                sessions=FakeStreams(),
+            ),
             self.journal,
             max_concurrent=max_concurrent,
             max_request_bytes=max_request_bytes,

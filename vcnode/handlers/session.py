@@ -1,0 +1,35 @@
+"""Commands that open sessions, and those about sessions."""
+
+from __future__ import annotations
+
+from vcnode.handlers.services import Services
+from vcnode.models.call import Call
+from vcnode.models.sessions import (
+    Session,
+    SessionClosed,
+    SessionExec,
+    SessionList,
+    SessionName,
+    SessionResume,
+    Sessions,
+)
+
+
+async def session_exec(node: Services, call: Call, request: SessionExec) -> Session:
+    """``session.exec``."""
+    return await node.streams.exec(request, call)
+
+
+async def session_resume(node: Services, call: Call, request: SessionResume) -> Session:
+    """``session.resume``."""
+    return node.sessions.resume(request.session_id)
+
+
+async def session_close(node: Services, call: Call, request: SessionName) -> SessionClosed:
+    """``session.close``."""
+    return node.sessions.close(request.session_id)
+
+
+def session_list(node: Services, call: Call, request: SessionList) -> Sessions:
+    """``session.list``."""
+    return node.sessions.list(request.pod_id)
