@@ -132,7 +132,10 @@ class Ledger:
             StorageError, ResourceExhaustedError: The database cannot be written; nothing is changed.
         """
 
-        return await self._write(pod_id, lambda tx: self._apply(tx, pod_id, edit, call))
+        def change(tx: Tx) -> PodRecord:
+            return self._apply(tx, pod_id, edit, call)
+
+        return await self._write(pod_id, change)
 
     async def begin_start(
         self,
