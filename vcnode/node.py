@@ -41,6 +41,8 @@ from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
 from vcnode.drivers.mock_host import MockHost
 from vcnode.drivers.network.bridge import BridgeNetwork, Nft
+from vcnode.drivers.network.cni import CniNetwork
+from vcnode.drivers.network.cnm import CnmNetwork
 from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
@@ -65,6 +67,7 @@ from vcnode.pods.received import Received
 from vcnode.pods.salvage import damaged_files
 from vcnode.pods.service import PodService
 from vcnode.pods.store import Store
+from vcnode.pods.templates import EVICT_EVERY_S
 from vcnode.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -118,6 +121,9 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
         agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
         networks={
             NetworkModel.NOOP: NoopNetwork(),
+            # Before the bridge, whose audit takes the namespace of any orphan away: plugins look into it.
+            NetworkModel.CNI: CniNetwork(settings.cni, settings.state_dir),
+            NetworkModel.CNM: CnmNetwork(settings.cnm, settings.state_dir),
             NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
         },
         storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),
@@ -263,6 +269,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
         pods.templates.warm()
+        tasks.spawn(pods.templates.evict_forever(EVICT_EVERY_S), name="old templates")
         pods.pool.start()
         pods.start_restarts()
         if settings.audit_interval_s:

@@ -131,6 +131,8 @@ class TemplateSettings(Group):
     """Shapes whose template is made or loaded when the node starts, before a pod asks for it."""
     max_total_mib: int = Field(default=4096, ge=0)
     """Space of all templates on disk; beyond it, those that were not used for longest go first."""
+    max_age_s: float = Field(default=7 * 86_400, gt=0)
+    """Seconds after whose last use a template goes, unless it is one to warm or of the pool."""
 
 
 class ImageSettings(Group):
@@ -182,6 +184,32 @@ class RestartSettings(Group):
     """Most seconds before a restart."""
     reset_after_s: float = Field(default=600.0, ge=0)
     """What has run for so many seconds was healthy: its next restart counts as the first."""
+
+
+class CniSettings(Group):
+    """How network model ``cni`` finds its plugins."""
+
+    conf_dir: Path = Path("/etc/cni/net.d")
+    """Network configurations (``*.conflist``, ``*.conf``, ``*.json``); the first by name is the default."""
+    bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    """Where plugins are; the first directory that has one wins."""
+    timeout_s: float = Field(default=20.0, gt=0)
+    """Limit of one call of a plugin."""
+    gc: bool = False
+    """Whether plugins forget at the node's start what is none of its pods' (GC of CNI 1.1). Only when nobody
+    else on the host uses these networks."""
+
+
+class CnmSettings(Group):
+    """Which namespaces network model ``cnm`` takes."""
+
+    allowed_dirs: tuple[Path, ...] = (
+        Path("/run/netns"),
+        Path("/var/run/netns"),
+        Path("/run/docker/netns"),
+        Path("/var/run/docker/netns"),
+    )
+    """A pod's ``netns_path`` must lie below one of these."""
 
 
 class LimitSettings(Group):
@@ -269,6 +297,8 @@ class Settings(BaseSettings):
     images: ImageSettings = ImageSettings()
     bridge: BridgeSettings = BridgeSettings()
     restarts: RestartSettings = RestartSettings()
+    cni: CniSettings = CniSettings()
+    cnm: CnmSettings = CnmSettings()
     limits: LimitSettings = LimitSettings()
 
     @property

@@ -12,7 +12,7 @@ from tests.integration.guest_here import make_busybox
 from vcnode.drivers.hypervisor.qemu import templates as qemu_templates
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
+from vcnode.models.pod import Cmd, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.node import Node, running
 from vcnode.settings import NatsSettings, PoolSettings, QemuSettings, Settings
 
@@ -29,6 +29,12 @@ async def until_ready(node: Node, count: int) -> None:
         while sum(status.ready for status in node.pods.pool.statuses()) != count:
             await node.pods.pool.changed.wait()
             node.pods.pool.changed.clear()
+
+
+def loaded_ram(node: Node, key: str) -> Path:
+    """The memory that clones map."""
+    hypervisor = node.drivers.hypervisors[HypervisorType.QEMU]
+    return Path(f"/proc/self/fd/{hypervisor._sources._store.load(key).ram_fd}")
 
 
 async def in_guest(node: Node, pod_id: str, script: str) -> list[str]:
@@ -57,6 +63,8 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
         await node.images.import_("box", str(short_dir / "box"), Call("import", "image.import"))
         (template,) = (settings.state_dir / "templates").iterdir()
         before = qemu_templates._digest_ram(template / "ram")
+        in_use = loaded_ram(node, template.name)
+        assert qemu_templates._digest_ram(in_use) == before
         facts = []
         try:
             for pod_id in ("p1", "p2"):  # the first one's spare has not rehearsed, the second one's has
@@ -73,6 +81,7 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
                 assert mine != other
             await in_guest(node, "p1", DIRTY)
             assert qemu_templates._digest_ram(template / "ram") == before
+            assert qemu_templates._digest_ram(in_use) == before
         finally:
             for pod_id in ("p1", "p2"):
                 await node.pods.delete(pod_id, True, Call(f"delete-{pod_id}", "pod.delete"))

@@ -153,6 +153,8 @@ class TemplateInfo:
     key: str
     used_bytes: int
     """On disk; in use it takes about as much memory, once for all its clones."""
+    idle_s: float = 0.0
+    """Seconds since it was last used."""
 
 
 class Templating(Protocol):

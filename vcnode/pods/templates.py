@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 LOAD_LIMIT_S = 60.0
 SAVE_LIMIT_S = 120.0
+EVICT_EVERY_S = 3600.0
+"""Between two looks for templates that are too old."""
 REQUEST_LIMIT_S = 30.0
 
 
@@ -230,8 +232,8 @@ class Templates:
             if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
                 return
             await self._boot_and_save(kind)
-            await self._evict(kind)
             await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S)
+            await self.evict()
         except VcnodeError as exc:
             log.warning("No template for %s could be made", kind.shape, exc_info=exc)
         else:
@@ -259,14 +261,34 @@ class Templates:
                 log.warning("Making a template has left %s", left)
             self.making.discard(vm_id)  # what was left is an orphan from now on, and the next audit's
 
-    async def _evict(self, new: Kind) -> None:
-        """Keep the templates within their size on disk; those that were used last stay."""
-        room = self._settings.templates.max_total_mib * 1024 * 1024
-        for info in await new.templating.list_templates():
-            room -= info.used_bytes
-            if room < 0 and info.key != new.key:
-                log.info("Dropping template %s: more than max_total_mib", info.key)
-                await new.templating.drop_template(info.key)
+    async def evict(self) -> None:
+        """Drop templates that are too old, and while all take too much room, those not used for longest.
+
+        Those that the settings want to be ready stay.
+        """
+        limits = self._settings.templates
+        shapes = (*limits.warm, *self._settings.pool)
+        wanted = {kind.key for shape in shapes if (kind := self.kind(shape)) is not None}
+        for hypervisor in self._hypervisors.values():
+            if "templates" not in hypervisor.info.capabilities:
+                continue
+            templating = cast(Templating, hypervisor)
+            room = limits.max_total_mib * 1024 * 1024
+            for info in await templating.list_templates():
+                room -= info.used_bytes
+                if info.key not in wanted and (room < 0 or info.idle_s > limits.max_age_s):
+                    log.info("Dropping template %s, last used %.0f s ago", info.key, info.idle_s)
+                    await templating.drop_template(info.key)
+                    room += info.used_bytes
+
+    async def evict_forever(self, every_s: float) -> None:
+        """Evict now and every so many seconds."""
+        while True:
+            try:
+                await self.evict()
+            except VcnodeError as exc:
+                log.warning("Templates cannot be looked through now", exc_info=exc)
+            await asyncio.sleep(every_s)
 
 
 async def prepare(

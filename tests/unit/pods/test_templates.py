@@ -11,7 +11,7 @@ import pytest
 from tests.unit.pods.world import World, pod
 from vcnode.errors import FailedPreconditionError, UnsupportedError
 from vcnode.models.pod import PodState, PodStatus
-from vcnode.settings import ShapeSettings, TemplateSettings
+from vcnode.settings import PoolSettings, ShapeSettings, TemplateSettings
 
 Make = Callable[..., World]
 
@@ -107,6 +107,42 @@ async def test_a_template_that_cannot_be_made_leaves_nothing(make: Make, step: s
     assert world.vms.templates == {}
     assert len(world.vms.alive) == len(world.host.vm_dirs) == 1
     assert world.pods.templates.making == set()
+
+
+def with_settings(world: World, **changed: object) -> World:
+    world.settings = world.settings.model_copy(update=changed)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({}, ["new", "old", "oldest"]),
+        ({"max_age_s": 50}, ["new"]),
+        ({"max_age_s": 150}, ["new", "old"]),
+        ({"max_total_mib": 30}, ["new", "old", "oldest"]),
+        ({"max_total_mib": 29}, ["new", "old"]),
+        ({"max_total_mib": 10}, ["new"]),
+    ],
+)
+async def test_templates_go_by_age_and_size(make: Make, limits: dict[str, int], left: list[str]):
+    world = await with_settings(make(), templates=TemplateSettings(**limits)).start()
+    mib = 1024 * 1024
+    world.vms.templates = {"new": "vm-1", "old": "vm-2", "oldest": "vm-3"}
+    world.vms.template_facts = {"new": (10 * mib, 1), "old": (10 * mib, 100), "oldest": (10 * mib, 200)}
+    await world.pods.templates.evict()
+    assert list(world.vms.templates) == left
+
+
+async def test_templates_that_are_to_be_ready_stay(make: Make):
+    limits = TemplateSettings(warm=(ShapeSettings(),), max_age_s=1, max_total_mib=0)
+    pool = (PoolSettings(mem_size_mib=512),)
+    world = await with_settings(make(), templates=limits, pool=pool).start()
+    keys = [f"mock-1-{mem}-0" for mem in (256, 512, 1024)]
+    world.vms.templates = dict.fromkeys(keys, "vm-1")
+    world.vms.template_facts = dict.fromkeys(keys, (1 << 30, 1e6))
+    await world.pods.templates.evict()
+    assert list(world.vms.templates) == keys[:2]
 
 
 async def test_listed_shapes_are_made_at_the_start(make: Make):

@@ -109,8 +109,11 @@ def test_those_used_last_come_first(store: TemplateStore):
     os.utime(old, (1, 1))
     os.utime(new, (2, 2))
     assert store.names() == [new.name, old.name]
+    assert store.idle_s(old.name) > store.idle_s(new.name) > 1e9
     store.load(old.name)
     assert store.names() == [old.name, new.name]
+    assert store.idle_s(old.name) < 60
+    assert store.idle_s("e" * 32) == 0
 
 
 def test_a_state_is_read_from_its_beginning():

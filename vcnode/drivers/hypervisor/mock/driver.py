@@ -198,7 +198,8 @@ class MockHypervisor:
 
     async def list_templates(self) -> Sequence[TemplateInfo]:
         """See Protocol Templating."""
-        return [TemplateInfo(key, 0) for key in self.world.templates]
+        facts = self.world.template_facts
+        return [TemplateInfo(key, *facts.get(key, (0, 0.0))) for key in self.world.templates]
 
     async def load_template(self, key: str, *, timeout_s: float) -> bool:
         """See Protocol Templating."""

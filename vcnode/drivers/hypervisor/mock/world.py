@@ -50,6 +50,7 @@ class MockWorld:
         self.machines: dict[str, MockMachine] = {}
         """By VM id, the ended ones too."""
         self.templates: dict[str, str] = {}
+        self.template_facts: dict[str, tuple[int, float]] = {}
         """The VM that each was made of, by key."""
 
     @property

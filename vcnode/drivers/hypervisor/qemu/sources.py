@@ -81,7 +81,8 @@ class Sources:
         """See `vcnode.drivers.base.Templating.list_templates`."""
 
         def read() -> list[TemplateInfo]:
-            return [TemplateInfo(key, self._store.used_bytes(key)) for key in self._store.names()]
+            store = self._store
+            return [TemplateInfo(key, store.used_bytes(key), store.idle_s(key)) for key in store.names()]
 
         return await asyncio.to_thread(read)
 

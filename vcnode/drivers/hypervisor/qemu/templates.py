@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,13 @@ class TemplateStore:
         ]
         return [name for _, name in sorted(found, reverse=True)]
 
+    def idle_s(self, key: str) -> float:
+        """Seconds since it was last used; 0 when there is none."""
+        try:
+            return max(0.0, time.time() - (self._directory / key).stat().st_mtime)
+        except FileNotFoundError:
+            return 0.0
+
     def has(self, key: str) -> bool:
         """Whether there is such a template; it may still prove damaged when it is loaded."""
         return key in self._loaded or (self._directory / key / "manifest.json").is_file()
@@ -223,6 +231,7 @@ def _fill(fd: int, ram: Path) -> str:
                 piece = chunk[begin : begin + HOLE_BYTES]
                 if piece != _ZEROS[: len(piece)]:
                     os.pwrite(fd, piece, offset + begin)
+        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from here on the copy is used
     return digest.hexdigest()
 
 
