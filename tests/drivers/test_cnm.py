@@ -54,6 +54,7 @@ class Place:
         self.ip("route", "add", "10.90.0.0/16", "via", "10.89.0.1", "dev", "net1", "metric", "7")
         self.ip("route", "add", "default", "via", "10.88.0.1")
         self.ip("-6", "route", "add", "default", "via", "fd88::1")
+        networks.settle(self.path, "eth0", "net1", "bare")
 
     def driver(self) -> CnmNetwork:
         return CnmNetwork(CnmSettings(), self.directory / "state")

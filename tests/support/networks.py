@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,23 @@ def picture(netns: str) -> dict[str, Any]:
         "qdiscs": show("qdisc", "show", netns=netns, program="tc"),
     }
     return {name: steady(look) for name, look in looks.items()}
+
+
+def settle(netns: str, *names: str) -> None:
+    """Wait until interfaces have a carrier and a link-local address, which come a moment later."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = {link["ifname"]: link for link in show("addr", netns=netns)}
+        ready = [
+            name
+            for name in names
+            if "NO-CARRIER" not in found[name]["flags"]
+            and any(a["scope"] == "link" and "tentative" not in a for a in found[name]["addr_info"])
+        ]
+        if len(ready) == len(names):
+            return
+        assert time.monotonic() < deadline, f"{set(names) - set(ready)} does not come up"
+        time.sleep(0.01)
 
 
 def own_namespaces() -> set[str]:
