@@ -10,15 +10,18 @@ from vcnode.client import Client
 from vcnode.doctor import Finding, Probe
 from vcnode.errors import VcnodeError
 from vcnode.guest import image
+from vcnode.models.network import NetworkModel
 from vcnode.models.pod import HypervisorType
 from vcnode.settings import Settings
 
 
 def probes(settings: Settings) -> Sequence[tuple[str, Probe]]:
     """The checks, by name."""
+    cni = (("cni", lambda: check_cni(settings)),) if settings.network is NetworkModel.CNI else ()
     return (
         ("accelerator", lambda: check_accelerator(settings)),
         ("guest-image", lambda: check_guest_image(settings)),
+        *cni,
         ("nats", lambda: check_nats(settings)),
     )
 
@@ -57,6 +60,22 @@ async def check_guest_image(settings: Settings) -> Finding:
     if await asyncio.to_thread(image.is_current, found):
         return Finding("guest-image", "ok", detail)
     return Finding("guest-image", "warn", f"{detail}, made by another version of vcnode", build)
+
+
+async def check_cni(settings: Settings) -> Finding:
+    """CNI networks are configured, and their plugins are there and ready."""
+    from vcnode.drivers.network.cni import CniNetwork
+
+    ready, problems = await CniNetwork(settings.cni, settings.state_dir).examine()
+    mend = (
+        f"Put a configuration into {settings.cni.conf_dir}, and its plugins (package "
+        f"containernetworking-plugins) into one of {', '.join(map(str, settings.cni.bin_dirs))}."
+    )
+    if problems:
+        return Finding("cni", "warn" if ready else "fail", " ".join(problems), mend)
+    if not ready:
+        return Finding("cni", "fail", f"no network in {settings.cni.conf_dir}", mend)
+    return Finding("cni", "ok", f"networks {', '.join(ready)}; the first is the default")
 
 
 async def check_nats(settings: Settings) -> Finding:

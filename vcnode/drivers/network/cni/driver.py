@@ -78,6 +78,25 @@ class CniNetwork:
         if self._settings.gc:
             await self._collect(found)
 
+    async def examine(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Ask all plugins whether they are there and ready; changes nothing.
+
+        Returns:
+            Names of the networks that pods can join, the default first; and what is wrong, one sentence each.
+        """
+        found = await self._load()
+        ready: list[str] = []
+        problems = list(found.problems)
+        for network in found.networks:
+            try:
+                version = await self._runtime.agree(network)
+                await self._runtime.status(network, version)
+            except NetworkError as exc:
+                problems.append(exc.message)
+            else:
+                ready.append(network.name)
+        return tuple(ready), tuple(problems)
+
     async def _load(self) -> config.Directory:
         return await asyncio.to_thread(config.load, self._settings.conf_dir)
 
