@@ -16,6 +16,7 @@ from vcnode.errors import FailedPreconditionError
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
+from vcnode.models.probes import Probe, Probes
 from vcnode.models.signals import signal_number
 from vcnode.node import Node, running
 from vcnode.settings import NatsSettings, QemuSettings, Settings
@@ -46,13 +47,22 @@ class Rig:
 
     def container(self, container_id: str, *args: str, **fields: object) -> ContainerSpec:
         """A container of busybox."""
-        return ContainerSpec(id=container_id, rootfs=str(self.box), cmd=Cmd(args=args), **fields)  # type: ignore[arg-type]
+        given = {"id": container_id, "rootfs": str(self.box), "cmd": Cmd(args=args), **fields}
+        return ContainerSpec.model_validate(given, strict=False)
 
     async def start(self, container_id: str, *args: str, **fields: object) -> None:
         """Add a container and start it."""
         spec = self.container(container_id, *args, **fields)
         await self.node.pods.create_container("p1", spec, self.call())
         await self.node.pods.start_container("p1", container_id, self.call())
+
+    async def until_ready(self, container_id: str, *, ready: bool) -> None:
+        """Wait until a container is ready, or is not."""
+        changed = asyncio.Event()
+        with self.node.pods._ledger.listening("p1", changed.set):
+            while self.node.pods.container_status("p1", container_id).ready is not ready:
+                await changed.wait()
+                changed.clear()
 
     async def shell(self, script: str, container_id: str | None = "main") -> str:
         """What a shell prints in a container, or in the guest."""
@@ -85,6 +95,8 @@ async def test_a_life(guest_image: Path, short_dir: Path) -> None:
             await freeze(rig)
             await signals_and_waits(rig)
             await list_processes(rig)
+            await readiness(rig)
+            await liveness(rig)
             await stop_paused(rig)
     finally:
         async with rig.agent():
@@ -149,6 +161,51 @@ async def list_processes(rig: Rig) -> None:
     few = await rig.node.pods.processes("p1", "many", 2, rig.call())
     assert (len(few.processes), few.total) == (2, 4)
     await rig.node.pods.delete_container("p1", "many", True, rig.call())
+
+
+def probe(timeout_s: float = 20.0, **action: dict[str, object]) -> Probe:
+    """A probe that is tried often, and fails at its first failure."""
+    timing = {"period_s": 0.2, "timeout_s": timeout_s, "failure_threshold": 1}
+    return Probe.model_validate({**action, **timing}, strict=False)
+
+
+async def readiness(rig: Rig) -> None:
+    """Ready when the server in the container answers as it should, and not before; also without a node."""
+    script = "while test ! -e /tmp/go; do sleep 0.1; done; exec /bin/busybox httpd -f -p 8080 -h /tmp"
+    probes = Probes(
+        startup=Probe.model_validate({"tcp": {"port": 8080}, "period_s": 0.2, "failure_threshold": 999}),
+        readiness=probe(http={"port": 8080, "path": "/index.html"}),
+        liveness=probe(exec={"args": ["test", "-d", "/tmp"]}),
+    )
+    await rig.start("web", "sh", "-c", script, probes=probes)
+    assert not rig.node.pods.container_status("p1", "web").ready
+    await rig.shell("echo hello > /tmp/index.html; touch /tmp/go", "web")
+    await rig.until_ready("web", ready=True)
+    await rig.shell("rm /tmp/index.html", "web")
+    await rig.until_ready("web", ready=False)
+    await rig.shell("echo hello > /tmp/index.html", "web")
+    await rig.until_ready("web", ready=True)
+    await rig.node.pods.delete_container("p1", "web", True, rig.call())
+
+
+async def liveness(rig: Rig) -> None:
+    """A probe that hangs ends its container, which starts again; what the probe started is gone."""
+    await rig.start(
+        "sick",
+        "sleep",
+        "infinity",
+        probes=Probes(liveness=probe(0.5, exec={"args": ["sh", "-c", "sleep 4711 & sleep 4711"]})),
+        restart_policy="on-failure",
+    )
+    reply = await rig.node.pods.wait_container("p1", "sick", "exited")
+    assert reply.container is not None
+    assert reply.container.reason == "Its liveness probe failed: no answer within 0.5 s"
+    assert reply.container.exit_code == 143
+    assert (await rig.node.pods.wait_container("p1", "sick", "running")).container is not None
+    assert rig.node.pods.container_status("p1", "sick").restart_count == 1
+    await rig.node.pods.stop_container("p1", "sick", None, rig.call())
+    assert "4711" not in await rig.shell("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", None)
+    await rig.node.pods.delete_container("p1", "sick", False, rig.call())
 
 
 async def stop_paused(rig: Rig) -> None:

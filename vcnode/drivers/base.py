@@ -206,6 +206,16 @@ class ContainerExited:
     container_id: str
     exit_code: int
     oom_killed: bool
+    probe_failure: str | None = None
+    """Why its probes have ended it, if they have."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerHealth:
+    """The probes of a container say something new."""
+
+    container_id: str
+    ready: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +225,7 @@ class SessionLost:
     reason: str
 
 
-GuestEvent = ContainerExited | SessionLost
+GuestEvent = ContainerExited | ContainerHealth | SessionLost
 
 
 class RunningProcess(Protocol):

@@ -20,6 +20,7 @@ from vcnode.models.base import (
     Request,
 )
 from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
+from vcnode.models.probes import Probes
 from vcnode.models.signals import Signal
 
 MIN_MEM_SIZE_MIB = 128
@@ -182,6 +183,8 @@ class ContainerSpec(Request):
     max_restarts: int | None = Field(default=None, ge=1, le=1_000_000)
     """With ``on-failure``: most restarts in a row; a healthy time between them begins a new one.
     Default: any."""
+    probes: Probes = Probes()
+    """How it is found out whether it has started, is ready, and still works."""
     labels: Labels = {}
     """For selection."""
     annotations: Labels = {}
@@ -272,6 +275,8 @@ class ContainerStatus(Reply):
     """Its id."""
     state: ContainerState
     """``ready``, ``running``, ``paused`` or ``stopped``."""
+    ready: bool = False
+    """Whether it runs, and its startup and readiness probes, if it has them, say that it is ready."""
     pid: int | None = None
     """Process id of the main process inside the guest, while it runs."""
     exit_code: int | None = None
@@ -332,6 +337,8 @@ class PodStatus(Reply):
     """Where it is in its life."""
     reason: str | None = None
     """Why it failed, with the last words of the guest's console where they help."""
+    ready: bool = False
+    """Whether it runs and all of its containers are ready."""
     restart_count: int = 0
     """How often its restart policy has started it again since a command last did."""
     restart_at: Moment | None = None

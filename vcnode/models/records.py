@@ -42,6 +42,8 @@ class ContainerRecord(Data):
     """What that image says about the process to run."""
     layer_id: str | None = None
     """Of its writable disk, if it has one: made at the first start, removed with the container."""
+    ready: bool = False
+    """What its probes said last; without effect unless it runs."""
     pid: int | None = None
     """Main process in the guest."""
     exit_code: int | None = None

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from vcnode.models.base import Moment
 from vcnode.models.network import DnsConfig, Endpoint, NetworkConfig, NetworkModel, NetworkNamespace
 from vcnode.models.pod import ContainerResources, HypervisorType
+from vcnode.models.probes import Probes
 
 
 class Data(BaseModel):
@@ -159,6 +160,12 @@ class GuestContainer(Data):
     """Main process."""
     resources: ContainerResources = ContainerResources()
     """cgroup limits."""
+    probes: Probes = Probes()
+    """What the guest agent tries while it runs."""
+    stop_signal: int = 15
+    """Signal that asks it to end when its probes have failed."""
+    stop_timeout_s: float = 0.0
+    """Seconds between that and SIGKILL."""
 
 
 class GuestConfig(Data):
@@ -193,6 +200,10 @@ class GuestContainerState(Data):
     """Whether its memory limit ended it."""
     finished_at: Moment | None = None
     """By the guest's clock."""
+    ready: bool | None = None
+    """Whether its probes say that it is ready; None: the agent does not know."""
+    probe_failure: str | None = None
+    """Why its probes have ended it."""
 
 
 class GuestInfo(Data):

@@ -145,6 +145,9 @@ class Containers:
             hostname=hostname_of(record),
             process=guest_process(container.spec, container.image_config),
             resources=container.spec.resources,
+            probes=container.spec.probes,
+            stop_signal=stop_signal(container),
+            stop_timeout_s=container.spec.stop_timeout_s,
         )
         undo.push(f"container {cid}", lambda: session.delete_container(cid, timeout_s=REQUEST_LIMIT_S))
         try:

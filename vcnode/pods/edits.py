@@ -333,6 +333,19 @@ def container_exited(
     return edit
 
 
+def container_health(cid: str, ready: bool) -> Edit:
+    """A container's probes say whether it is ready; nothing changes if that was known, or it does not run."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        known = next((c for c in record.containers if c.spec.id == cid), None)
+        if known is None or known.state not in CONTAINER_ALIVE or known.ready is ready:
+            return record, ()
+        kind = EventKind.CONTAINER_READY if ready else EventKind.CONTAINER_UNREADY
+        return _with(record, known.model_copy(update={"ready": ready})), (News(kind, cid),)
+
+    return edit
+
+
 def container_restart_failed(cid: str, reason: str, now: datetime, backoff: Backoff) -> Edit:
     """A restart of a container did not succeed: when is the next?"""
 
@@ -448,6 +461,7 @@ def _started(pod_id: str, container: ContainerRecord, pid: int, now: datetime, v
             "oom_killed": False,
             "reason": None,
             "restarts": Restarts(),
+            "ready": not container.spec.probes.gate_readiness,
             "started_at": now,
             "finished_at": None,
         }
@@ -468,6 +482,7 @@ def _ended(
         update={
             "state": next_container_state(name, container.state, ContainerStep.EXIT, "exit"),
             "pid": None,
+            "ready": False,
             "exit_code": exit_code,
             "oom_killed": oom_killed,
             "reason": reason,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from vcnode import aio
-from vcnode.drivers.base import ContainerExited, GuestSession, Vm
+from vcnode.drivers.base import ContainerExited, ContainerHealth, GuestSession, Vm
 from vcnode.errors import AgentError, FailedPreconditionError
 from vcnode.models.vm import ContainerRoot, VmExit
 
@@ -39,6 +39,8 @@ class LivePod:
         """Containers whose start is under way and not yet recorded."""
         self.early_exits: dict[str, ContainerExited] = {}
         """Exits of those, to be recorded after their starts."""
+        self.early_health: dict[str, ContainerHealth] = {}
+        """What their probes said last, before that."""
         self.unsaved_exits: set[str] = set()
         """Containers whose end was seen, but could not be recorded yet."""
         self.tasks: set[asyncio.Task[None]] = set()
@@ -66,12 +68,14 @@ class LivePod:
         """Note that a container is about to run."""
         self.starting.add(container_id)
         self.early_exits.pop(container_id, None)
+        self.early_health.pop(container_id, None)
         self._exits[container_id] = asyncio.Event()
 
     def container_did_not_start(self, container_id: str) -> None:
         """Note that a container's start was taken back."""
         self.starting.discard(container_id)
         self.early_exits.pop(container_id, None)
+        self.early_health.pop(container_id, None)
 
     def container_ended(self, container_id: str) -> None:
         """Wake whoever waits for the container's end."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from vcnode.models.pod import ContainerStatus, HypervisorStatus, PodStatus
+from vcnode.models.pod import (
+    ContainerState,
+    ContainerStatus,
+    HypervisorStatus,
+    PodState,
+    PodStatus,
+)
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import VmRecord
 
@@ -20,6 +26,7 @@ def pod_status(record: PodRecord, *, node: str, mock: bool) -> PodStatus:
         node=node,
         state=record.state,
         reason=record.reason,
+        ready=record.state is PodState.RUNNING and all(_is_ready(c) for c in record.containers),
         restart_count=record.restarts.count,
         restart_at=record.restarts.at,
         revision=record.revision,
@@ -48,6 +55,7 @@ def container_status(pod_id: str, record: ContainerRecord) -> ContainerStatus:
         pod_id=pod_id,
         container_id=container_id(record),
         state=record.state,
+        ready=_is_ready(record),
         pid=record.pid,
         exit_code=record.exit_code,
         oom_killed=record.oom_killed,
@@ -64,6 +72,10 @@ def container_status(pod_id: str, record: ContainerRecord) -> ContainerStatus:
         labels=spec.labels,
         annotations=spec.annotations,
     )
+
+
+def _is_ready(record: ContainerRecord) -> bool:
+    return record.ready and record.state is ContainerState.RUNNING
 
 
 def container_id(record: ContainerRecord) -> str:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from vcnode.drivers.base import ContainerExited, SessionLost
+from vcnode.drivers.base import ContainerExited, ContainerHealth, SessionLost
 from vcnode.errors import AgentError, HypervisorError, ResourceExhaustedError, StorageError, VcnodeError
 from vcnode.models.events import EventKind
 from vcnode.models.pod import ContainerState, PodState
@@ -60,6 +60,9 @@ class Watcher:
         """Record the exits that came before the starts they belong to; call it after recording those."""
         live.starting.clear()
         exits, live.early_exits = live.early_exits, {}
+        healths, live.early_health = live.early_health, {}
+        for health in healths.values():
+            await self._container_health(live, health)
         for event in exits.values():
             await self._container_exited(live, event)
 
@@ -101,8 +104,11 @@ class Watcher:
             if container.state in CONTAINER_ALIVE:
                 if state is None or state.state not in ("running", "paused"):
                     await self._ended_meanwhile(live, cid, state)
-                elif state.state != container.state:
-                    await self._undo_pause(live, container)
+                else:
+                    if state.state != container.state:
+                        await self._undo_pause(live, container)
+                    if state.ready is not None:
+                        await self._container_health(live, ContainerHealth(cid, state.ready))
             elif state is not None and cid not in live.starting:
                 await self._undo_unrecorded(live, container, state)
 
@@ -198,6 +204,8 @@ class Watcher:
                     return reason
                 case ContainerExited():
                     await self._container_exited(live, event)
+                case ContainerHealth():
+                    await self._container_health(live, event)
         return None
 
     async def _reconnect(self, live: LivePod) -> bool:
@@ -218,6 +226,21 @@ class Watcher:
         finally:
             live.restoring = False
 
+    async def _container_health(self, live: LivePod, event: ContainerHealth) -> None:
+        """Record what probes say; a guest that repeats itself or reports nonsense costs no disk write."""
+        if event.container_id in live.starting:
+            live.early_health[event.container_id] = event
+            return
+        record = self._parts.ledger.find(live.pod_id)
+        edit = edits.container_health(event.container_id, event.ready)
+        if record is None or edit(record)[0] is record:
+            return
+        try:
+            await self._parts.ledger.change(live.pod_id, edit)
+        except VcnodeError as exc:
+            # Not worth holding up what else the guest reports: the next session asks for it again.
+            log.warning("Pod %s: what its probes say cannot be saved", live.pod_id, exc_info=exc)
+
     async def _container_exited(self, live: LivePod, event: ContainerExited) -> None:
         if event.container_id in live.starting:
             live.early_exits[event.container_id] = event
@@ -232,7 +255,7 @@ class Watcher:
             event.container_id,
             event.exit_code,
             oom_killed=event.oom_killed,
-            reason="It used more memory than its limit." if event.oom_killed else None,
+            reason=_why(event.oom_killed, event.probe_failure),
             now=self._parts.clock(),
             backoff=self._parts.backoff,
         )
@@ -243,7 +266,11 @@ class Watcher:
             cid,
             None if state is None else state.exit_code,
             oom_killed=state is not None and state.oom_killed,
-            reason="The guest does not know it any more." if state is None else None,
+            reason=(
+                "The guest does not know it any more."
+                if state is None
+                else _why(state.oom_killed, state.probe_failure)
+            ),
             now=self._parts.clock(),
             backoff=self._parts.backoff,
         )
@@ -300,6 +327,11 @@ class Watcher:
                 log.warning("Pod %s: cannot save, next try in %s s", pod_id, pause_s, exc_info=exc)
             attempt += 1
             await asyncio.sleep(pause_s)
+
+
+def _why(oom_killed: bool, probe_failure: str | None) -> str | None:
+    """Why a container ended, where its exit code does not say it."""
+    return "It used more memory than its limit." if oom_killed else probe_failure
 
 
 def _vm_ended(pod_id: str, reason: str) -> str:

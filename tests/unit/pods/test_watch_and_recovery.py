@@ -129,7 +129,7 @@ async def test_exits_that_a_hostile_guest_makes_up_cost_no_disk_write(world: Wor
     commits = world.plan.log.count("commit")
     (session,) = world.agent._sessions.values()
     for n in range(50):
-        session._on_exit(ContainerExited(f"x{n}", 0, oom_killed=False))
+        session._on_event(ContainerExited(f"x{n}", 0, oom_killed=False))
     await asyncio.sleep(0.01)
     assert world.plan.log.count("commit") == commits
     assert world.pods.status("p1").containers[0].state == "running"
@@ -138,7 +138,7 @@ async def test_exits_that_a_hostile_guest_makes_up_cost_no_disk_write(world: Wor
 async def test_an_out_of_memory_kill_is_told(world: World) -> None:
     await world.pods.run(pod(), world.call())
     (session,) = world.agent._sessions.values()
-    session._on_exit(ContainerExited("c1", 137, oom_killed=True))
+    session._on_event(ContainerExited("c1", 137, oom_killed=True))
     event = await world.until_event("container.exited")
     assert event.data["oom_killed"] is True
     assert "memory" in event.data["reason"]

@@ -67,13 +67,24 @@ class Agent:
         self._port = port.Port(self.loop, port_fd, introduction)
         mounts = mounts or Mounts()
         disks = Disks(self.loop, f"{mounts.run}/disks")
-        self.containers = Containers(self.loop, mounts, disks, spawner, self._container_exited, cgroup_root)
+        self.containers = Containers(
+            self.loop,
+            mounts,
+            disks,
+            spawner,
+            self._container_exited,
+            cgroup_root,
+            health_changed=self._health_changed,
+        )
         execs = Execs(self.loop, self._port, spawner)
         self._service = Service(self._port, self.containers, execs, introduction, self._shut_down)
         self._port.listener = self._service
 
     def _container_exited(self, container: Container) -> None:
         self._service.container_exited(container)
+
+    def _health_changed(self, container: Container) -> None:
+        self._service.health_changed(container)
 
     def _shut_down(self) -> None:
         self.containers.kill_all()

@@ -27,9 +27,11 @@ from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
 from vcnode.guest.agent.freezer import Freezing
 from vcnode.guest.agent.loop import IN
+from vcnode.guest.agent.probes import Exec, Runner, connect
 from vcnode.guest.agent.processes import Listing
 from vcnode.guest.agent.ring import Ring
 from vcnode.guest.agent.undo import Undo
+from vcnode.guest.health import Health
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,10 +39,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vcnode.guest.agent.disks import Disks
-    from vcnode.guest.agent.loop import Loop
+    from vcnode.guest.agent.loop import Loop, Timer
     from vcnode.guest.agent.mounts import Mounts
     from vcnode.guest.agent.process import ProcessSpec
     from vcnode.guest.agent.spawn import Spawned, Spawner
+    from vcnode.guest.health import ProbeSpec
 
     Done = Callable[[Failure | None], None]
 
@@ -60,9 +63,12 @@ class ContainerSpec:
         "hostname",
         "layer_disk_id",
         "limits",
+        "probes",
         "process",
         "readonly",
         "shared_name",
+        "stop_signal",
+        "stop_timeout_s",
     )
 
     def __init__(
@@ -76,6 +82,9 @@ class ContainerSpec:
         hostname: str,
         process: ProcessSpec,
         limits: dict[str, str],
+        probes: dict[str, ProbeSpec],
+        stop_signal: int,
+        stop_timeout_s: float,
     ) -> None:
         self.container_id = container_id
         self.shared_name = shared_name
@@ -85,6 +94,10 @@ class ContainerSpec:
         self.hostname = hostname
         self.process = process
         self.limits = limits
+        self.probes = probes
+        self.stop_signal = stop_signal
+        self.stop_timeout_s = stop_timeout_s
+        """How a container is ended whose probes have failed."""
 
 
 class Container:
@@ -96,6 +109,12 @@ class Container:
         self.state = CREATED
         self.undo = Undo()
         self.main: Spawned | None = None
+        self.health: Health
+        """Set as soon as it is made."""
+        self.probe_failure: str | None = None
+        """Why its probes have ended it."""
+        self.grace: Timer | None = None
+        """Kills it when its grace is over."""
         self.paused = False
         """Its processes are frozen; only while it is running."""
         self.freezing: Freezing | None = None
@@ -128,6 +147,9 @@ class Container:
             "exit_code": self.exit_code,
             "oom_killed": self.oom_killed,
             "finished_at_ns": self.finished_at_ns,
+            "started": self.health.started,
+            "ready": self.health.ready,
+            "probe_failure": self.probe_failure,
         }
 
     @property
@@ -148,6 +170,7 @@ class Containers:
         spawner: Makes processes.
         exited: Called with a container whose main process has ended.
         cgroup_root: Where cgroup v2 is mounted.
+        health_changed: Called with a container whose health is another.
     """
 
     def __init__(
@@ -158,12 +181,16 @@ class Containers:
         spawner: Spawner,
         exited: Callable[[Container], None],
         cgroup_root: str = CGROUP_ROOT,
+        *,
+        health_changed: Callable[[Container], None] = lambda _: None,
     ) -> None:
         self._loop = loop
         self._mounts = mounts
         self._disks = disks
         self._spawner = spawner
         self._exited = exited
+        self._health_changed = health_changed
+        self._runner = Runner(loop, spawner)
         self._cgroup_root = cgroup_root
         self._all: dict[str, Container] = {}
 
@@ -190,6 +217,7 @@ class Containers:
             done(Failure(ALREADY_EXISTS, f"The guest has a container {spec.container_id!r} already."))
             return
         container = Container(spec, Cgroup(spec.container_id, self._cgroup_root))
+        container.health = self._health_of(container)
         self._all[spec.container_id] = container
 
         def failed(failure: Failure) -> None:
@@ -325,6 +353,8 @@ class Containers:
             container.state = RUNNING
             container.exit_code, container.oom_killed, container.finished_at_ns = None, False, None
             container.ended_by = 0
+            container.probe_failure = None
+            container.health.start()
             self._answer_start(container, container.main.pid)
             return
         # The child is ending, and until it has, its mounts are in use: `_on_end` tells the request.
@@ -358,6 +388,9 @@ class Containers:
         self._loop.unwatch(main.pidfd)
         os.close(main.pidfd)
         container.main = None
+        container.health.stop()
+        if container.grace is not None:
+            container.grace.cancel()
         self._thaw(container, "The container has ended.")
         if container.state == RUNNING:
             container.exit_code = process.exit_code(status)
@@ -415,7 +448,11 @@ class Containers:
         def frozen(failure: Failure | None) -> None:
             container.freezing = None
             container.paused = failure is None
+            if failure is not None:
+                container.health.resume()
             done(failure)
+
+        container.health.pause()
 
         freezing = Freezing(self._loop, container.cgroup, frozen)
         if freezing.pending:
@@ -435,6 +472,46 @@ class Containers:
         if container.paused:
             container.cgroup.thaw()
             container.paused = False
+            container.health.resume()
+
+    # -- health ------------------------------------------------------------------------------------
+
+    def _health_of(self, container: Container) -> Health:
+        return Health(
+            container.spec.probes,
+            timers=self._loop,
+            now=time.monotonic,
+            attempt=lambda spec, done: self._try(container, spec, done),
+            changed=lambda: self._health_changed(container),
+            failed=lambda why: self._unhealthy(container, why),
+        )
+
+    def _try(
+        self, container: Container, spec: ProbeSpec, done: Callable[[str | None], None]
+    ) -> Callable[[], None]:
+        """Begin one attempt of a probe."""
+        action = spec.action
+        if not isinstance(action, Exec):
+            return connect(self._loop, action, done)
+        try:
+            entry = self.join_entry(container.spec.container_id)
+        except Failure as failure:
+            done(failure.message)
+            return lambda: None
+        return self._runner.run(container.spec.process, action.args, entry, done)
+
+    def _unhealthy(self, container: Container, why: str) -> None:
+        """End a container whose probe has failed, as ``container.stop`` would."""
+        container_id = container.spec.container_id
+        container.probe_failure = why
+        self._health_changed(container)
+        if container.spec.stop_timeout_s > 0:
+            self.signal(container_id, container.spec.stop_signal, everyone=False)
+        if container.main is not None:
+            container.grace = self._loop.call_later(
+                container.spec.stop_timeout_s,
+                lambda: self.signal(container_id, signal.SIGKILL, everyone=True),
+            )
 
     # -- processes ---------------------------------------------------------------------------------
 

@@ -48,6 +48,14 @@ class ProcessSpec:
         self.capabilities = capabilities.mask(names, params.path("capabilities"))
         params.done()
 
+    def with_args(self, args: tuple[bytes, ...]) -> ProcessSpec:
+        """The same with another program."""
+        other = object.__new__(ProcessSpec)
+        for name in ProcessSpec.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.args = args
+        return other
+
 
 def _word(item: Any, path: str) -> str:
     return encoded(item, path, 256).decode()

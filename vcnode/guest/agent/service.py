@@ -6,7 +6,7 @@ import os
 import re
 import signal
 
-from vcnode.guest.agent import cgroups, identity, processes
+from vcnode.guest.agent import cgroups, identity, probes, processes
 from vcnode.guest.agent.containers import ContainerSpec
 from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
@@ -64,6 +64,9 @@ def container_spec(params: Params) -> ContainerSpec:
         hostname=identity.hostname(params),
         process=ProcessSpec(params.object("process")),
         limits=cgroups.files(params.object("resources")),
+        probes=probes.parse(params.object("probes")),
+        stop_signal=params.integer("stop_signal", 1, signal.NSIG - 1, signal.SIGTERM.value),
+        stop_timeout_s=params.integer("stop_timeout_ms", 0, 3_600_000, 0) / 1000,
     )
     params.done()
     return spec
@@ -130,8 +133,14 @@ class Service:
     def container_exited(self, container: Container) -> None:
         """Tell the host of the end of a main process."""
         fields = container.status()
-        names = ("container_id", "exit_code", "oom_killed", "finished_at_ns")
+        names = ("container_id", "exit_code", "oom_killed", "finished_at_ns", "probe_failure")
         self._port.send_event("container_exited", {name: fields[name] for name in names})
+
+    def health_changed(self, container: Container) -> None:
+        """Tell the host that a container has become ready, or is no longer."""
+        fields = container.status()
+        names = ("container_id", "started", "ready", "probe_failure")
+        self._port.send_event("container_health", {name: fields[name] for name in names})
 
     def _ping(self, params: Params, answer: Answer) -> None:
         params.done()

@@ -11,7 +11,15 @@ from vcnode.aio import Spawner, deadline_as
 from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.mock.guest import MockGuest, MockGuests
 from vcnode.drivers.agent.mock.process import MockProcess, check_signal
-from vcnode.drivers.base import ContainerExited, GuestEvent, GuestSession, RunningProcess, SessionLost, Vm
+from vcnode.drivers.base import (
+    ContainerExited,
+    ContainerHealth,
+    GuestEvent,
+    GuestSession,
+    RunningProcess,
+    SessionLost,
+    Vm,
+)
 from vcnode.drivers.faults import FaultPlan
 from vcnode.errors import AgentError, DeadlineExceededError
 from vcnode.models.living import ContainerProcess
@@ -91,7 +99,7 @@ class MockSession:
         self._events = EventQueue()
         self.watcher: asyncio.Task[None] | None = None
         """Ends the session with the VM; cancelled when the session ends otherwise."""
-        guest.on_exit = self._on_exit
+        guest.on_exit = guest.on_health = self._on_event
 
     @property
     def info(self) -> GuestInfo:
@@ -196,15 +204,15 @@ class MockSession:
         if self._over is not None:
             return
         self._over = reason
-        if self._guest.on_exit == self._on_exit:
-            self._guest.on_exit = None
+        if self._guest.on_exit == self._on_event:
+            self._guest.on_exit = self._guest.on_health = None
         for process in self._processes:
             process.lose(reason)
         self._events.end(event)
         if self.watcher is not None and self.watcher is not asyncio.current_task():
             self.watcher.cancel()
 
-    def _on_exit(self, event: ContainerExited) -> None:
+    def _on_event(self, event: ContainerExited | ContainerHealth) -> None:
         if not self._events.push(event):
             self.lose("Events are not read.")
 

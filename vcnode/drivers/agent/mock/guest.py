@@ -9,9 +9,11 @@ from datetime import UTC, datetime
 
 from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess
 from vcnode.drivers.agent.mock.shell import Program, Sleep, compile_process, find_user
-from vcnode.drivers.base import ContainerExited
+from vcnode.drivers.base import ContainerExited, ContainerHealth
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from vcnode.guest.health import Health, ProbeSpec
 from vcnode.models.living import ContainerProcess
+from vcnode.models.probes import Probes
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestProcess
 
 FIRST_PID = 100
@@ -30,6 +32,9 @@ class MockContainer:
         self.timer: asyncio.Handle | None = None
         self.started_at: datetime | None = None
         self.paused = False
+        self.health: Health
+        """Set as soon as it is made."""
+        self.probe_failure: str | None = None
         self.pending_signals: list[int] = []
         """What comes when it is resumed."""
 
@@ -47,6 +52,8 @@ class MockContainer:
             state=("paused" if self.paused else "running") if self.is_running else stopped,
             pid=self.pid,
             exit_code=None if self.is_running else self.exit_code,
+            ready=self.health.ready,
+            probe_failure=self.probe_failure,
             finished_at=None if self.is_running else self.finished_at,
         )
 
@@ -58,6 +65,7 @@ class MockGuest:
         config: What ``configure`` gave it last.
         containers: By id.
         on_exit: Where the open session wants to hear of ended containers; None while there is none.
+        on_health: The same for what probes say.
         is_paused: Whether the vCPUs are stopped: then no process ends by itself.
     """
 
@@ -65,6 +73,7 @@ class MockGuest:
         self.config: GuestConfig | None = None
         self.containers: dict[str, MockContainer] = {}
         self.on_exit: Callable[[ContainerExited], None] | None = None
+        self.on_health: Callable[[ContainerHealth], None] | None = None
         self.is_paused: Callable[[], bool] = lambda: False
         self._overdue: list[tuple[MockContainer, int]] = []
         self._next_pid = FIRST_PID
@@ -80,7 +89,8 @@ class MockGuest:
         if spec.container_id in self.containers:
             raise AlreadyExistsError(f"The guest has a container {spec.container_id} already.")
         program = compile_process(spec.process, spec.hostname)
-        self.containers[spec.container_id] = MockContainer(spec, program)
+        container = self.containers[spec.container_id] = MockContainer(spec, program)
+        container.health = self._health_of(container)
 
     def start(self, container_id: str) -> int:
         """See `GuestSession.start_container`."""
@@ -91,6 +101,8 @@ class MockGuest:
             )
         container.pid = pid = self._next_pid
         container.started_at = datetime.now(UTC)
+        container.probe_failure = None
+        container.health.start()
         self._next_pid += 1
         # Reading from /dev/null and writing to nowhere takes no time: only sleeping does.
         seconds = sum(step.seconds for step in container.program.steps if isinstance(step, Sleep))
@@ -124,16 +136,58 @@ class MockGuest:
                 f"Container {container_id}", container.state.state, ["running"], "pause"
             )
         container.paused = True
+        container.health.pause()
 
     def resume(self, container_id: str) -> None:
         """See `GuestSession.resume_container`."""
         container = self.find(container_id)
         if container.paused:
             container.paused = False
+            container.health.resume()
             signals, container.pending_signals = container.pending_signals, []
             for number in signals:
                 self.signal(container_id, number, everyone=False)
             self.catch_up()
+
+    def _health_of(self, container: MockContainer) -> Health:
+        loop = asyncio.get_running_loop()
+        return Health(
+            probe_specs(container.spec.probes),
+            timers=loop,
+            now=loop.time,
+            attempt=lambda spec, done: self._try(container, spec, done),
+            changed=lambda: self._tell_health(container),
+            failed=lambda why: self._unhealthy(container, why),
+        )
+
+    def _try(
+        self, container: MockContainer, spec: ProbeSpec, done: Callable[[str | None], None]
+    ) -> Callable[[], None]:
+        """A probe of the mock: commands do what the mock's shell makes of them, everything listens."""
+        if self.is_paused() or spec.action.exec is None:
+            done(None)
+            return lambda: None
+        args = spec.action.exec.args
+        process = container.spec.process.model_copy(update={"args": args})
+        program = compile_process(process, container.spec.hostname)
+        seconds = sum(step.seconds for step in program.steps if isinstance(step, Sleep))
+        why = f"exit code {program.exit_code}" if program.exit_code else None
+        if not seconds:
+            done(why)
+            return lambda: None
+        if math.isinf(seconds):
+            return lambda: None
+        return asyncio.get_running_loop().call_later(seconds, done, why).cancel
+
+    def _tell_health(self, container: MockContainer) -> None:
+        if self.on_health is not None:
+            self.on_health(ContainerHealth(container.spec.container_id, container.health.ready))
+
+    def _unhealthy(self, container: MockContainer, why: str) -> None:
+        container.probe_failure = why
+        self._tell_health(container)
+        number = container.spec.stop_signal if container.spec.stop_timeout_s else SIGKILL
+        self._end(container, 128 + number)
 
     def processes(self, container_id: str) -> list[ContainerProcess]:
         """See `GuestSession.list_processes`."""
@@ -201,6 +255,7 @@ class MockGuest:
         if container.timer is not None:
             container.timer.cancel()
             container.timer = None
+        container.health.stop()
         for process in container.execs:
             process.kill(SIGKILL)
         container.execs.clear()
@@ -208,7 +263,14 @@ class MockGuest:
         container.paused = False
         container.pending_signals.clear()
         if self.on_exit is not None:
-            self.on_exit(ContainerExited(container.spec.container_id, exit_code, oom_killed=False))
+            self.on_exit(
+                ContainerExited(
+                    container.spec.container_id,
+                    exit_code,
+                    oom_killed=False,
+                    probe_failure=container.probe_failure,
+                )
+            )
 
 
 class MockGuests:
@@ -216,3 +278,20 @@ class MockGuests:
 
     def __init__(self) -> None:
         self.by_vm_id: dict[str, MockGuest] = {}
+
+
+def probe_specs(probes: Probes) -> dict[str, ProbeSpec]:
+    """The probes of a container by name; the action of each is the `Probe` itself."""
+    named = {"startup": probes.startup, "readiness": probes.readiness, "liveness": probes.liveness}
+    return {
+        name: ProbeSpec(
+            probe,
+            initial_delay_s=probe.initial_delay_s,
+            period_s=probe.period_s,
+            timeout_s=probe.timeout_s,
+            success_threshold=probe.success_threshold,
+            failure_threshold=probe.failure_threshold,
+        )
+        for name, probe in named.items()
+        if probe is not None
+    }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from vcnode.drivers.base import ContainerExited
+from vcnode.drivers.base import ContainerExited, ContainerHealth
 from vcnode.errors import (
     AgentError,
     AlreadyExistsError,
@@ -24,6 +24,7 @@ from vcnode.errors import (
 )
 from vcnode.models.base import ID_PATTERN
 from vcnode.models.living import ContainerProcess
+from vcnode.models.probes import Probe
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 MAX_TEXT = 500
@@ -85,6 +86,45 @@ def create_container_params(container: GuestContainer) -> dict[str, Any]:
         "hostname": container.hostname,
         "process": container.process.model_dump(),
         "resources": container.resources.model_dump(),
+        **_probe_params(container),
+    }
+
+
+def _probe_params(container: GuestContainer) -> dict[str, Any]:
+    """What ``create_container`` says of probes; nothing if there are none, as older agents want."""
+    named = {
+        "startup": container.probes.startup,
+        "readiness": container.probes.readiness,
+        "liveness": container.probes.liveness,
+    }
+    probes = {name: _probe(probe) for name, probe in named.items() if probe is not None}
+    if not probes:
+        return {}
+    return {
+        "probes": probes,
+        "stop_signal": container.stop_signal,
+        "stop_timeout_ms": round(container.stop_timeout_s * 1000),
+    }
+
+
+def _probe(probe: Probe) -> dict[str, Any]:
+    action: dict[str, Any]
+    if probe.exec is not None:
+        action = {"exec": {"args": list(probe.exec.args)}}
+    elif probe.http is not None:
+        http = probe.http
+        action = {"http": {"host": http.host, "port": http.port, "request": http.request}}
+    elif probe.tcp is not None:
+        action = {"tcp": {"host": probe.tcp.host, "port": probe.tcp.port}}
+    else:
+        raise ValueError("a probe without an action")
+    return {
+        **action,
+        "initial_delay_ms": round(probe.initial_delay_s * 1000),
+        "period_ms": round(probe.period_s * 1000),
+        "timeout_ms": round(probe.timeout_s * 1000),
+        "success_threshold": probe.success_threshold,
+        "failure_threshold": probe.failure_threshold,
     }
 
 
@@ -157,7 +197,13 @@ def container_exited(fields: Mapping[str, Any]) -> ContainerExited:
         container_id=_id(fields, "container_id"),
         exit_code=exit_code(fields),
         oom_killed=_bool(fields, "oom_killed"),
+        probe_failure=_optional_text(fields, "probe_failure"),
     )
+
+
+def container_health(fields: Mapping[str, Any]) -> ContainerHealth:
+    """The event ``container_health``. Raises BadFieldError."""
+    return ContainerHealth(container_id=_id(fields, "container_id"), ready=_bool(fields, "ready"))
 
 
 def container_states(result: Mapping[str, Any]) -> Sequence[GuestContainerState]:
@@ -187,6 +233,8 @@ def _container_state(entry: object) -> GuestContainerState:
         pid=_optional_int(entry, "pid", 1, _MAX_PID),
         exit_code=code,
         oom_killed=_bool(entry, "oom_killed"),
+        ready=None if entry.get("ready") is None else _bool(entry, "ready"),
+        probe_failure=_optional_text(entry, "probe_failure"),
         finished_at=None if finished_at_ns is None else datetime.fromtimestamp(finished_at_ns / 1e9, UTC),
     )
 
@@ -234,6 +282,10 @@ def _bounded(args: Sequence[str]) -> tuple[str, ...]:
         kept.append(clean(arg, left))
         left -= max(1, len(arg))
     return tuple(kept)
+
+
+def _optional_text(fields: Mapping[str, Any], name: str) -> str | None:
+    return None if fields.get(name) is None else _text(fields, name, MAX_TEXT)
 
 
 def _text(fields: Mapping[str, Any], name: str, most: int) -> str:

@@ -364,8 +364,9 @@ class NativeSession:
         running.started(process_id)
 
     def _on_guest_event(self, name: str, fields: dict[str, Any]) -> None:
-        if name == "container_exited":
-            if not self._events.push(messages.container_exited(fields)):
+        if name in ("container_exited", "container_health"):
+            read = messages.container_exited if name == "container_exited" else messages.container_health
+            if not self._events.push(read(fields)):
                 self.link.fail("The guest sends events faster than they are read.")
             return
         if name == "process_exited":
