@@ -6,6 +6,7 @@ What a target calls may refuse its input with the error that it documents; anyth
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tests.unit.guest.test_protocol import OTHER_SESSION, connected
 from vcnode.drivers.agent.native import messages
+from vcnode.drivers.network.cni import config, results
 from vcnode.drivers.storage import oci, unpack
 from vcnode.errors import InvalidArgumentError, VcnodeError
 from vcnode.guest.protocol import (
@@ -153,6 +155,25 @@ def manifest(data: bytes) -> None:
             continue
 
 
+def cni(data: bytes) -> None:
+    """What a CNI plugin answers, and what stands in the directory of configurations."""
+    results.parse_failure(data)
+    for parse in (results.parse_spoken, results.parse_result, config.parse):
+        try:
+            parsed = parse(data)
+        except ValueError as exc:
+            if len(str(exc)) > 1000:
+                raise AssertionError(f"an error without end: {exc}") from exc
+            continue
+        if isinstance(parsed, config.Network):
+            if config.from_json(json.loads(json.dumps(parsed.dump()))) != parsed:
+                raise AssertionError("what is kept of a network is another")
+        elif isinstance(parsed[-1], results.Result):
+            parsed[-1].addresses_of("eth0")
+            if parsed[-1].dns is not None:
+                parsed[-1].dns.config()
+
+
 def layer(data: bytes) -> None:
     """A layer of an image: nothing beside the directory that it is unpacked into may change."""
     top = Path(tempfile.mkdtemp(prefix="vcfuzz-"))
@@ -183,6 +204,6 @@ def layer(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (commands, host, guest, manifest, layer)
+    target.__name__: target for target in (commands, host, guest, manifest, cni, layer)
 }
 """Every target by its name."""

@@ -196,9 +196,12 @@ class CniNetwork:
             kept = await asyncio.to_thread(self._kept.find, f"{vm_id}.")
             path = namespaces.path_of(vm_id)
             exists = await asyncio.to_thread(namespaces.exists, path)
-            if kept and exists:
-                await namespaces.run(path, _unwire)
             failed: NetworkError | None = None
+            if kept and exists:
+                try:
+                    await namespaces.run(path, _unwire)
+                except NetworkError as exc:  # a DEL that is owed comes all the same
+                    failed = exc
             for name, added in reversed(kept.items()):
                 try:
                     await self._runtime.delete(added, netns_exists=exists)
