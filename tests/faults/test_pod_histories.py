@@ -8,22 +8,41 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.pods.world import Killed, World, container, pod
 from vcnode.errors import StorageError, VcnodeError
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, PodState
+from vcnode.models.pod import Cmd, PodSpec, PodState, RestartPolicy
 from vcnode.pods import watch
 
 IDS = ("a", "b")
 TRUE = ExecOptions(cmd=Cmd(args=("true",)))
 
+
+def spec(world: World, pod_id: str) -> PodSpec:
+    """A pod whose policies are those of the history."""
+    again = world.policy
+    return pod(pod_id, [container("c1", restart_policy=again)], restart_policy=again)
+
+
+async def die(world: World, pod_id: str) -> None:
+    """Let the main process of a container end by itself."""
+    for machine in world.vms.alive:
+        live = world.pods._parts.live.get(pod_id)
+        guest = world.guests.by_vm_id.get(machine.spec.vm_id)
+        mine = live is not None and live.vm.record.vm_id == machine.spec.vm_id
+        if mine and guest is not None and "c1" in guest.containers:
+            guest.signal("c1", 9, everyone=False)
+
+
 COMMANDS: dict[str, Callable[[World, str], Awaitable[object]]] = {
-    "create": lambda w, p: w.pods.create(pod(p), w.call("pod.create")),
+    "create": lambda w, p: w.pods.create(spec(w, p), w.call("pod.create")),
     "start": lambda w, p: w.pods.start(p, w.call("pod.start")),
-    "run": lambda w, p: w.pods.run(pod(p), w.call("pod.run")),
+    "run": lambda w, p: w.pods.run(spec(w, p), w.call("pod.run")),
+    "die c1": lambda w, p: die(w, p),
     "stop": lambda w, p: w.pods.stop(p, None, w.call("pod.stop")),
     "pause": lambda w, p: w.pods.pause(p, w.call("pod.pause")),
     "resume": lambda w, p: w.pods.resume(p, w.call("pod.resume")),
@@ -74,7 +93,9 @@ async def quiet(world: World) -> None:
     """Until nothing goes on in the background, or the node is dead."""
     for _ in range(3):
         await asyncio.sleep(0)
-    while not world.plan.dead and (world.pods.busy or world.pods.unsaved):  # noqa: ASYNC110
+    while not world.plan.dead and (  # noqa: ASYNC110
+        world.pods.busy or world.pods.unsaved or world.pods._restarter._planned
+    ):
         await asyncio.sleep(0)
 
 
@@ -99,11 +120,13 @@ async def together(world: World, group: list[tuple[str, str, str, int]]) -> None
             assert isinstance(error, VcnodeError | Killed), repr(error)
 
 
-async def restart(world: World) -> None:
+async def restart(world: World, policy: RestartPolicy) -> None:
     """Start again on what is there, after a crash or in good order."""
     await (world.crash() if world.plan.dead else world.close())
     await world.start("")
     await world.pods.recover()
+    if policy is not RestartPolicy.NEVER:
+        world.pods.start_restarts()
 
 
 async def holds(world: World) -> None:
@@ -117,16 +140,29 @@ async def holds(world: World) -> None:
             assert status.reason
         if status.state in (PodState.READY, PodState.STOPPED):
             assert status.hypervisor is None
+            assert status.restart_at is None
+        for each in status.containers:
+            assert each.restart_at is None or each.state == "stopped"
 
 
-async def history(path: Path, groups: list[object]) -> None:
-    world = await World(path).start()
+async def at_once(_seconds: float) -> None:
+    """No restart waits longer than the loop takes for one turn."""
+    await asyncio.sleep(0)
+
+
+async def history(path: Path, groups: list[object], policy: RestartPolicy) -> None:
+    world = World(path)
+    world.policy = policy
+    world.naps = at_once  # type: ignore[assignment]
+    await world.start()
+    if policy is not RestartPolicy.NEVER:
+        world.pods.start_restarts()
     for group in groups:
         if isinstance(group, list):
             await together(world, group)
             await quiet(world)
         if world.plan.dead or group == "restart":
-            await restart(world)
+            await restart(world, policy)
         await quiet(world)
         await holds(world)
     for status in world.pods.list({}, ()).pods:
@@ -137,13 +173,14 @@ async def history(path: Path, groups: list[object]) -> None:
     await world.close()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@pytest.mark.parametrize("policy", [RestartPolicy.NEVER, RestartPolicy.ALWAYS])
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(groups)
-def test_no_history_loses_or_leaks_anything(groups: list[object]) -> None:
+def test_no_history_loses_or_leaks_anything(policy: RestartPolicy, groups: list[object]) -> None:
     place = Path("/dev/shm")
     patches = {"SAVE_PAUSES_S": (0.0,), "VM_END_GRACE_S": 0.001, "RECONNECT_PAUSE_S": 0.001}
     with (
         tempfile.TemporaryDirectory(prefix="vc-", dir=place if place.is_dir() else None) as path,
         mock.patch.multiple(watch, **patches),
     ):
-        asyncio.run(asyncio.wait_for(history(Path(path), groups), 20))
+        asyncio.run(asyncio.wait_for(history(Path(path), groups, policy), 20))

@@ -96,6 +96,22 @@ async def test_containers_are_paused_watched_and_waited_for(sh: Shell, image: st
     assert (await sh("container", "wait", "p1", "main", "--for", "dead")).code == 2
 
 
+async def test_restart_policies_are_flags(sh: Shell, image: str) -> None:
+    run = ("pod", "run", "--id", "p1", "--image", image, "--restart-pod", "always")
+    await ok(sh(*run, "--restart", "on-failure:3", "--", "sleep", "infinity"))
+    await ok(sh("container", "kill", "p1", "main"))
+    status = (await ok(sh("container", "status", "p1", "main", "-o", "json"))).json
+    assert (status["state"], status["exit_code"]) == ("stopped", 137)
+    assert status["restart_at"] is not None
+    assert "restarts at" in (await ok(sh("container", "status", "p1", "main"))).out
+    await ok(sh("container", "wait", "p1", "main", "--for", "running"))
+    assert "SIGKILL" not in (await ok(sh("container", "status", "p1", "main"))).out
+    await ok(sh("pod", "delete", "--force", "p1"))
+    assert (await sh(*run, "--restart", "always:3")).code == 2
+    assert (await sh(*run, "--restart", "on-failure:x")).code == 2
+    assert (await sh(*run, "--restart", "sometimes")).code == 2
+
+
 async def test_exec_passes_output_and_exit_code_on(sh: Shell, image: str) -> None:
     await ok(sh("pod", "run", "--id", "p1", "--image", image, "--", "sleep", "9"))
 

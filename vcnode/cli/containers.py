@@ -32,6 +32,7 @@ async def create(
     cpus: flags.Cpus = None,
     mem_limit: flags.MemLimit = None,
     pids_limit: flags.PidsLimit = None,
+    restart: flags.Restart = None,
     command_id: flags.CommandId = None,
 ) -> None:
     """Add a container to a pod, which may be running. 'vcnode container start' starts it.
@@ -51,6 +52,7 @@ async def create(
         cpus=cpus,
         mem_limit_mib=mem_limit,
         pids_limit=pids_limit,
+        restart=restart,
         cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
     )
     spec = specs.container_spec(flags.read_spec(file), described)

@@ -50,6 +50,20 @@ MemLimit = Annotated[
     int | None, typer.Option("--memory-limit", metavar="MIB", help="Memory limit of the container.")
 ]
 PidsLimit = Annotated[int | None, typer.Option("--pids-limit", help="Most processes of the container.")]
+Restart = Annotated[
+    str | None,
+    typer.Option(
+        "--restart",
+        metavar="POLICY[:MAX]",
+        help="Start the container again when it has ended: never, on-failure (at most MAX times), always.",
+    ),
+]
+RestartPod = Annotated[
+    str | None,
+    typer.Option(
+        "--restart-pod", metavar="POLICY[:MAX]", help="The same for the pod, when its VM has ended."
+    ),
+]
 Label = Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label.")]
 Annotation = Annotated[
     list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Annotation.")

@@ -77,6 +77,8 @@ def _register(name: str, *, run: bool) -> None:
         cpus: flags.Cpus = None,
         mem_limit: flags.MemLimit = None,
         pids_limit: flags.PidsLimit = None,
+        restart: flags.Restart = None,
+        restart_pod: flags.RestartPod = None,
         hostname: Hostname = None,
         hypervisor: HypervisorOption = None,
         agent: AgentOption = None,
@@ -95,6 +97,7 @@ def _register(name: str, *, run: bool) -> None:
             hypervisor=hypervisor,
             agent=agent,
             network=network,
+            restart=restart_pod,
             label=label or (),
             annotation=annotation or (),
         )
@@ -107,6 +110,7 @@ def _register(name: str, *, run: bool) -> None:
             cpus=cpus,
             mem_limit_mib=mem_limit,
             pids_limit=pids_limit,
+            restart=restart,
             cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
         )
         spec = specs.pod_spec(flags.read_spec(file), pod, container)

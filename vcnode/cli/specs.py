@@ -56,6 +56,7 @@ class ContainerFlags:
     cpus: float | None = None
     mem_limit_mib: int | None = None
     pids_limit: int | None = None
+    restart: str | None = None
     cmd: CmdFlags = CmdFlags()
 
     @property
@@ -86,6 +87,7 @@ class ContainerFlags:
                 "writable": None if self.disk_size_mib is None else "disk",
                 "disk_size_mib": self.disk_size_mib,
                 "resources": resources,
+                **restart_data(self.restart),
                 "cmd": self.cmd.data(),
             }
         )
@@ -102,6 +104,7 @@ class PodFlags:
     hypervisor: str | None = None
     agent: str | None = None
     network: str | None = None
+    restart: str | None = None
     label: Sequence[str] = ()
     annotation: Sequence[str] = ()
 
@@ -109,6 +112,7 @@ class PodFlags:
         """The pod as request data, without containers."""
         return given(
             {
+                **restart_data(self.restart),
                 "id": self.pod_id,
                 "hostname": self.hostname,
                 "resources": {"vcpu_count": self.vcpus, "mem_size_mib": self.memory_mib},
@@ -207,6 +211,20 @@ def pairs(values: Sequence[str], flag: str) -> dict[str, str]:
             raise UsageError(f"{flag} needs KEY=VALUE; {word!r} is not.")
         found[key] = value
     return found
+
+
+def restart_data(policy: str | None) -> dict[str, Any]:
+    """The fields for a policy such as ``always`` or ``on-failure:3``; none without one.
+
+    Raises:
+        UsageError: What follows the colon is no number.
+    """
+    if policy is None:
+        return {}
+    name, colon, most = policy.partition(":")
+    if colon and not (most.isascii() and most.isdecimal() and len(most) < 10):
+        raise UsageError(f"The number of restarts in {policy!r} is none; give one such as on-failure:3.")
+    return {"restart_policy": name, "max_restarts": int(most) if colon else None}
 
 
 def signal_number(text: str) -> int:

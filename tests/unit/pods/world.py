@@ -29,6 +29,7 @@ from vcnode.models.pod import (
     ContainerSpec,
     HypervisorType,
     PodSpec,
+    RestartPolicy,
 )
 from vcnode.models.vm import NetworkAttachment
 from vcnode.pods.host import HostMemory
@@ -198,6 +199,7 @@ class World:
         )
         self.clock: Callable[[], datetime] = Clock()
         self.naps = Naps()
+        self.policy = RestartPolicy.NEVER
         self.vms = MockWorld()
         self.guests = MockGuests()
         self.host = StorageWorld()
