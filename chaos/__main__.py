@@ -58,9 +58,8 @@ async def main(options: argparse.Namespace) -> int:
             problems += havoc.surprises
         problems += ledger.judge(events, here.tokens())
         _report(console, ledger, scheduler, havoc, here, len(events), problems)
-        if problems:
-            raise SystemExit(1)
-    return 0
+        here.failed = bool(problems)
+    return int(here.failed)
 
 
 async def _run(planned: plan.Plan, scheduler: Scheduler, havoc: Havoc, console: Console) -> list[str]:
@@ -224,6 +223,18 @@ def _options() -> argparse.Namespace:
     return options
 
 
+async def _interruptible(options: argparse.Namespace) -> int:
+    """Run; a signal ends the run, and everything that belongs to it."""
+    running = asyncio.ensure_future(main(options))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, running.cancel)
+    try:
+        return await running
+    except asyncio.CancelledError:
+        return 130
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
-    sys.exit(asyncio.run(main(_options())))
+    sys.exit(asyncio.run(_interruptible(_options())))

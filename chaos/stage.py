@@ -39,6 +39,8 @@ class Stage:
         self.proxy = proxy
         self.mark = mark_of(Settings(node_name=NODE, state_dir=root / "state"))
         self.starts = 0
+        self.failed = True
+        """Until it is known that all is well."""
         self._process: asyncio.subprocess.Process | None = None
         self._config = root / "node.toml"
         self._config.write_text(
@@ -147,7 +149,7 @@ async def stage(*, hypervisor: str, guest_dir: Path, pods: int, keep: bool) -> A
     """Set everything up; afterwards nothing is left but, with *keep* and after a failure, the directory."""
     # Short: sockets lie below it. On a disk: templates are files of the guest's size.
     root = Path(tempfile.mkdtemp(prefix="vcchaos-", dir="/var/tmp"))
-    failed = True
+    made: Stage | None = None
     try:
         async with EmbeddedNats(root / "nats") as nats, Proxy(nats.port) as proxy:
             (root / "roots").mkdir()
@@ -156,12 +158,11 @@ async def stage(*, hypervisor: str, guest_dir: Path, pods: int, keep: bool) -> A
                 await asyncio.to_thread(make_root, made.rootfs(f"p{number}"))
             try:
                 yield made
-                failed = False
             finally:
                 await made.end_node(signal.SIGKILL)
                 made.kill_everything()
     finally:
-        if keep and (failed or os.environ.get("VCNODE_CHAOS_KEEP")):
+        if keep and (made is None or made.failed):
             print(f"kept: {root}", file=sys.stderr)
         else:
             shutil.rmtree(root, ignore_errors=True)

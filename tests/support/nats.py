@@ -1,7 +1,8 @@
 """A real nats-server for tests, from the packaged binary or in a container: the same tests run on both.
 
 ``VCNODE_TEST_NATS`` chooses: ``binary``, ``testcontainers``, or ``auto`` (the default), which is a container
-wherever a container engine answers. ``VCNODE_TEST_NATS_IMAGE`` names the container's image.
+wherever a container engine answers. ``VCNODE_TEST_NATS_IMAGE`` names the container's image,
+``VCNODE_TEST_NATS_BINARY`` another nats-server than the packaged one.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def make(directory: Path, *, config: str = "", jetstream: bool = True) -> NatsSe
 
 
 def binary() -> str:
-    """Path of the packaged nats-server."""
+    """Path of the nats-server: the packaged one, unless ``VCNODE_TEST_NATS_BINARY`` names another."""
+    if chosen := os.environ.get("VCNODE_TEST_NATS_BINARY"):
+        return chosen
     beside = Path(sys.executable).parent / "nats-server"
     found = str(beside) if beside.exists() else shutil.which("nats-server")
     if found is None:

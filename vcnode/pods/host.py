@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import UnavailableError
 
 
@@ -40,8 +41,10 @@ def read_memory(path: Path = Path("/proc/meminfo")) -> HostMemory:
 
     Raises:
         UnavailableError: The kernel does not say.
+        ResourceExhaustedError: No file descriptor is left to ask it.
     """
     try:
         return parse_meminfo(path.read_text())
     except (OSError, ValueError) as exc:
-        raise UnavailableError(f"{path} cannot be read; is /proc mounted?") from exc
+        short = exhausted(exc) if isinstance(exc, OSError) else None
+        raise short or UnavailableError(f"{path} cannot be read; is /proc mounted?") from exc

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, LayerFile, PullSource
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.storage.images import ImageStore
 from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
@@ -32,7 +33,7 @@ async def _translated(what: str) -> AsyncIterator[None]:
     except TimeoutError as exc:
         raise StorageError(f"{what} took too long: a filesystem of the host does not answer.") from exc
     except OSError as exc:
-        raise StorageError(f"{what} failed; the node's log says why.") from exc
+        raise exhausted(exc) or StorageError(f"{what} failed; the node's log says why.") from exc
 
 
 class LocalStorage:

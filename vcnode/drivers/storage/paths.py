@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.storage import syscalls
 from vcnode.errors import InvalidArgumentError, NotFoundError, StorageError
 
@@ -116,4 +117,4 @@ class AllowedRoots:
             return self._refuse(path, "leads through something that is not a directory")
         if exc.errno == errno.ENAMETOOLONG:
             return self._refuse(path, "is too long")
-        return StorageError(f"Host path {path!r} cannot be opened.", path=path)
+        return exhausted(exc) or StorageError(f"Host path {path!r} cannot be opened.", path=path)

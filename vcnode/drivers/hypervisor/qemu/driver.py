@@ -16,6 +16,7 @@ from pathlib import Path
 from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.hypervisor.qemu import accel, tsc
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups
@@ -247,7 +248,8 @@ class QemuHypervisor:
                 stderr_fd = os.open(files.stderr_fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 ours.callback(os.close, stderr_fd)
             except OSError as exc:
-                raise HypervisorError(f"The sockets of VM {spec.vm_id} could not be made.") from exc
+                late = HypervisorError(f"The sockets of VM {spec.vm_id} could not be made.")
+                raise exhausted(exc) or late from exc
             source = self._sources.take(spec, ours)
             launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
             argv = build(launch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vcnode.drivers import namespaces
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import HypervisorError
 
 log = logging.getLogger(__name__)
@@ -195,6 +197,7 @@ def spawn(
 
     Raises:
         HypervisorError: The program could not be executed.
+        ResourceExhaustedError: The host, or the node agent's limits, have no room for it.
         NetworkError: There is no such namespace.
     """
 
@@ -213,18 +216,29 @@ def spawn(
     try:
         child = start() if netns_path is None else namespaces.call(netns_path, start)
     except (OSError, ValueError) as exc:
-        raise HypervisorError(f"{argv[0]} could not be executed.") from exc
+        short = exhausted(exc) if isinstance(exc, OSError) else None
+        raise short or HypervisorError(f"{argv[0]} could not be executed.") from exc
+    try:
+        held = _hold_child(child.pid)
+    except OSError as exc:
+        child.kill()
+        child.wait()
+        raise exhausted(exc) or HypervisorError(f"Process {child.pid} cannot be held.") from exc
     # From here on the pidfd alone watches and reaps it. Popen must not: it would complain about a child that
     # is let go alive, and reap behind our back.
     child.returncode = 0
-    pidfd = os.pidfd_open(child.pid)
+    return held
+
+
+def _hold_child(pid: int) -> Process:
+    """Hold a child of ours. Raises OSError: it lives on, held by nobody."""
+    pidfd = os.pidfd_open(pid)
     try:
-        stat = read_stat(child.pid)
+        stat = read_stat(pid)
         if stat is None:  # cannot be: nobody but us reaps it, and we have not
-            raise HypervisorError(f"Process {child.pid} has no entry in /proc.")
-        return Process(child.pid, stat.start_ticks, pidfd)
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} has no entry in /proc")
+        return Process(pid, stat.start_ticks, pidfd)
     except BaseException:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
         raise
 
@@ -235,6 +249,8 @@ def adopt(pid: int, ticks: int, uuid: str) -> Process | None:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+    except OSError as exc:
+        raise exhausted(exc) or HypervisorError(f"Process {pid} cannot be held.") from exc
     # The pidfd came first: what is read now is either of the process that it names, or of none.
     stat = read_stat(pid)
     if stat is not None and stat.start_ticks == ticks:

@@ -1,0 +1,195 @@
+"""A host that fails in flight: each failure is a clear error, and the node goes on when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import StartNats
+from tests.faults.lives import Died, Host, hosts
+from tests.unit.pods.world import World, container, pod
+from vcnode.cli.demo.busybox import make_root
+from vcnode.errors import StorageError
+from vcnode.models.commands import ExecOptions
+from vcnode.models.pod import Cmd, PodState
+
+SLEEP = {"id": "main", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
+TRUE = ExecOptions(cmd=Cmd(args=("true",)))
+
+
+def spec(pod_id: str) -> dict[str, Any]:
+    return {"pod": {"id": pod_id, "containers": [SLEEP]}}
+
+
+def fill(ballast: Path) -> None:
+    """Use up all of a disk."""
+    fd = os.open(ballast, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while os.write(fd, bytes(4096)):
+            pass
+    os.close(fd)
+    assert not os.statvfs(ballast).f_bavail
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+@pytest.fixture
+def small(short_dir: Path) -> Iterator[Path]:
+    """A disk of 2 MiB."""
+    place = short_dir / "disk"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "size=2m", "vcnode-test", str(place))
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+async def host(start_nats: StartNats, small: Path) -> AsyncIterator[Host]:
+    """A node whose state lies on the small disk."""
+    server = await start_nats()
+    settings = {"hypervisor": "mock", "allowed_roots": ["/srv"]}
+    async with hosts(server.url, settings, small.parent) as make:
+        made = make("h", state_dir=str(small / "state"))
+        yield made
+        await made.kill()
+
+
+@pytest.mark.nats
+@pytest.mark.root
+async def test_a_full_disk_refuses_commands_and_loses_nothing(host: Host, small: Path) -> None:
+    await host.start()
+    assert (await host.ask("c-1", "pod.run", spec("before")))["state"] == "running"
+    ballast = small / "ballast"
+    fill(ballast)
+    # What fits into the database's last page still does; then it is over.
+    replies = [await host.read("pod.create", spec(f"full-{number}")) for number in range(30)]
+    refused = [reply for reply in replies if "message" in reply]
+    assert refused
+    assert {reply["code"] for reply in refused} == {"resource_exhausted"}
+    assert all(reply["retryable"] for reply in refused)
+    assert "disk of the node's state directory is full" in refused[-1]["message"]
+    status = await host.read("pod.status", {"pod_id": "before"})
+    assert status["state"] == "running"
+
+    # Killed while the disk is full: every record that was told is there, and the node starts again with room.
+    await host.kill()
+    ballast.unlink()
+    await host.start()
+    listed = {p["pod_id"] for p in (await host.read("pod.list"))["pods"]}
+    assert listed == {"before", *(reply["pod_id"] for reply in replies if "message" not in reply)}
+    assert (await host.ask("c-2", "pod.run", spec("after")))["state"] == "running"
+    assert await host.stop() == 0
+    connection = sqlite3.connect(small / "state/node.db")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    events = await host.events()
+    assert [int(e["sequence"]) for e in events] == list(range(1, len(events) + 1))
+
+
+@pytest.mark.nats
+@pytest.mark.root
+async def test_a_read_only_state_directory_is_said_at_the_start(host: Host, small: Path) -> None:
+    await host.start()
+    await host.ask("c-1", "pod.create", spec("p1"))
+    assert await host.stop() == 0
+    mount("-o", "remount,ro", str(small))
+    with pytest.raises(Died):
+        await host.start()
+    assert host.ended is not None
+    assert os.WEXITSTATUS(host.ended.result()) == 1
+    assert "cannot be used: Read-only file system" in host.tail()
+    mount("-o", "remount,rw", str(small))
+    await host.start()
+    assert [p["pod_id"] for p in (await host.read("pod.list"))["pods"]] == ["p1"]
+
+
+async def test_a_database_that_turns_read_only_refuses_and_goes_on(tmp_path: Path) -> None:
+    world = await World(tmp_path).start()
+    await world.pods.run(pod("p1"), world.call())
+    await world.store.read(lambda c: c.execute("PRAGMA query_only = ON").fetchall())
+    for act in (
+        lambda: world.pods.create(pod("p2"), world.call("pod.create")),
+        lambda: world.pods.stop("p1", 0, world.call("pod.stop")),
+    ):
+        with pytest.raises(StorageError, match="cannot be written; nothing was changed"):
+            await act()
+    assert (await world.pods.exec("p1", "c1", TRUE, world.call())).exit_code == 0
+    await world.store.read(lambda c: c.execute("PRAGMA query_only = OFF").fetchall())
+    await world.pods.delete("p1", True, world.call("pod.delete"))
+    assert world.leaks == []
+    await world.close()
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=-400), timedelta(days=400)], ids=["back", "forward"])
+async def test_a_jump_of_the_clock_ends_and_mixes_up_nothing(tmp_path: Path, jump: timedelta) -> None:
+    world = await World(tmp_path).start()
+    honest = world.clock
+    await world.pods.run(pod("p1", [container("c1")]), world.call())
+    assert await world.journal.begin("open", "pod.start", "d") is None
+    world.clock = world.store.clock = lambda: honest() + jump  # type: ignore[assignment]
+    await world.restart()
+    await world.pods.recover()
+    await world.journal.fail_unfinished()
+    assert world.pods.status("p1").state is PodState.RUNNING
+    await world.pods.run(pod("p2"), world.call())
+    assert (await world.pods.exec("p1", "c1", TRUE, world.call())).exit_code == 0
+    assert await world.journal.begin("open", "pod.start", "d") is not None
+    await world.outbox.prune()
+    assert (await world.pods.audit(repair=True)).orphan_count == 0
+    for each in ("p1", "p2"):
+        await world.pods.delete(each, True, world.call("pod.delete"))
+    assert world.leaks == []
+    sequences = [int(e.sequence) for e in await world.events()]
+    assert sequences == list(range(1, len(sequences) + 1))
+    await world.close()
+
+
+@pytest.mark.nats
+@pytest.mark.vm
+@pytest.mark.timeout(120)
+async def test_without_descriptors_a_start_is_undone_and_the_node_goes_on(
+    start_nats: StartNats, guest_image: Path, short_dir: Path
+) -> None:
+    server = await start_nats()
+    roots = short_dir / "roots"
+    roots.mkdir()
+    make_root(roots / "app")
+    settings = {"guest_dir": str(guest_image), "allowed_roots": [str(roots)], "qemu": {"accel": "tcg"}}
+    main = {"id": "main", "rootfs": str(roots / "app"), "cmd": {"args": ["/bin/sleep", "100000"]}}
+    run = {"pod": {"id": "p1", "template": "never", "resources": {"mem_size_mib": 128}, "containers": [main]}}
+    async with hosts(server.url, settings, short_dir) as make:
+        host = make("h")
+        await host.start()
+        soft, hard = resource.prlimit(host.pid, resource.RLIMIT_NOFILE)
+        for spare in range(6):
+            used = len(os.listdir(f"/proc/{host.pid}/fd"))
+            resource.prlimit(host.pid, resource.RLIMIT_NOFILE, (used + spare, hard))
+            reply = await host.read("pod.run", run)
+            resource.prlimit(host.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            assert "message" in reply, f"with {spare} descriptors: {reply}"
+            assert "descriptors left" in reply["message"], f"with {spare} descriptors: {reply}"
+            for left in (await host.read("pod.list"))[
+                "pods"
+            ]:  # what could not be undone, for want of them, too
+                assert left["state"] == "failed", left
+                assert (await host.ask(f"d-{spare}", "pod.delete", {"pod_id": "p1"}))["existed"]
+            audit = await host.read("node.audit")
+            assert [h for h in audit["holdings"] if h["vm_id"]] == [], f"with {spare} descriptors"
+        assert (await host.ask("c-1", "pod.run", run))["state"] == "running"
+        assert (await host.ask("c-2", "pod.delete", {"pod_id": "p1", "force": True}))["existed"]
+        assert host.ended is not None
+        assert not host.ended.done()
+        os.kill(host.pid, signal.SIGTERM)
+        assert await host.ended == 0
