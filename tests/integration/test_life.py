@@ -97,6 +97,9 @@ async def test_a_life(guest_image: Path, short_dir: Path) -> None:
             await list_processes(rig)
             await readiness(rig)
             await liveness(rig)
+            await go_away(rig)
+        async with rig.agent():
+            await come_back(rig)
             await stop_paused(rig)
     finally:
         async with rig.agent():
@@ -206,6 +209,23 @@ async def liveness(rig: Rig) -> None:
     await rig.node.pods.stop_container("p1", "sick", None, rig.call())
     assert "4711" not in await rig.shell("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", None)
     await rig.node.pods.delete_container("p1", "sick", False, rig.call())
+
+
+async def go_away(rig: Rig) -> None:
+    """Things are about to happen while nobody listens."""
+    script = "sleep 0.5; touch /tmp/late; exec sleep infinity"
+    probes = Probes(readiness=probe(exec={"args": ["test", "-e", "/tmp/late"]}))
+    await rig.start("late", "sh", "-c", script, probes=probes)
+    await rig.start("brief", "sh", "-c", "sleep 0.5; exit 3", restart_policy="always")
+    assert not rig.node.pods.container_status("p1", "late").ready
+
+
+async def come_back(rig: Rig) -> None:
+    """What probes found meanwhile is learnt; what ended is known to have ended, and starts again."""
+    await rig.until_ready("late", ready=True)
+    while not (status := rig.node.pods.container_status("p1", "brief")).restart_count:
+        await rig.node.pods.wait_container("p1", "brief", "running" if status.restart_at else "exited")
+    await rig.node.pods.stop_container("p1", "brief", None, rig.call())
 
 
 async def stop_paused(rig: Rig) -> None:
