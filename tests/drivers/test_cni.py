@@ -265,7 +265,7 @@ async def test_port_of_another_pod_is_refused(host: Host) -> None:
 
 BROKEN = {
     "fails": (failure(11, "no room"), "failed: no room"),
-    "hangs": ("sleep 1000", "has not ended within 1 s"),
+    "hangs": ("sleep 1000", "has not ended within 3 s"),
     "nonsense": ("echo hello", "no result: not JSON"),
     "dies": ("kill -9 $$", "signal 9"),
     "lies": (
@@ -281,7 +281,7 @@ async def test_failed_add_is_undone_by_detach(how: str, host: Host) -> None:
     host.plugins.write("broken", add=script)
     host.network("10-first", PORTMAP, {"type": "broken"})
     host.network("05-before", name="before", subnet=3)
-    driver = host.driver(timeout_s=1.0) if how == "hangs" else host.driver()
+    driver = host.driver(timeout_s=3.0) if how == "hangs" else host.driver()
     planned = host.plan(driver, networks=("before", "first"))
     with pytest.raises(NetworkError, match=message):
         await attach(driver, planned)

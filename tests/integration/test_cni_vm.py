@@ -1,4 +1,4 @@
-"""Pods on real plugins and in a given namespace: real VMs, real packets, a node agent that comes and goes."""
+"""Pods on real plugins and in a given namespace: a spare and a clone, real packets, two node agents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vcnode.models.commands import ExecOptions
 from vcnode.models.network import Interworking, NetworkConfig, NetworkModel, PortMapping
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 from vcnode.node import Node, running
-from vcnode.settings import CniSettings, NatsSettings, QemuSettings, Settings
+from vcnode.settings import CniSettings, NatsSettings, PoolSettings, QemuSettings, Settings
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -59,6 +59,7 @@ def settings_of(directory: Path, guest_image: Path) -> Settings:
         metrics_address="",
         nats=NatsSettings(url="nats://127.0.0.1:1"),
         qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
+        network=NetworkModel.CNI,
         cni=CniSettings(conf_dir=directory / "net.d"),
     )
 
@@ -73,14 +74,23 @@ class Rig:
         self.node: Node
 
     @contextlib.asynccontextmanager
-    async def agent(self) -> AsyncIterator[None]:
+    async def agent(self, **changes: object) -> AsyncIterator[None]:
         """A node agent for a block; the pods stay."""
-        async with running(self.settings) as self.node:
+        async with running(self.settings.model_copy(update=changes)) as self.node:
             yield
+
+    async def spare(self) -> None:
+        """Wait until there is one."""
+        async with asyncio.timeout(LIMIT_S):
+            while not any(status.ready for status in self.node.pods.pool.statuses()):
+                await self.node.pods.pool.changed.wait()
+                self.node.pods.pool.changed.clear()
 
     async def run(self, pod_id: str, model: NetworkModel, network: NetworkConfig, *args: str) -> None:
         main = ContainerSpec(id="main", rootfs=str(self.box), cmd=Cmd(args=args))
-        spec = PodSpec(id=pod_id, template="never", network_model=model, network=network, containers=(main,))
+        spec = PodSpec(
+            id=pod_id, template="require", network_model=model, network=network, containers=(main,)
+        )
         await self.node.pods.run(spec, call("pod.run"))
 
     async def shell(self, pod_id: str, script: str) -> str:
@@ -121,13 +131,15 @@ async def lives(rig: Rig) -> None:
     """Two pods from their start to their end, over two node agents."""
     before = networks.picture(rig.netns_path)
     try:
-        async with rig.agent():
+        async with rig.agent(pool=(PoolSettings(spares=1),)):
+            await rig.spare()
             ports = (PortMapping(host=8080, container=80),)
             given = NetworkConfig(netns_path=rig.netns_path, interworking=Interworking.MACVTAP)
             await asyncio.gather(
                 rig.run("web", NetworkModel.CNI, NetworkConfig(ports=ports), "/bin/sh", "-c", LISTEN),
                 rig.run("given", NetworkModel.CNM, given, "sleep", "infinity"),
             )
+            assert "pool" in rig.node.pods.status("web").phases_ms  # it has taken the spare over
             status = rig.node.pods.status("given")
             assert status.network is not None
             assert not status.network.created

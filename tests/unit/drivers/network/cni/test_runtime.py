@@ -195,9 +195,9 @@ async def test_program_that_cannot_be_executed(plugins: Plugins, runtime: Runtim
 
 
 async def test_plugin_that_hangs_is_killed_with_its_children(plugins: Plugins, tmp_path: Path) -> None:
-    runtime = Runtime((plugins.directory,), timeout_s=0.3)
+    runtime = Runtime((plugins.directory,), timeout_s=1.0)
     plugins.write("one", add=f"sleep 1000 & echo $! >{tmp_path}/child; sleep 1000")
-    with pytest.raises(NetworkError, match=r"one has not ended within 0\.3 s and was killed"):
+    with pytest.raises(NetworkError, match=r"one has not ended within 1 s and was killed"):
         await runtime.add(attachment())
     await gone(int((tmp_path / "child").read_text()))
 
