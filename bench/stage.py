@@ -100,7 +100,7 @@ async def _node_process(
     config.write_text(
         f'node_name = "{NODE}"\nhypervisor = "{hypervisor}"\nmetrics_address = ""\nlog_format = "text"\n'
         f'state_dir = "{root}/state"\nrun_dir = "{root}/run"\nguest_dir = "{options.guest_dir}"\n'
-        f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 0\n{settings}\n'
+        f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 0\nnetwork = "noop"\n{settings}\n'
         f'[qemu]\naccel = "{options.accel}"\n[nats]\nurl = "{url}"\n'
     )
     argv = (*wrapper, "-m", "vcnode.cli", "node", "run", "--config", str(config))

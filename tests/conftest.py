@@ -21,6 +21,10 @@ StartNats = Callable[..., Awaitable[nats.NatsServer]]
 _before = pytest.StashKey[leaks.Held]()
 
 
+# A node that a test starts leaves the host's network alone; tests of networks make one for themselves.
+os.environ.setdefault("VCNODE_NETWORK", "noop")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """End in good order on SIGTERM, fixtures included; forgive testcontainers its unclosed connections."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -272,7 +272,7 @@ class Settings(BaseSettings):
     """Used when a pod names none."""
     agent: AgentType | None = None
     """Used when a pod names none. Default: ``native`` with QEMU, ``mock`` with the mock hypervisor."""
-    network: NetworkModel = NetworkModel.NOOP
+    network: NetworkModel = NetworkModel.BRIDGE
     """Used when a pod names none."""
     stop_grace_s: float = Field(default=10.0, ge=0, le=3600)
     """Default of ``pod.stop``: seconds that containers and guest may take."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vcnode.aio import Tasks
 from vcnode.client import Client
-from vcnode.doctor import Finding, Probe
+from vcnode.doctor import Finding, Level, Probe
 from vcnode.errors import VcnodeError
 from vcnode.guest import image
 from vcnode.models.network import NetworkModel
@@ -22,6 +22,7 @@ def probes(settings: Settings) -> Sequence[tuple[str, Probe]]:
         ("accelerator", lambda: check_accelerator(settings)),
         ("guest-image", lambda: check_guest_image(settings)),
         *cni,
+        ("network", lambda: check_network(settings)),
         ("nats", lambda: check_nats(settings)),
     )
 
@@ -47,6 +48,26 @@ async def check_accelerator(settings: Settings) -> Finding:
         notes or "KVM does not run guests here; TCG is used, which is several times slower",
         "Turn virtualisation on in the firmware, load kvm_intel or kvm_amd, or allow nested virtualisation.",
     )
+
+
+async def check_network(settings: Settings) -> Finding:
+    """Pods can be connected by a bridge, and reach the outside."""
+    from vcnode.drivers.network.bridge import BridgeNetwork, Nft
+    from vcnode.pods.marks import mark_of
+
+    nft = await asyncio.to_thread(Nft.find)
+    obstacle = await BridgeNetwork(settings.bridge, mark_of(settings), nft).find_obstacle()
+    if obstacle is not None:
+        level: Level = "fail" if settings.network is NetworkModel.BRIDGE else "warn"
+        return Finding("network", level, "no pod can be connected by a bridge", obstacle)
+    if nft is None:
+        return Finding(
+            "network",
+            "warn",
+            "bridge works, but without nftables pods do not reach the outside and publish no ports",
+            "Install the package nftables.",
+        )
+    return Finding("network", "ok", "bridge works, with masquerading and published ports")
 
 
 async def check_guest_image(settings: Settings) -> Finding:

@@ -24,7 +24,26 @@ Vcpus = Annotated[int | None, typer.Option("--vcpus", metavar="N", min=1, help="
 Memory = Annotated[int | None, typer.Option("--memory", metavar="MIB", min=1, help="Memory of the VM.")]
 HypervisorOption = Annotated[str | None, typer.Option("--hypervisor", help="qemu or mock; else the node's.")]
 AgentOption = Annotated[str | None, typer.Option("--agent", help="Guest agent driver; else the node's.")]
-NetworkOption = Annotated[str | None, typer.Option("--network", help="Network model; else the node's.")]
+NetworkOption = Annotated[
+    str | None, typer.Option("--network", help="Network model: bridge, cni, cnm or noop; else the node's.")
+]
+Join = Annotated[
+    list[str] | None, typer.Option("--join", metavar="NETWORK", help="Network to join; one interface each.")
+]
+Netns = Annotated[
+    str | None, typer.Option("--netns", metavar="PATH", help="Given network namespace, for network cnm.")
+]
+InterworkingOption = Annotated[
+    str | None, typer.Option("--interworking", help="tc, bridged or macvtap: how interfaces reach the VM.")
+]
+Publish = Annotated[
+    list[str] | None,
+    typer.Option("--publish", "-p", metavar="HOST:POD[/udp]", help="Port of the host that leads to the pod."),
+]
+Rate = Annotated[
+    float | None, typer.Option("--rate-mbit", help="Limit of what the pod sends, and of what it receives.")
+]
+Dns = Annotated[list[str] | None, typer.Option("--dns", metavar="ADDRESS", help="Name server of the pod.")]
 
 
 async def _create_or_run(cli: Cli, run: bool, spec: PodSpec, command_id: str | None) -> None:
@@ -45,6 +64,7 @@ def _creating(run: bool) -> str:
 
         \b
         vcnode pod run --id web --image busybox --memory 256 -- httpd -f
+        vcnode pod run --id web3 --image busybox --publish 8080:80 --join blue -- httpd -f
         vcnode pod run -f pod.toml --id web2
         echo '{"id": "p1", "containers": [{"image": "busybox"}]}' | vcnode pod run -f -
         """
@@ -83,6 +103,12 @@ def _register(name: str, *, run: bool) -> None:
         hypervisor: HypervisorOption = None,
         agent: AgentOption = None,
         network: NetworkOption = None,
+        join: Join = None,
+        netns: Netns = None,
+        interworking: InterworkingOption = None,
+        publish: Publish = None,
+        rate_mbit: Rate = None,
+        dns: Dns = None,
         label: flags.Label = None,
         annotation: flags.Annotation = None,
         command_id: flags.CommandId = None,
@@ -98,6 +124,12 @@ def _register(name: str, *, run: bool) -> None:
             agent=agent,
             network=network,
             restart=restart_pod,
+            join=join or (),
+            netns=netns,
+            interworking=interworking,
+            publish=publish or (),
+            rate_mbit=rate_mbit,
+            dns=dns or (),
             label=label or (),
             annotation=annotation or (),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,9 @@ class ContainerFlags:
         )
 
 
+_PORT = re.compile(r"(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodFlags:
     """The flags that describe a pod."""
@@ -105,6 +109,12 @@ class PodFlags:
     agent: str | None = None
     network: str | None = None
     restart: str | None = None
+    join: Sequence[str] = ()
+    netns: str | None = None
+    interworking: str | None = None
+    publish: Sequence[str] = ()
+    rate_mbit: float | None = None
+    dns: Sequence[str] = ()
     label: Sequence[str] = ()
     annotation: Sequence[str] = ()
 
@@ -119,10 +129,30 @@ class PodFlags:
                 "hypervisor_type": self.hypervisor,
                 "agent_type": self.agent,
                 "network_model": self.network,
+                "network": {
+                    "networks": list(self.join) or None,
+                    "netns_path": self.netns,
+                    "interworking": self.interworking,
+                    "ports": [port(text) for text in self.publish] or None,
+                    "rate_mbit": {"ingress": self.rate_mbit, "egress": self.rate_mbit},
+                    "dns": {"servers": list(self.dns) or None},
+                },
                 "labels": pairs(self.label, "--label"),
                 "annotations": pairs(self.annotation, "--annotation"),
             }
         )
+
+
+def port(text: str) -> dict[str, Any]:
+    """A published port, ``HOST:CONTAINER`` or ``HOST:CONTAINER/udp``, as request data.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    match = _PORT.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--publish {text}: write HOST:CONTAINER, such as 8080:80 or 5353:53/udp.")
+    return {"host": int(match[1]), "container": int(match[2]), "protocol": match[3] or "tcp"}
 
 
 def pod_spec(file: Mapping[str, Any] | None, flags: PodFlags, container: ContainerFlags) -> PodSpec:

@@ -84,6 +84,20 @@ async def run_blocking(netns_path: str | None, work: Callable[[], T]) -> T:
     return outcome
 
 
+async def run_in_new(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """As `run`, in a new namespace that ends with it. Raises NetworkError where none can be made."""
+
+    def enter_new() -> T:
+        try:
+            if _libc.unshare(_CLONE_NEWNET):
+                raise _failed("unshare")
+        except OSError as exc:
+            raise NetworkError(f"No network namespace can be made: {exc.strerror}.") from exc
+        return asyncio.run(work())
+
+    return await run_blocking(None, enter_new)
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

@@ -88,6 +88,7 @@ async def node_agent(
     words = [str(word) for pair in arguments.items() for word in pair]
     # The settings of whoever runs the demo must not leak into it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VCNODE_")}
+    environment["VCNODE_NETWORK"] = "noop"  # a demo leaves the network of its host alone
     with place.log.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

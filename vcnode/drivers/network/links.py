@@ -56,6 +56,7 @@ async def over(sock: socket.socket) -> AsyncIterator[AsyncIPRoute]:
     """Speak over an open socket, which is closed at the end."""
     # pyroute2's own way into a namespace forks a process for each socket.
     async with AsyncIPRoute(fileno=sock.detach()) as netlink:
+        await netlink.setup_endpoint()  # or it would not close what it has not used
         yield netlink
 
 

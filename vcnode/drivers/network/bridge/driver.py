@@ -80,7 +80,7 @@ class BridgeNetwork:
 
     async def open(self) -> None:
         """See Protocol Network. Makes nothing on the host: what pods need is made with the first."""
-        self._unusable = await self._find_obstacle()
+        self._unusable = await self.find_obstacle()
         if self._unusable is None:
             await self._tidy_up()
         notes = [] if self._unusable is None else [f"No pod can be connected by a bridge: {self._unusable}"]
@@ -90,7 +90,8 @@ class BridgeNetwork:
             )
         self._notes = tuple(notes)
 
-    async def _find_obstacle(self) -> str | None:
+    async def find_obstacle(self) -> str | None:
+        """Why no pod can be connected here, with what would help; None when all is well. Changes nothing."""
         if os.geteuid() != 0:
             return "the node agent does not run as root; run it as root, or set network = 'noop'."
         if not host.has_tun():
@@ -105,9 +106,10 @@ class BridgeNetwork:
                 return await host.overlapping(netlink, self._plan), await host.default_mtu(netlink)
 
         try:
+            await namespaces.run_in_new(lambda: host.try_out(self._plan))
             overlap, mtu = await namespaces.run(None, look)
         except NetworkError as exc:
-            return exc.message
+            return f"{exc.message} Load the kernel's modules for it, or set network = 'noop'."
         if self._settings.mtu is None and mtu is not None:
             self._plan = host.Plan(self._mark, self._plan.subnets, mtu)
         if overlap is not None:

@@ -211,6 +211,28 @@ async def detach(host: AsyncIPRoute, plan: Plan, vm_id: str, endpoints: Sequence
     return [names.bridge(plan.mark, e.network) for e in endpoints if e.network is not None]
 
 
+async def try_out(plan: Plan) -> None:
+    """Make one pod's network in the thread's namespace, which goes with it: all that the kernel must have.
+
+    Raises:
+        NetworkError: The kernel refuses something; says what.
+    """
+    part = plan.subnets.slice_of(None, ())
+    endpoint = Endpoint(
+        id=f"{plan.mark}0000000-0",
+        name="eth0",
+        mac="02:00:00:00:00:01",
+        addresses=plan.subnets.addresses(part.pods[0], part),
+    )
+    fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        async with links.here() as netlink:
+            rate = RateMbit(ingress=1, egress=1)
+            await attach(netlink, netlink, fd, plan, endpoint, 0, Interworking.TC, rate)
+    finally:
+        os.close(fd)
+
+
 async def overlapping(netlink: AsyncIPRoute, plan: Plan) -> str | None:
     """A route of the host's that lies across one of the subnets, as text; None when there is none."""
     ours = {
