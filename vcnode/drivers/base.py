@@ -590,6 +590,10 @@ class Storage(Protocol):
         """
         ...
 
+    async def blank_image(self, *, timeout_s: float) -> ImageFile:
+        """An image with nothing in it. Raises StorageError when it cannot be made."""
+        ...
+
     async def image_file(self, digest: str) -> ImageFile:
         """The file of an image. Raises NotFoundError when it is gone."""
         ...

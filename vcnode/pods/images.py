@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -167,13 +167,8 @@ class ImageService:
             await self._sweep()
         return ImageRemoved(name=name, existed=image is not None)
 
-    def recent(self) -> Sequence[ImageStatus]:
-        """All images, those that were used last first."""
-        images = [self._with_use(image) for image in self._store.images.values()]
-        return sorted(images, key=lambda image: image.last_used_at or image.imported_at, reverse=True)
-
-    async def resolve(self, name: str, *, is_use: bool = True) -> tuple[ImageFile, ImageConfig]:
-        """The file that an image is now, and its config; *is_use*: the image counts as used now.
+    async def resolve(self, name: str) -> tuple[ImageFile, ImageConfig]:
+        """The file that an image is now, and its config; counts as a use.
 
         Raises:
             NotFoundError: There is no image of that name, or its file is gone.
@@ -181,8 +176,7 @@ class ImageService:
         image = self._store.images.get(name)
         if image is None:
             raise _unknown(name)
-        if is_use:
-            self._used_at[name] = self._clock()
+        self._used_at[name] = self._clock()
         return await self._storage.image_file(image.digest), image.config
 
     @asynccontextmanager

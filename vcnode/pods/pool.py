@@ -297,7 +297,7 @@ class Pool:
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
             session = await kind.agent.connect(vm, timeout_s=MAKE_LIMIT_S)
             undo.push(f"session with {vm_id}", session.close)
-            await self._rehearsal.run(vm, session)
+            await self._rehearsal.run(vm, session, configure=True)
             await vm.pause(timeout_s=MAKE_LIMIT_S)
         except BaseException as exc:
             for left in await undo.unwind():

@@ -1,7 +1,8 @@
-"""What a spare VM does before it waits: once, all that the start of a pod will ask of its guest.
+"""What a guest does once before it is saved as a template, and again in a spare VM before that waits.
 
-The first time is slow: without KVM, QEMU translates what the guest runs, and with it the guest still faults
-in what it has never touched. A spare has that behind it, so that a pod finds its guest warm.
+The first time of anything is slow: the guest allocates what it keeps, Python adapts its code to what it
+meets, and without KVM QEMU translates what runs. What a template has behind it, all its clones share as
+memory; what a spare has behind it, the pod that takes it finds warm.
 """
 
 from __future__ import annotations
@@ -14,71 +15,79 @@ from collections.abc import Callable
 from datetime import datetime
 
 from vcnode.aio import deadline_as
-from vcnode.drivers.base import ContainerExited, GuestSession, Vm
+from vcnode.drivers.base import ContainerExited, GuestSession, ImageFile, Storage, Vm
 from vcnode.errors import DeadlineExceededError, UnavailableError, VcnodeError
 from vcnode.models.vm import ContainerRoot, Disk, GuestConfig, GuestContainer, GuestProcess
-from vcnode.pods.images import ImageService
 from vcnode.pods.process import DEFAULT_CAPABILITIES
 
 log = logging.getLogger(__name__)
 
-LIMIT_S = 20.0
+LIMIT_S = 30.0
 """Seconds for all of it, which takes some tenths of one."""
 CONTAINER_ID = "rehearsal"
 DISK_ID = "d-rehearsal"
 HOSTNAME = "spare"
-PROGRAM = "/vcnode-rehearsal"
-"""There is none: the guest goes all the way to the execution of a program, and nothing of an image runs."""
+PROGRAM = "/rehearsal"
+"""There is none: the guest goes all the way to the execution of a program, and ends with 127 there."""
 
 
 class Rehearsal:
-    """Lets guests rehearse, with the image that was used last.
+    """Lets guests rehearse the start of a container, on an image with nothing in it.
 
     Args:
-        images: What this node has.
+        storage: Makes that image.
         clock: The current time, with its zone.
     """
 
-    def __init__(self, images: ImageService, clock: Callable[[], datetime]) -> None:
-        self._images = images
+    def __init__(self, storage: Storage, clock: Callable[[], datetime]) -> None:
+        self._storage = storage
         self._clock = clock
-        self._unfit: set[str] = set()
-        """Digests of images with which it did not go well."""
+        self._image: ImageFile | None = None
+        self._off = False
 
-    async def run(self, vm: Vm, session: GuestSession) -> None:
+    async def run(self, vm: Vm, session: GuestSession, *, configure: bool) -> None:
         """Rehearse in a fresh guest; nothing of it is left there but what is warm now.
 
+        Args:
+            vm: It has no disk yet.
+            session: With its guest.
+            configure: Whether to give it an identity, which what becomes a template must not have.
+
         Raises:
-            UnavailableError: It did not go well: end this VM. The next one will not try the same.
+            UnavailableError: It did not go well: end this VM. None that comes after it will rehearse.
         """
-        image = next((i for i in self._images.recent() if i.digest not in self._unfit), None)
-        if image is None:
+        if self._off:
             return
         late = DeadlineExceededError(f"The rehearsal in VM {vm.record.vm_id} took longer than {LIMIT_S:g} s.")
         try:
             async with deadline_as(LIMIT_S, lambda: late):
-                await self._run(vm, session, image.name)
+                if configure:
+                    await self._configure(vm, session)
+                await self._run(vm, session)
         except VcnodeError as exc:
-            self._unfit.add(image.digest)
-            log.warning("The rehearsal with image %s went wrong", image.name, exc_info=exc)
+            self._off = True
+            log.warning("A rehearsal went wrong; there will be no more", exc_info=exc)
             raise UnavailableError(f"The rehearsal in VM {vm.record.vm_id} went wrong.") from exc
 
-    async def _run(self, vm: Vm, session: GuestSession, image_name: str) -> None:
+    async def _configure(self, vm: Vm, session: GuestSession) -> None:
         config = GuestConfig(
             hostname=HOSTNAME,
             time_ns=int(self._clock().timestamp() * 1_000_000) * 1000,
             entropy=os.urandom(64),
             machine_id=uuid.UUID(vm.record.uuid).hex,
         )
-        file, _ = await self._images.resolve(image_name, is_use=False)
+        await session.configure(config, timeout_s=LIMIT_S)
+
+    async def _run(self, vm: Vm, session: GuestSession) -> None:
+        if self._image is None:
+            self._image = await self._storage.blank_image(timeout_s=LIMIT_S)
         container = GuestContainer(
             container_id=CONTAINER_ID,
             root=ContainerRoot(disk_id=DISK_ID),
             hostname=HOSTNAME,
             process=GuestProcess(args=(PROGRAM,), capabilities=DEFAULT_CAPABILITIES),
         )
-        await session.configure(config, timeout_s=LIMIT_S)
-        await vm.attach_disk(Disk(disk_id=DISK_ID, path=str(file.path)), timeout_s=LIMIT_S)
+        await vm.attach_disk(Disk(disk_id=DISK_ID, path=str(self._image.path)), timeout_s=LIMIT_S)
         await session.create_container(container, timeout_s=LIMIT_S)
         await session.start_container(CONTAINER_ID, timeout_s=LIMIT_S)
         async with contextlib.aclosing(session.events()) as events:  # type: ignore[type-var]

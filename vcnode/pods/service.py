@@ -147,12 +147,14 @@ class PodService:
         containers = Containers(parts)
         self._watcher = Watcher(parts, containers)
         self._admission = Admission(parts)
+        rehearsal = Rehearsal(storage, clock)
         self.templates = Templates(
             hypervisors=hypervisors,
             agents=agents,
             networks=networks,
             storage=storage,
             settings=settings,
+            rehearsal=rehearsal,
             tasks=tasks,
             observer=metrics,
         )
@@ -162,7 +164,7 @@ class PodService:
             storage=storage,
             settings=settings,
             queue=parts.starts,
-            rehearsal=Rehearsal(images, clock),
+            rehearsal=rehearsal,
             tasks=tasks,
             memory=memory,
             observer=metrics,

@@ -23,6 +23,7 @@ from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
 from vcnode.models.vm import NetworkAttachment, VmShape, VmSpec
 from vcnode.pods.marks import new_vm_id
+from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.wiring import netdevs, preparer
 from vcnode.settings import Settings, ShapeSettings
@@ -75,6 +76,7 @@ class Templates:
         networks: Drivers on offer.
         storage: For the directories of the VMs that become templates.
         settings: Limits, and what to have ready from the start.
+        rehearsal: What a guest does before it is saved.
         tasks: Runs the making.
         observer: Hears what happens.
     """
@@ -87,6 +89,7 @@ class Templates:
         networks: Mapping[NetworkModel, Network],
         storage: Storage,
         settings: Settings,
+        rehearsal: Rehearsal,
         tasks: Spawner,
         observer: Observer,
     ) -> None:
@@ -95,6 +98,7 @@ class Templates:
         self._networks = networks
         self._storage = storage
         self._settings = settings
+        self._rehearsal = rehearsal
         self._tasks = tasks
         self._observer = observer
         self._closed = False
@@ -254,7 +258,10 @@ class Templates:
                 vm = await kind.hypervisor.launch(spec.model_copy(update=update), timeout_s=limit_s)
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
             session = await kind.agent.connect(vm, timeout_s=limit_s)
-            await session.close()
+            try:
+                await self._rehearsal.run(vm, session, configure=False)
+            finally:
+                await session.close()
             await kind.templating.save_template(vm, timeout_s=SAVE_LIMIT_S)
         finally:
             for left in await undo.unwind():

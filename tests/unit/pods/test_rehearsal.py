@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.pods.test_pool import ONE, spare_ids, until_ready
+from tests.unit.pods.test_templates import made
 from tests.unit.pods.world import World, container, pod
-from vcnode.models.commands import ImagePull
 from vcnode.models.vm import GuestProcess
 from vcnode.pods import pool as pool_module
 
@@ -41,7 +41,8 @@ async def filled(world: World) -> str:
 
 async def test_a_spare_rehearses_and_keeps_nothing_of_it(world: World) -> None:
     spare = await filled(world)
-    assert [entry for entry in world.plan.log if entry in STEPS] == STEPS
+    steps = [entry for entry in world.plan.log if entry in STEPS]
+    assert steps == [*STEPS[1:], *STEPS]  # the template has no identity
     assert world.guests.by_vm_id[spare].containers == {}
     assert world.vms.machines[spare].disks == {}
     status = await world.pods.run(pod(containers=[container(image="app")]), world.call("pod.run"))
@@ -53,40 +54,20 @@ async def test_a_spare_rehearses_and_keeps_nothing_of_it(world: World) -> None:
     assert "container.exited" not in await world.kinds()
 
 
-async def test_it_is_no_use_of_the_image(world: World) -> None:
-    before = world.images.status("app")
-    await filled(world)
-    assert world.images.status("app") == before
+async def test_what_becomes_a_template_rehearses_without_an_identity(world: World) -> None:
+    await world.pods.run(pod(), world.call("pod.run"))
+    await made(world)
+    log = world.plan.log
+    saved = log.index("hypervisor.save_template")
+    assert log[:saved].count("agent.create_container") == 2  # the pod's own, and the rehearsal's
+    assert log[:saved].count("agent.configure") == 1
 
 
-async def test_the_image_that_was_used_last_is_taken(world: World) -> None:
-    await world.images.pull(ImagePull(reference="other"), world.call())
-    await world.pods.create(pod(containers=[container(image="app")]), world.call())
-    asked: list[str] = []
-    resolve = world.images.resolve
-
-    async def noted(name: str, *, is_use: bool = True):
-        asked.append(name)
-        return await resolve(name, is_use=is_use)
-
-    world.images.resolve = noted  # type: ignore[method-assign]
-    await filled(world)
-    assert asked == ["app"]
-
-
-async def test_without_an_image_a_spare_waits_all_the_same(world: World) -> None:
-    await world.images.remove("app", world.call())
-    await filled(world)
-    assert not set(STEPS) & set(world.plan.log)
-
-
-@pytest.mark.parametrize("operation", ["vm.attach_disk", *STEPS, "vm.detach_disk"])
-async def test_one_that_goes_wrong_costs_that_spare_and_is_not_tried_again(
-    world: World, operation: str
-) -> None:
+@pytest.mark.parametrize("operation", ["storage.blank_image", "vm.attach_disk", *STEPS, "vm.detach_disk"])
+async def test_one_that_goes_wrong_costs_that_vm_and_is_not_tried_again(world: World, operation: str) -> None:
     world.plan.rules = world.plan.parse(f"{operation}:1=fail").rules
     spare = await filled(world)
-    assert world.plan.log.count("hypervisor.launch") == 3  # the template, one that went wrong, one without
+    assert world.plan.log.count("hypervisor.launch") == 3  # a template, a spare, and the one that went wrong
     assert world.observed.templates_broken == 0
     assert world.host.vm_dirs == {spare}
     assert [m.spec.vm_id for m in world.vms.alive] == [spare]

@@ -138,6 +138,12 @@ class ImageStore:
             plan = await self._prepare(source, job)
             return await self._make(source, job, plan)
 
+    async def blank(self, *, timeout_s: float) -> ImageFile:
+        """See `vcnode.drivers.base.Storage.blank_image`. Raises as `build`."""
+        late = DeadlineExceededError(f"Making an empty image took longer than {timeout_s:g} s.")
+        async with deadline_as(timeout_s, lambda: late), self._building, self._job() as job:
+            return await self._make("nothing", job, None)
+
     async def pull(
         self,
         source: PullSource,

@@ -147,6 +147,11 @@ class LocalStorage:
         async with _translated(f"Pulling {source.reference!r}"):
             return await self._images.pull(source, known, progress, timeout_s=timeout_s)
 
+    async def blank_image(self, *, timeout_s: float) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated("Making an empty image"):
+            return await self._images.blank(timeout_s=timeout_s)
+
     async def image_file(self, digest: str) -> ImageFile:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated(f"Looking for image {digest}"):

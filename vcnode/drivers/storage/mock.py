@@ -190,6 +190,12 @@ class MockStorage:
         )
         return self.world.images.setdefault(image.digest, image)
 
+    async def blank_image(self, *, timeout_s: float) -> ImageFile:
+        """See `vcnode.drivers.base.Storage`; the path that is returned does not exist."""
+        await self._hit("blank_image")
+        name = hashlib.sha256(b"").hexdigest()
+        return ImageFile(f"sha256:{name}", Path(f"/nonexistent/sha256-{name}.erofs"), 4096)
+
     async def image_file(self, digest: str) -> ImageFile:
         """See `vcnode.drivers.base.Storage`."""
         await self._hit("image_file")

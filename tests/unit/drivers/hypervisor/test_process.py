@@ -169,3 +169,14 @@ def test_reap_of_a_live_child_does_not_wait():
         os.close(pidfd)
         sleeping.kill()
         sleeping.wait()
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+async def test_huge_pages_are_kept_from_the_child_and_not_from_us(
+    huge_pages: bool, output: int, tmp_path: Path
+):
+    argv = ["/bin/sh", "-c", "grep THP_enabled /proc/self/status", "-uuid", UUID]
+    process = spawn(argv, stderr_fd=output, fds=(), directory=tmp_path, huge_pages=huge_pages)
+    assert await asyncio.wait_for(process.wait(), 10) == 0
+    assert (tmp_path / "output").read_text().split()[-1] == str(int(huge_pages))
+    assert "THP_enabled:\t1" in Path("/proc/self/status").read_text()

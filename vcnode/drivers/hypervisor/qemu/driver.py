@@ -261,6 +261,7 @@ class QemuHypervisor:
                 fds=fds,
                 directory=files.directory,
                 netns_path=spec.netns_path,
+                huge_pages=launch.accelerator != "tcg",
             )
             files.group.take(process.pid)
             undo.pop_all()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
-"""Counts changes of the command line that make old templates useless (devices, their order, machine)."""
+LAYOUT = 2
+"""Counts changes that make old templates useless: of devices, of machine, of what a guest rehearses."""
 DISCARD_LIMIT_S = 60.0
 
 
