@@ -13,6 +13,7 @@ from bench.boot import guest_boot
 from bench.commands import commands
 from bench.crowd import burst, density
 from bench.execs import execute
+from bench.netsetup import netsetup
 from bench.options import Options
 from bench.plot import svg
 from bench.report import Result, machine
@@ -27,6 +28,7 @@ BENCHES: dict[str, Callable[[Options], Coroutine[Any, Any, Result]]] = {
     "burst": burst,
     "density": density,
     "commands": commands,
+    "netsetup": netsetup,
 }
 
 

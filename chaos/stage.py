@@ -46,7 +46,7 @@ class Stage:
         self._config.write_text(
             f'node_name = "{NODE}"\nhypervisor = "{hypervisor}"\nmetrics_address = ""\nlog_format = "text"\n'
             f'state_dir = "{root}/state"\nrun_dir = "{root}/run"\nguest_dir = "{guest_dir}"\n'
-            f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 1\naudit_interval_s = 5\n'
+            f'allowed_roots = ["{root}/roots"]\nnetwork = "noop"\nstop_grace_s = 1\naudit_interval_s = 5\n'
             f'[qemu]\naccel = "auto"\n[nats]\nurl = "nats://127.0.0.1:{proxy.port}"\nlease_s = 5\n'
         )
 
