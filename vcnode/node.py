@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import signal
 import socket
 from collections import Counter
@@ -48,17 +49,19 @@ from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.local import LocalStorage
 from vcnode.drivers.storage.mock import MockStorage
 from vcnode.drivers.watched import Hook, watched
-from vcnode.errors import FailedPreconditionError, StorageError
+from vcnode.errors import FailedPreconditionError, StorageError, VcnodeError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.services import NodeService, Services
 from vcnode.http import HttpServer
 from vcnode.metrics import Metrics
+from vcnode.models.call import Call
 from vcnode.models.commands import COMMANDS
 from vcnode.models.events import EventKind
 from vcnode.models.network import NetworkModel
-from vcnode.models.node import Amount, NodeLease
+from vcnode.models.node import NodeLease
 from vcnode.models.pod import AgentType, ContainerState, HypervisorType, PodState
 from vcnode.models.subjects import Subjects
+from vcnode.pods.fleet import FleetService
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
 from vcnode.pods.marks import mark_of
@@ -66,6 +69,7 @@ from vcnode.pods.outbox import Outbox
 from vcnode.pods.received import Received
 from vcnode.pods.salvage import damaged_files
 from vcnode.pods.service import PodService
+from vcnode.pods.standing import Standing
 from vcnode.pods.store import Store
 from vcnode.pods.templates import EVICT_EVERY_S
 from vcnode.settings import Settings
@@ -73,6 +77,8 @@ from vcnode.settings import Settings
 log = logging.getLogger(__name__)
 
 FLUSH_TIMEOUT_S = 5.0
+MAX_LEASE_IMAGES = 64
+"""Images that a lease names: it is sent often, to everybody who watches the fleet."""
 
 
 def _now() -> datetime:
@@ -211,6 +217,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         images = ImageService(
             store, drivers.storage, tasks=tasks, settings=settings.images, clock=_now, mock=mock
         )
+        standing = await Standing.open(store, labels=settings.labels, taints=settings.taints, mock=mock)
         pods = PodService(
             node_name=settings.node_name,
             epoch=store.epoch,
@@ -224,6 +231,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             tasks=tasks,
             metrics=metrics,
             clock=_now,
+            takes_pods=standing.check_takes_pods,
         )
         stack.push_async_callback(pods.close)
         journal = Journal(
@@ -241,6 +249,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             await pods.announce(EventKind.NODE_DATABASE_REBUILT, facts)
         await pods.recover()
         await journal.fail_unfinished()
+        fleet = FleetService(pods=pods, standing=standing, clock=_now)
         service = NodeService(
             epoch=store.epoch,
             settings=settings,
@@ -248,14 +257,30 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             agents=drivers.agents,
             networks=drivers.networks,
             pods=pods,
+            fleet=fleet,
             clock=_now,
         )
         outbox = Outbox(store, retention_s=settings.limits.outbox_retention_s)
         _describe(metrics, service, pods, outbox, settings)
         services = Services(
-            pods=pods, images=images, node=service, streams=pods.streams, sessions=pods.sessions
+            pods=pods,
+            images=images,
+            node=service,
+            fleet=fleet,
+            streams=pods.streams,
+            sessions=pods.sessions,
         )
-        bus = _join_bus(settings, metrics, store, journal, outbox, services, tasks, stack)
+        bus = _join_bus(
+            settings,
+            metrics,
+            store,
+            journal,
+            outbox,
+            services,
+            lambda: _lease(settings, pods, service, store.identity),
+            tasks,
+            stack,
+        )
         connection = bus.connection
         pods.sessions.use(
             SessionTraffic(
@@ -275,6 +300,8 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         if settings.audit_interval_s:
             tasks.spawn(pods.audit_forever(settings.audit_interval_s), name="audit")
         yield Node(settings, drivers, pods, images, service, connection, address)
+        if settings.on_terminate == "stop":
+            await _drain_pods(fleet, settings.terminate_timeout_s)
         log.info("Stopping: running commands have %g s to finish", settings.drain_timeout_s)
         service.drain()
         await pods.sessions.stop()
@@ -321,6 +348,7 @@ def _join_bus(
     journal: Journal,
     outbox: Outbox,
     services: Services,
+    describe_lease: Callable[[], NodeLease],
     tasks: Tasks,
     stack: contextlib.AsyncExitStack,
 ) -> _Bus:
@@ -331,7 +359,7 @@ def _join_bus(
     # First of all that is set up on a client: nothing is subscribed while another node has this name.
     lease = Lease(
         connection,
-        lambda: _lease(settings, services, store.identity),
+        describe_lease,
         subjects=subjects,
         settings=settings.nats,
     )
@@ -392,35 +420,48 @@ def _join_bus(
     return _Bus(connection, commands, durable)
 
 
-def _lease(settings: Settings, services: Services, identity: str) -> NodeLease:
+async def _drain_pods(fleet: FleetService, timeout_s: float) -> None:
+    """Stop all pods before the node agent ends; it comes back cordoned no more than it was before."""
+    was_ready = fleet.standing().state == "ready"
+    log.info("Stopping all pods: they have %g s", timeout_s)
+    call = Call(command_id=f"terminate-{secrets.token_hex(8)}", verb="node.drain")
+    try:
+        await fleet.drain(timeout_s=timeout_s, delete=False, reason="the node agent stops", call=call)
+        if was_ready:
+            await fleet.uncordon()
+    except VcnodeError as exc:
+        log.warning("The pods could not be drained", exc_info=exc)
+
+
+def _lease(settings: Settings, pods: PodService, service: NodeService, identity: str) -> NodeLease:
     """What the node's lease says now."""
-    info = services.node.info()
-    pods = services.pods.list({}, ()).pods
-    active = [pod.resources for pod in pods if pod.state not in (PodState.READY, PodState.STOPPED)]
-    capacity = Amount(vcpu_count=info.cpu_count, mem_mib=info.mem_total_mib, pods=settings.limits.pods)
-    used = Amount(
-        vcpu_count=sum(resources.vcpu_count for resources in active),
-        mem_mib=sum(resources.mem_size_mib for resources in active),
-        pods=len(pods),
-    )
+    info = service.info()
+    capacity = pods.host_capacity()
+    active = [record for record in pods.records if record.state not in (PodState.READY, PodState.STOPPED)]
+    hypervisor = next((d for d in info.hypervisors if d.type == settings.hypervisor), None)
+    shapes = {f"{shape.vcpu_count}x{shape.mem_size_mib}" for shape in pods.templates.shapes}
     return NodeLease(
         node=info.node,
         identity=identity,
         epoch=info.epoch,
         version=info.version,
         state=info.state,
+        labels=info.labels,
+        taints=info.taints,
         mock=info.mock,
+        accelerator=info.accelerator,
+        hypervisor_version=hypervisor.version if hypervisor else None,
         host=socket.gethostname(),
         pid=os.getpid(),
         lease_s=settings.nats.lease_s,
         renewed_at=_now(),
         capacity=capacity,
-        used=used,
-        allocatable=Amount(
-            vcpu_count=max(0, capacity.vcpu_count - used.vcpu_count),
-            mem_mib=max(0, capacity.mem_mib - used.mem_mib),
-            pods=max(0, capacity.pods - used.pods),
-        ),
+        allocatable=pods.capacity.total,
+        reserved=pods.capacity.reserved(pods.records),
+        used=pods.capacity.taken(active),
+        templates=tuple(sorted(shapes)),
+        images=tuple(sorted(pods.image_names)[:MAX_LEASE_IMAGES]),
+        queued_starts=pods.queued_starts,
     )
 
 

@@ -21,7 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from vcnode.models.base import NodeName
+from vcnode.models.base import Labels, NodeName
+from vcnode.models.fleet import Taint
 from vcnode.models.network import IpAddress, NetworkModel
 from vcnode.models.pod import (
     MAX_MEM_SIZE_MIB,
@@ -226,8 +227,6 @@ class LimitSettings(Group):
     """Pods waiting to start; more get ``resource_exhausted``."""
     pods: int = Field(default=500, ge=1)
     """Pods that the node holds, in any state."""
-    writable_disks_mib: int = Field(default=256 * 1024, ge=0)
-    """Sizes of all containers' writable disks, which are sparse; more get ``resource_exhausted``."""
     sessions: int = Field(default=256, ge=1)
     """Sessions (exec, attach, copy, forward) open at once; more get ``resource_exhausted``."""
     session_window_bytes: int = Field(default=512 * 1024, ge=64 * 1024, le=16 * 1024 * 1024)
@@ -242,6 +241,27 @@ class LimitSettings(Group):
     """Unpublished events kept; at the bound, commands that change something get ``resource_exhausted``."""
     outbox_retention_s: float = Field(default=86_400, ge=0)
     """Seconds for which published events stay in the local outbox."""
+
+
+class CapacitySettings(Group):
+    """What pods may have of the host. Unset: what the host has, or, on a mock node, more than enough."""
+
+    vcpu_count: int | None = Field(default=None, ge=1)
+    """CPUs."""
+    mem_mib: int | None = Field(default=None, ge=1)
+    """Memory in MiB."""
+    disk_mib: int | None = Field(default=None, ge=0)
+    """For the writable disks of containers, in MiB. Default: the size of ``state_dir``'s file system."""
+    reserved_mem_mib: int = Field(default=512, ge=0)
+    """Memory that is kept for the host itself."""
+    cpu_overcommit: float = Field(default=16.0, gt=0)
+    """Virtual CPUs for each CPU."""
+    mem_overcommit: float = Field(default=1.0, gt=0)
+    """Guest memory for each MiB of the host's; above 1, pods that use all of theirs can starve each other."""
+    disk_overcommit: float = Field(default=1.0, gt=0)
+    """Size of disks for each MiB of the host's; they are sparse."""
+    vm_overhead_mib: int = Field(default=48, ge=0)
+    """Memory that a VM takes on the host besides its guest's."""
 
 
 class Settings(BaseSettings):
@@ -274,6 +294,14 @@ class Settings(BaseSettings):
     """Used when a pod names none. Default: ``native`` with QEMU, ``mock`` with the mock hypervisor."""
     network: NetworkModel = NetworkModel.BRIDGE
     """Used when a pod names none."""
+    labels: Labels = {}
+    """Labels of this node, by which schedulers choose; ``node.label`` changes them while it runs."""
+    taints: tuple[Taint, ...] = ()
+    """Reasons for pods to stay away: only pods that tolerate all of them are bid for."""
+    on_terminate: Literal["leave", "stop"] = "leave"
+    """What SIGTERM does with pods: they go on for the next process, or they are drained first."""
+    terminate_timeout_s: float = Field(default=60.0, ge=0)
+    """Seconds that such a drain may take."""
     stop_grace_s: float = Field(default=10.0, ge=0, le=3600)
     """Default of ``pod.stop``: seconds that containers and guest may take."""
     audit_interval_s: float = Field(default=300.0, ge=0)
@@ -300,6 +328,7 @@ class Settings(BaseSettings):
     cni: CniSettings = CniSettings()
     cnm: CnmSettings = CnmSettings()
     limits: LimitSettings = LimitSettings()
+    capacity: CapacitySettings = CapacitySettings()
 
     @property
     def agent_type(self) -> AgentType:

@@ -272,6 +272,12 @@ class Lease:
         bucket = await self._bucket(client)
         lease = self._describe()
         body = lease.model_dump_json().encode()
+        if self._revision is not None:
+            try:
+                self._revision = int(await uncancelled(bucket.update(lease.node, body, last=self._revision)))
+                return
+            except nats.js.errors.KeyWrongLastSequenceError:
+                self._revision = None  # it ran out, or somebody else has taken it
         try:
             entry = await uncancelled(bucket.get(lease.node))
         except nats.js.errors.KeyNotFoundError:

@@ -27,7 +27,7 @@ from vcnode.handlers.lanes import Slot
 from vcnode.handlers.outcome import Outcome, oversized
 from vcnode.handlers.routes import AT_ONCE
 from vcnode.models.commands import BROADCAST, COMMANDS
-from vcnode.models.subjects import Subjects
+from vcnode.models.subjects import Subjects, share_of
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -121,7 +121,11 @@ class CommandService:
                 },
             )
         for verb in BROADCAST:
-            await client.subscribe(self._subjects.everyone(verb), cb=self._broadcast(verb))
+            for subject in (
+                self._subjects.everyone(verb),
+                self._subjects.some(verb, share_of(self._node_name)),
+            ):
+                await client.subscribe(subject, cb=self._broadcast(verb))
         self._service = service
 
     async def drain(self, *, timeout_s: float) -> bool:
@@ -168,19 +172,20 @@ class CommandService:
         return on_request
 
     def _broadcast(self, verb: str) -> Callable[[Msg], Awaitable[None]]:
-        take = self._answer if verb in AT_ONCE else self._take
+        """What is asked of many: all such commands are of `AT_ONCE`."""
 
         async def on_message(msg: Msg) -> None:
-            await take(verb, msg)
+            await self._answer(verb, msg, among_all=True)
 
         return on_message
 
-    async def _answer(self, verb: str, msg: Msg) -> None:
+    async def _answer(self, verb: str, msg: Msg, *, among_all: bool = False) -> None:
         """Carry out a command that need not wait; never raises."""
         started = time.perf_counter_ns()
         outcome = self._dispatcher.answer(verb, msg.headers or {}, msg.data)
         self._count(verb, outcome, time.perf_counter_ns() - started)
-        await self._reply(verb, msg, outcome)
+        if not (among_all and outcome.quiet):
+            await self._reply(verb, msg, outcome)
 
     async def _take(self, verb: str, msg: Msg) -> None:
         """Hand one message over to a task, or refuse it; never raises, never waits for the command."""

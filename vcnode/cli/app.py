@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from vcnode.cli import containers, contracts, demo, doctor, events, guest, images, nats, nodes, pods, sessions
+from vcnode.cli import (
+    containers,
+    contracts,
+    demo,
+    doctor,
+    events,
+    fleet,
+    guest,
+    images,
+    nats,
+    nodes,
+    pods,
+    sessions,
+)
 from vcnode.cli.command import Config, DeadlineS, Options, Output
 
 app = typer.Typer(
@@ -28,6 +41,7 @@ app.add_typer(nats.app, name="nats")
 app.add_typer(sessions.app, name="session")
 sessions.register(app)
 events.register(app)
+fleet.register(app, pods.app)
 demo.register(app)
 doctor.register(app)
 

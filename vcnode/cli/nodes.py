@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from vcnode.cli import flags
 from vcnode.cli.command import Cli, NatsUrl, Prefix, command
 from vcnode.cli.exits import Exit
 
@@ -163,3 +164,93 @@ async def ping(
     else:
         print("no node answered", file=sys.stderr)
     return Exit.OK if replies else Exit.UNAVAILABLE
+
+
+@command(app, "label")
+async def label(
+    cli: Cli,
+    labels: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE|KEY-", help="Label to set, or with '-' to remove.")
+    ],
+    command_id: flags.CommandId = None,
+) -> None:
+    """Set or remove labels of a node, by which schedulers choose; survives its restarts.
+
+    \b
+    vcnode node label zone=a disk=ssd --node host1
+    vcnode node label zone- --node host1
+    """
+    from vcnode.cli import fleet_views, specs
+
+    remove = [text[:-1] for text in labels if text.endswith("-") and "=" not in text]
+    to_set = specs.pairs([text for text in labels if "=" in text or not text.endswith("-")], "KEY=VALUE")
+    async with cli.node() as node:
+        reply = await node.node_label(
+            to_set, remove=remove, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, fleet_views.standing)
+
+
+@command(app, "cordon")
+async def cordon(
+    cli: Cli,
+    reason: Annotated[str, typer.Option("--reason", help="For people; shown in refusals.")] = "",
+    command_id: flags.CommandId = None,
+) -> None:
+    """Have a node take no new pods; those that it has go on.
+
+    \b
+    vcnode node cordon --node host1 --reason "new kernel on friday"
+    """
+    from vcnode.cli import fleet_views
+
+    async with cli.node() as node:
+        reply = await node.node_cordon(reason, command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, fleet_views.standing)
+
+
+@command(app, "uncordon")
+async def uncordon(cli: Cli, command_id: flags.CommandId = None) -> None:
+    """Have a node take new pods again.
+
+    \b
+    vcnode node uncordon --node host1
+    """
+    from vcnode.cli import fleet_views
+
+    async with cli.node() as node:
+        reply = await node.node_uncordon(command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, fleet_views.standing)
+
+
+@command(app, "drain")
+async def drain(
+    cli: Cli,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", metavar="SECONDS", min=0, help="What still runs then is killed."),
+    ] = 300.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the pods as well.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="For people; shown in refusals.")] = "drained",
+    command_id: flags.CommandId = None,
+) -> int:
+    """Stop all pods of a node, those of the lowest priority first, and have it take no new ones.
+
+    'vcnode events --node host1' shows how far it is. Ends with 1 when a pod could not be stopped.
+
+    \b
+    vcnode node drain --node host1
+    vcnode node drain --node host1 --timeout 60 --delete
+    """
+    from vcnode.cli import fleet_views
+
+    async with cli.node() as node:
+        reply = await node.node_drain(
+            timeout_s=timeout,
+            delete=delete,
+            reason=reason,
+            command_id=command_id,
+            deadline_s=cli.options.deadline_s,
+        )
+    cli.show(reply, fleet_views.drained)
+    return Exit.FAILED if reply.failed else Exit.OK

@@ -14,6 +14,7 @@ Errors of a node come out as the classes of `vcnode.errors`, with ``error_id`` i
 
 from vcnode.client.client import Client
 from vcnode.client.events import EventStream
+from vcnode.client.fleet import Fleet, Placement
 from vcnode.client.node import NodeClient
 
-__all__ = ["Client", "EventStream", "NodeClient"]
+__all__ = ["Client", "EventStream", "Fleet", "NodeClient", "Placement"]

@@ -82,7 +82,7 @@ class Client:
             enough: Stop early once so many have answered.
         """
         replies = await self._requester.scatter(
-            self._subjects.everyone("node.ping"), b"", timeout_s=timeout_s, enough=enough
+            [self._subjects.everyone("node.ping")], b"", timeout_s=timeout_s, enough=enough
         )
         pings = []
         for msg in replies:

@@ -63,6 +63,18 @@ from vcnode.models.commands import (
     PodStopped,
     RegistryAuth,
 )
+from vcnode.models.fleet import (
+    Bid,
+    Constraints,
+    DrainReport,
+    NodeCordon,
+    NodeDrain,
+    NodeLabel,
+    NodeStanding,
+    PodBid,
+    PodRelease,
+    PodReleased,
+)
 from vcnode.models.living import (
     MAX_PROCESSES,
     ContainerProcesses,
@@ -97,6 +109,9 @@ from vcnode.models.violations import violations_of
 
 GRACE_S = 5.0
 """How much longer than its deadline a command's reply is awaited, so that the node can say what happened."""
+NODE_DRAIN_S = COMMANDS["node.drain"].default_timeout_s
+DRAIN_MARGIN_S = 60.0
+"""Default deadline of a drain beyond its own ``timeout_s``: killing what is left takes time, too."""
 EXEC_MARGIN_S = 30.0
 """Default deadline of an exec beyond its own ``timeout_s``."""
 
@@ -140,10 +155,12 @@ class NodeClient(StreamMethods):
     async def pod_create(
         self,
         spec: PodSpec,
+        *,
+        reservation: str | None = None,
         **options: Unpack[Change],
     ) -> PodStatus:
-        """Prepare a pod; its VM does not run yet."""
-        request = PodCreate(pod=spec)
+        """Prepare a pod; its VM does not run yet. A *reservation* of a bid is used up."""
+        request = _make(PodCreate, pod=spec, reservation=reservation)
         return await self._send("pod.create", request, PodStatus, options)
 
     async def pod_start(
@@ -158,10 +175,12 @@ class NodeClient(StreamMethods):
     async def pod_run(
         self,
         spec: PodSpec,
+        *,
+        reservation: str | None = None,
         **options: Unpack[Change],
     ) -> PodStatus:
-        """Create and start a pod."""
-        request = PodCreate(pod=spec)
+        """Create and start a pod. A *reservation* of a bid is used up."""
+        request = _make(PodCreate, pod=spec, reservation=reservation)
         return await self._send("pod.run", request, PodStatus, options)
 
     async def pod_stop(
@@ -193,6 +212,27 @@ class NodeClient(StreamMethods):
         """Free and forget a pod; with *force* it is stopped first."""
         request = _make(PodDelete, pod_id=pod_id, force=force)
         return await self._send("pod.delete", request, PodDeleted, options)
+
+    async def pod_bid(
+        self,
+        spec: PodSpec,
+        constraints: Constraints | None = None,
+        *,
+        hold_s: float = 10.0,
+        explain: bool = True,
+        **options: Unpack[Read],
+    ) -> Bid:
+        """Ask whether a pod could run here; what it needs is kept for *hold_s* seconds. See `Fleet.place`."""
+        request = _make(
+            PodBid, pod=spec, constraints=constraints or Constraints(), hold_s=hold_s, explain=explain
+        )
+        return await self._send("pod.bid", request, Bid, options)
+
+    async def pod_release(self, reservation: str, **options: Unpack[Read]) -> PodReleased:
+        """Give up what a bid has kept. Idempotent."""
+        return await self._send(
+            "pod.release", _make(PodRelease, reservation=reservation), PodReleased, options
+        )
 
     async def pod_list(
         self,
@@ -437,6 +477,39 @@ class NodeClient(StreamMethods):
         return await self._send("image.remove", request, ImageRemoved, options)
 
     # The node itself
+
+    async def node_label(
+        self,
+        set: Mapping[str, str] | None = None,  # noqa: A002 -- as the field is called
+        *,
+        remove: Sequence[str] = (),
+        **options: Unpack[Change],
+    ) -> NodeStanding:
+        """Set and remove labels of the node; survives its restarts."""
+        request = _make(NodeLabel, set=dict(set or {}), remove=tuple(remove))
+        return await self._send("node.label", request, NodeStanding, options)
+
+    async def node_cordon(self, reason: str = "", **options: Unpack[Change]) -> NodeStanding:
+        """Have the node take no new pods; those that it has go on."""
+        return await self._send("node.cordon", _make(NodeCordon, reason=reason), NodeStanding, options)
+
+    async def node_uncordon(self, **options: Unpack[Change]) -> NodeStanding:
+        """Have the node take new pods again."""
+        return await self._send("node.uncordon", Empty(), NodeStanding, options)
+
+    async def node_drain(
+        self,
+        *,
+        timeout_s: float = 300.0,
+        delete: bool = False,
+        reason: str = "drained",
+        **options: Unpack[Change],
+    ) -> DrainReport:
+        """Cordon the node and stop its pods, low priorities first, by force after *timeout_s* seconds."""
+        request = _make(NodeDrain, timeout_s=timeout_s, delete=delete, reason=reason)
+        if options.get("deadline_s") is None and timeout_s + DRAIN_MARGIN_S > NODE_DRAIN_S:
+            options["deadline_s"] = timeout_s + DRAIN_MARGIN_S
+        return await self._send("node.drain", request, DrainReport, options)
 
     async def node_audit(self, *, repair: bool = False, **options: Unpack[Change]) -> NodeAudit:
         """List what the node holds on its host; with *repair*, remove what is nobody's."""

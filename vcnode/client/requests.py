@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -196,26 +196,60 @@ class Requester:
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             raise UnavailableError(f"Stream {stream} did not take a message to {subject}.") from exc
 
-    async def scatter(self, subject: str, body: bytes, *, timeout_s: float, enough: int) -> list[Msg]:
-        """Ask everybody; collect the replies of *timeout_s* seconds, or until there are *enough*."""
-        message = _Message(subject, body, {}, secrets.token_hex(12))
+    async def tell(self, subject: str, body: bytes) -> None:
+        """Send something that needs no answer.
+
+        Raises:
+            UnavailableError: It could not be handed to NATS.
+        """
+        try:
+            await uncancelled(self._client.publish(subject, body))
+        except (nats.errors.Error, OSError) as exc:
+            raise UnavailableError(f"A message to {subject} could not be handed to NATS.") from exc
+
+    async def scatter(
+        self,
+        subjects: Sequence[str],
+        body: bytes,
+        *,
+        timeout_s: float,
+        enough: int,
+        settle_s: float | None = None,
+    ) -> list[Msg]:
+        """Ask everybody on *subjects* and collect the replies.
+
+        Args:
+            subjects: Where to ask.
+            body: The question.
+            timeout_s: Seconds for which replies are collected.
+            enough: Stop early once so many have come.
+            settle_s: Stop so many seconds after the first reply; None: wait for the others as long.
+        """
+        token = secrets.token_hex(12)
         changes: asyncio.Queue[Msg | _Change] = asyncio.Queue()
-        self._waiting[message.token] = changes
+        self._waiting[token] = changes
+        silent = 0
         found: list[Msg] = []
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._publish(message)
+            async with asyncio.timeout(timeout_s) as limit:
+                for subject in subjects:
+                    await self._publish(_Message(subject, body, {}, token))
                 while len(found) < enough:
                     change = await changes.get()
                     if isinstance(change, _Change):
                         continue
-                    if _nobody_listens(change):
+                    if not _nobody_listens(change):
+                        if not found and settle_s is not None:
+                            limit.reschedule(asyncio.get_running_loop().time() + settle_s)
+                        found.append(change)
+                        continue
+                    silent += 1
+                    if silent == len(subjects):
                         break
-                    found.append(change)
         except TimeoutError:
             pass  # that is how asking everybody ends
         finally:
-            del self._waiting[message.token]
+            del self._waiting[token]
         return found
 
     async def _publish(self, message: _Message) -> None:

@@ -206,7 +206,7 @@ class Dispatcher:
             if meta.deadline is not None:
                 self._seconds_until(meta.deadline)
             reply = cast(Reply, ROUTES[verb](self._services, call, request))
-            outcome = Outcome(reply.encoded, {wire.COMMAND_ID: command_id})
+            outcome = Outcome(reply.encoded, {wire.COMMAND_ID: command_id}, quiet=reply.quiet)
         except Exception as exc:
             with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
                 outcome = with_id(error_outcome(exc, verb), command_id)

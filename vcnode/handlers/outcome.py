@@ -37,6 +37,8 @@ class Outcome:
     number: int | None = None
     """The error's number; None when the command succeeded."""
     retryable: bool = False
+    quiet: bool = False
+    """Whether a node that was asked among all does not answer at all."""
 
     @property
     def ok(self) -> bool:

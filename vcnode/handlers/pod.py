@@ -14,12 +14,13 @@ from vcnode.models.commands import (
     PodStop,
     PodStopped,
 )
+from vcnode.models.fleet import Bid, PodBid, PodRelease, PodReleased
 from vcnode.models.pod import PodStatus
 
 
 async def pod_create(node: Services, call: Call, request: PodCreate) -> PodStatus:
     """``pod.create``."""
-    return await node.pods.create(request.pod, call)
+    return await node.pods.create(request.pod, call, reservation=request.reservation)
 
 
 async def pod_start(node: Services, call: Call, request: PodName) -> PodStatus:
@@ -29,7 +30,7 @@ async def pod_start(node: Services, call: Call, request: PodName) -> PodStatus:
 
 async def pod_run(node: Services, call: Call, request: PodCreate) -> PodStatus:
     """``pod.run``."""
-    return await node.pods.run(request.pod, call)
+    return await node.pods.run(request.pod, call, reservation=request.reservation)
 
 
 async def pod_stop(node: Services, call: Call, request: PodStop) -> PodStopped:
@@ -60,3 +61,13 @@ def pod_list(node: Services, call: Call, request: PodList) -> PodStatuses:
 def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:
     """``pod.status``."""
     return node.pods.status(request.pod_id)
+
+
+def pod_bid(node: Services, call: Call, request: PodBid) -> Bid:
+    """``pod.bid``."""
+    return node.fleet.bid(request)
+
+
+def pod_release(node: Services, call: Call, request: PodRelease) -> PodReleased:
+    """``pod.release``."""
+    return node.fleet.release(request.reservation)

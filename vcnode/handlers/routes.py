@@ -21,12 +21,22 @@ from vcnode.handlers.container import (
 )
 from vcnode.handlers.exec import container_exec, pod_exec
 from vcnode.handlers.image import image_import, image_list, image_pull, image_remove, image_status
-from vcnode.handlers.node import node_audit, node_info, node_ping
+from vcnode.handlers.node import (
+    node_audit,
+    node_cordon,
+    node_drain,
+    node_info,
+    node_label,
+    node_ping,
+    node_uncordon,
+)
 from vcnode.handlers.pod import (
+    pod_bid,
     pod_create,
     pod_delete,
     pod_list,
     pod_pause,
+    pod_release,
     pod_resume,
     pod_run,
     pod_start,
@@ -76,6 +86,12 @@ ROUTES: dict[str, Handler] = {
     "image.list": image_list,
     "image.status": image_status,
     "image.remove": image_remove,
+    "pod.bid": pod_bid,
+    "pod.release": pod_release,
+    "node.label": node_label,
+    "node.cordon": node_cordon,
+    "node.uncordon": node_uncordon,
+    "node.drain": node_drain,
     "node.audit": node_audit,
     "node.info": node_info,
     "node.ping": node_ping,

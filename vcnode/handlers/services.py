@@ -24,6 +24,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.fleet import Bid, DrainReport, NodeLabel, NodeStanding, PodBid, PodReleased
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing, PoolStatus
@@ -45,9 +46,9 @@ from vcnode.settings import Settings
 class Pods(Protocol):
     """What the handlers need of `vcnode.pods.service.PodService`, where each method is described."""
 
-    async def create(self, spec: PodSpec, call: Call) -> PodStatus: ...
+    async def create(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus: ...
     async def start(self, pod_id: str, call: Call) -> PodStatus: ...
-    async def run(self, spec: PodSpec, call: Call) -> PodStatus: ...
+    async def run(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus: ...
     async def stop(self, pod_id: str, grace_s: float | None, call: Call) -> PodStopped: ...
     async def pause(self, pod_id: str, call: Call) -> PodStatus: ...
     async def resume(self, pod_id: str, call: Call) -> PodStatus: ...
@@ -106,6 +107,19 @@ class SessionKeeper(Protocol):
     def close(self, session_id: str) -> SessionClosed: ...
 
 
+class Fleet(Protocol):
+    """What the handlers need of `vcnode.pods.fleet.FleetService`, where each method is described."""
+
+    def bid(self, request: PodBid) -> Bid: ...
+    def release(self, reservation_id: str) -> PodReleased: ...
+    async def label(self, request: NodeLabel) -> NodeStanding: ...
+    async def cordon(self, reason: str) -> NodeStanding: ...
+    async def uncordon(self) -> NodeStanding: ...
+    async def drain(self, *, timeout_s: float, delete: bool, reason: str, call: Call) -> DrainReport: ...
+    def standing(self) -> NodeStanding: ...
+    def stop(self) -> None: ...
+
+
 class NodeService:
     """The node as it reports itself.
 
@@ -116,6 +130,7 @@ class NodeService:
         agents: Drivers on offer.
         networks: Drivers on offer.
         pods: For counting.
+        fleet: For labels and state.
         clock: The time of day, with zone.
     """
 
@@ -128,6 +143,7 @@ class NodeService:
         agents: Mapping[AgentType, GuestAgent],
         networks: Mapping[NetworkModel, Network],
         pods: Pods,
+        fleet: Fleet,
         clock: Callable[[], datetime],
     ) -> None:
         self._epoch = epoch
@@ -136,6 +152,7 @@ class NodeService:
         self._agents = agents
         self._networks = networks
         self._pods = pods
+        self._fleet = fleet
         self._clock = clock
         self._started_at = clock()
         self._draining = False
@@ -153,6 +170,7 @@ class NodeService:
     def drain(self) -> None:
         """Report ``draining`` from now on."""
         self._draining = True
+        self._fleet.stop()
 
     def ping(self) -> NodePing:
         """A sign of life."""
@@ -170,12 +188,16 @@ class NodeService:
         pods = self._pods.list({}, ()).pods
         default = self._hypervisors.get(settings.hypervisor)
         total_mib, available_mib = memory_mib()
+        standing = self._fleet.standing()
         return NodeInfo(
             node=settings.node_name,
             epoch=self._epoch,
             version=vcnode.__version__,
             started_at=self._started_at,
-            state="draining" if self._draining else "ready",
+            state=standing.state,
+            reason=standing.reason,
+            labels=standing.labels,
+            taints=standing.taints,
             mock=self.mock,
             accelerator=None if default is None else default.accelerator,
             default_hypervisor=settings.hypervisor,
@@ -227,3 +249,4 @@ class Services:
     node: NodeService
     streams: StreamOpener
     sessions: SessionKeeper
+    fleet: Fleet

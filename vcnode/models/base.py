@@ -25,6 +25,11 @@ class Reply(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
+    @property
+    def quiet(self) -> bool:
+        """Whether a node that was asked among all keeps this to itself."""
+        return False
+
     @functools.cached_property
     def encoded(self) -> bytes:
         """The reply as JSON; made once, since a reply does not change."""

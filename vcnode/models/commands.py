@@ -12,6 +12,18 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, NoNul, PodId, Reply, Request
+from vcnode.models.fleet import (
+    Bid,
+    DrainReport,
+    NodeCordon,
+    NodeDrain,
+    NodeLabel,
+    NodeStanding,
+    PodBid,
+    PodRelease,
+    PodReleased,
+    ReservationId,
+)
 from vcnode.models.living import (
     ContainerProcesses,
     ContainerProcessesOf,
@@ -52,6 +64,8 @@ class PodCreate(Request):
 
     pod: PodSpec
     """The pod."""
+    reservation: ReservationId | None = None
+    """Of a bid: what the pod needs was kept for it. Used up when the pod is made."""
 
 
 class PodName(Request):
@@ -319,6 +333,12 @@ _ALL = (
     Command("image.list", Empty, ImageStatuses, False, "List images."),
     Command("image.status", ImageRef, ImageStatus, False, "Show one image."),
     Command("image.remove", ImageRef, ImageRemoved, True, "Remove an image that no container uses."),
+    Command("pod.bid", PodBid, Bid, False, "Ask whether a pod could run here, and keep what it needs.", 5.0),
+    Command("pod.release", PodRelease, PodReleased, False, "Give up what a bid has kept."),
+    Command("node.label", NodeLabel, NodeStanding, True, "Change the node's labels."),
+    Command("node.cordon", NodeCordon, NodeStanding, True, "Take no new pods."),
+    Command("node.uncordon", Empty, NodeStanding, True, "Take new pods again."),
+    Command("node.drain", NodeDrain, DrainReport, True, "Stop all pods, and take no new ones.", 600.0),
     Command("node.audit", Audit, NodeAudit, True, "List what the node holds on its host.", 300.0),
     Command("node.info", Empty, NodeInfo, False, "Show what the node is and has."),
     Command("node.ping", Empty, NodePing, False, "Ask for a sign of life."),
@@ -327,5 +347,5 @@ _ALL = (
 COMMANDS: dict[str, Command] = {c.verb: c for c in _ALL}
 """Every command by its verb."""
 
-BROADCAST = frozenset({"node.ping"})
+BROADCAST = frozenset({"node.ping", "pod.bid"})
 """Verbs that every node also answers on the ``all`` subject."""

@@ -55,6 +55,12 @@ class EventKind(StrEnum):
     NODE_STARTED = "node.started"
     NODE_STOPPING = "node.stopping"
     NODE_RECOVERED = "node.recovered"
+    NODE_LABELLED = "node.labelled"
+    NODE_CORDONED = "node.cordoned"
+    NODE_UNCORDONED = "node.uncordoned"
+    NODE_DRAINING = "node.draining"
+    """A drain has begun, or is done with one more pod."""
+    NODE_DRAINED = "node.drained"
     NODE_DATABASE_REBUILT = "node.database_rebuilt"
     """The database was damaged; a new one took its place with what could be read of it."""
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from vcnode.models.base import JsonObject, Reply
 from vcnode.models.events import EventKind
+from vcnode.models.fleet import DrainProgress, DrainReport, NodeStanding
 from vcnode.models.image import PullProgress
 from vcnode.models.node import ImageStatus, NodeInfo
 from vcnode.models.pod import ContainerStatus, PodState, PodStatus
@@ -109,6 +110,11 @@ _SPECIAL: dict[EventKind, type[BaseModel]] = {
     EventKind.NODE_STARTED: NodeFacts,
     EventKind.NODE_STOPPING: NodeFacts,
     EventKind.NODE_RECOVERED: NodeRecovered,
+    EventKind.NODE_LABELLED: NodeStanding,
+    EventKind.NODE_CORDONED: NodeStanding,
+    EventKind.NODE_UNCORDONED: NodeStanding,
+    EventKind.NODE_DRAINING: DrainProgress,
+    EventKind.NODE_DRAINED: DrainReport,
     EventKind.NODE_DATABASE_REBUILT: DatabaseRebuilt,
 }
 _BY_GROUP: dict[str, type[BaseModel]] = {"pod": PodStatus, "container": ContainerStatus, "image": ImageStatus}

@@ -48,7 +48,13 @@ class NodeInfo(Reply):
     started_at: Moment
     """When this process became ready."""
     state: str
-    """``ready`` or ``draining``."""
+    """``ready``, ``cordoned`` (takes no new pods) or ``draining``."""
+    reason: str | None = None
+    """Why it is cordoned."""
+    labels: dict[str, str] = {}
+    """Its labels: those of the settings, as ``node.label`` has changed them."""
+    taints: tuple[str, ...] = ()
+    """Reasons for pods to stay away, from the settings."""
     mock: bool
     """True when the default hypervisor only pretends: no VM will run."""
     accelerator: str | None
@@ -88,6 +94,8 @@ class Amount(Reply):
     """Virtual CPUs."""
     mem_mib: int
     """Memory of VMs in MiB."""
+    disk_mib: int = 0
+    """Writable disks of containers in MiB."""
     pods: int
     """Pods, in any state."""
 
@@ -104,9 +112,17 @@ class NodeLease(Reply):
     version: str
     """Version of vcnode."""
     state: str
-    """``ready`` or ``draining``."""
+    """``ready``, ``cordoned`` (takes no new pods) or ``draining``."""
+    labels: dict[str, str] = {}
+    """Its labels: those of the settings, as ``node.label`` has changed them."""
+    taints: tuple[str, ...] = ()
+    """Reasons for pods to stay away, from the settings."""
     mock: bool
     """True when the node only pretends to run VMs."""
+    accelerator: str | None = None
+    """``kvm`` or ``tcg``."""
+    hypervisor_version: str | None = None
+    """Version of the default hypervisor, such as QEMU's."""
     host: str
     """Name of its host."""
     pid: int
@@ -116,11 +132,19 @@ class NodeLease(Reply):
     renewed_at: Moment
     """The node's clock."""
     capacity: Amount
-    """What it has: CPUs and memory of the host, and the pods that it holds at most."""
-    used: Amount
-    """What pods that run or start have of it, and all pods that it holds."""
+    """What the host has, and the pods that the node holds at most."""
     allocatable: Amount
-    """What is left, never below zero. A hint: CPUs and memory may be shared by more pods than fit."""
+    """What pods may have of it in all: over-commitment included, what the host keeps for itself not."""
+    reserved: Amount
+    """What pods have of that, in any state, and what bids have promised. The rest can be had."""
+    used: Amount
+    """What pods have whose VM runs or starts."""
+    templates: tuple[str, ...] = ()
+    """Sizes that start as clones at once, as ``<vCPUs>x<MiB>``."""
+    images: tuple[str, ...] = ()
+    """Names of images at hand, in their order; at most 64."""
+    queued_starts: int = 0
+    """Pods that wait to be started."""
 
 
 class NodePing(Reply):

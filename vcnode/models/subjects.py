@@ -5,6 +5,7 @@
     P.rpc.N.pod.create                    immediate commands, request/reply
     P.cmd.N.pod.create                    the same commands, durable
     P.all.node.ping                       every node answers
+    P.all.pod.bid.17                      the nodes of one share answer
     P.evt.N.pod.started.<pod>             events; container events end <pod>.<container>,
                                           node events end with their kind, image events too
     P.io.N.S.stdin                        streams of session S
@@ -15,6 +16,7 @@ one token.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +26,9 @@ from vcnode.models.events import Event, EventKind
 
 _TOKEN = re.compile(ID_PATTERN)
 _PREFIX = re.compile(r"[A-Za-z0-9_-]+")
+
+SHARES = 256
+"""Shares into which nodes fall by their names, so that a question need not go to all of a large fleet."""
 
 IoChannel = Literal["stdin", "stdout", "stderr", "control"]
 
@@ -79,6 +84,10 @@ class Subjects:
     def everyone(self, verb: str) -> str:
         """Where all nodes answer *verb*."""
         return f"{self.prefix}.all.{verb}"
+
+    def some(self, verb: str, share: int) -> str:
+        """Where the nodes of one of `SHARES` shares answer *verb*; see `share_of`."""
+        return f"{self.everyone(verb)}.{share}"
 
     def io(self, node: str, session: str, channel: IoChannel) -> str:
         """One stream of a session."""
@@ -188,6 +197,11 @@ class Subjects:
     def pod_bucket(self) -> str:
         """KV bucket of the pods' last status."""
         return f"{self.prefix}-pods"
+
+
+def share_of(node: str) -> int:
+    """The share that a node of that name falls into: the first byte of the name's SHA-256."""
+    return hashlib.sha256(node.encode()).digest()[0]
 
 
 def _token(text: str) -> str:

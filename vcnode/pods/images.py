@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Set
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -130,6 +130,11 @@ class ImageService:
         if gone:
             log.info("Images take too much room; removed %s", ", ".join(image.name for image in gone))
         return [image.name for image in gone]
+
+    @property
+    def names(self) -> Set[str]:
+        """Names of all images."""
+        return self._store.images.keys()
 
     def list(self) -> ImageStatuses:
         """All images, ordered by name."""

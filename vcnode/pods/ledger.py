@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
+from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
 from vcnode.models.base import JsonObject
 from vcnode.models.call import Call
 from vcnode.models.events import EventKind
@@ -19,6 +19,7 @@ from vcnode.models.pod import ContainerStatus, PodStatus
 from vcnode.models.records import PodRecord
 from vcnode.models.vm import NetworkAttachment, VmRecord
 from vcnode.pods import edits
+from vcnode.pods.capacity import Capacity
 from vcnode.pods.edits import Edit, News, find_container
 from vcnode.pods.statuses import container_id, container_status, pod_status
 from vcnode.pods.store import Store, Tx
@@ -33,7 +34,7 @@ class Ledger:
         store: The database.
         clock: Gives the current time, with its zone.
         is_mock: Whether the hypervisor of a record only pretends.
-        disks_mib: Most that all writable disks together may be large.
+        capacity: Admits pods, and disks of containers.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class Ledger:
         *,
         clock: Callable[[], datetime],
         is_mock: Callable[[PodRecord], bool],
-        disks_mib: int,
+        capacity: Capacity,
     ) -> None:
-        self._disks_mib = disks_mib
+        self._capacity = capacity
         self._store = store
         self._clock = clock
         self._is_mock = is_mock
@@ -92,24 +93,25 @@ class Ledger:
         """A container of the record as callers see it. Raises NotFoundError when it has none of that id."""
         return container_status(record.pod_id, find_container(record, wanted))
 
-    async def add(self, record: PodRecord, call: Call, *, limit: int) -> None:
+    async def add(self, record: PodRecord, call: Call, *, reservation: str | None = None) -> None:
         """Commit a new pod, with its events.
+
+        Args:
+            record: The pod.
+            call: The command.
+            reservation: Its own, claimed: what it keeps is the pod's.
 
         Raises:
             AlreadyExistsError: There is a pod of that id.
-            ResourceExhaustedError: The node holds *limit* pods, or no more room for writable disks.
+            ResourceExhaustedError: There is no room for it; says what is short and by how much.
             FailedPreconditionError: An image of it was removed meanwhile.
         """
 
         def add(tx: Tx) -> None:
             if record.pod_id in tx.pods:
                 raise AlreadyExistsError(f"Pod {record.pod_id} exists already.", pod_id=record.pod_id)
-            if len(tx.pods) >= limit:
-                raise ResourceExhaustedError(
-                    f"The node holds {limit} pods, which is its limit; delete some.", limit=limit
-                )
+            self._admit(tx, record, reservation)
             _check_images(tx, record)
-            self._check_disks(tx, record)
             tx.save_pod(record)
             self._emit(tx, record, News(EventKind.POD_CREATED), call)
             for container in record.containers:
@@ -170,7 +172,7 @@ class Ledger:
         if after is not before:
             if len(after.containers) > len(before.containers):
                 _check_images(tx, after)
-                self._check_disks(tx, after)
+                self._admit(tx, after)
             after = after.model_copy(update={"revision": before.revision + 1})
             tx.save_pod(after)
         for item in news:
@@ -240,18 +242,10 @@ class Ledger:
 
         await self._store.write(announce)
 
-    def _check_disks(self, tx: Tx, record: PodRecord) -> None:
-        """See that the writable disks of all pods, *record* in its new form, stay within their limit."""
-        wanted_mib = _disk_mib(record)
-        others_mib = sum(_disk_mib(pod) for pod in tx.pods.values() if pod.pod_id != record.pod_id)
-        if wanted_mib and wanted_mib + others_mib > self._disks_mib:
-            raise ResourceExhaustedError(
-                f"Pod {record.pod_id} wants {wanted_mib} MiB of writable disks; of {self._disks_mib} MiB,"
-                f" {max(0, self._disks_mib - others_mib)} MiB are left.",
-                resource="disk",
-                wanted_mib=wanted_mib,
-                limit_mib=self._disks_mib,
-            )
+    def _admit(self, tx: Tx, record: PodRecord, reservation: str | None = None) -> None:
+        """See that there is room for *record*, in its new form, beside all other pods."""
+        others = [pod for pod in tx.pods.values() if pod.pod_id != record.pod_id]
+        self._capacity.admit(others, record, reservation=reservation)
 
     def _emit(self, tx: Tx, record: PodRecord, news: News, call: Call | None) -> None:
         subject = record.pod_id if news.container_id is None else f"{record.pod_id}/{news.container_id}"
@@ -285,10 +279,6 @@ def check_revision(record: PodRecord, call: Call) -> None:
             revision=record.revision,
             expected=call.expected_revision,
         )
-
-
-def _disk_mib(record: PodRecord) -> int:
-    return sum(container.spec.wanted_disk_mib for container in record.containers)
 
 
 def _check_images(tx: Tx, record: PodRecord) -> None:

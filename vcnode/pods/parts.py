@@ -14,6 +14,7 @@ from vcnode.models.network import NetworkModel
 from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
 from vcnode.pods.backoff import Backoff
+from vcnode.pods.forecast import Forecast
 from vcnode.pods.host import HostMemory
 from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
@@ -82,6 +83,8 @@ class Parts:
     memory: Callable[[], HostMemory]
     starts: StartQueue
     """Bounds the pods that start at once."""
+    forecast: Forecast = field(default_factory=Forecast)
+    """Learns how long starts take."""
     live: dict[str, LivePod] = field(default_factory=dict)
     """Running VMs by pod id."""
 

@@ -99,6 +99,11 @@ class StartQueue:
                 return index + 1
         return None
 
+    def expected_wait_s(self) -> float:
+        """How long one more start would wait, from what starts took lately; 0 while a slot is free."""
+        ahead = self._active + len(self._waiting) + 1 - self._slots
+        return max(0, ahead) * self._mean_s / self._slots
+
     async def idle(self) -> None:
         """Wait until no pod starts, and none waits for it."""
         await self._idle.wait()

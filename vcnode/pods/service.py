@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from datetime import datetime
 
 from vcnode import aio
@@ -29,7 +29,7 @@ from vcnode.models.commands import (
 from vcnode.models.events import EventKind
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.network import NetworkModel
-from vcnode.models.node import NodeAudit, PoolStatus
+from vcnode.models.node import Amount, NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
     ContainerSpec,
@@ -44,10 +44,12 @@ from vcnode.models.pod import (
 from vcnode.models.records import PodRecord
 from vcnode.models.subjects import Subjects
 from vcnode.pods import host
-from vcnode.pods.admission import Admission, new_id
+from vcnode.pods.admission import Admission, agent_type_of, new_id
 from vcnode.pods.audit import Auditor
+from vcnode.pods.capacity import Capacity
 from vcnode.pods.commands import ContainerCommands
 from vcnode.pods.containers import Containers
+from vcnode.pods.forecast import Kind
 from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.life import LifeCommands
@@ -100,6 +102,7 @@ class PodService:
         clock: The current time, with its zone.
         sleep: Waits for restarts that are not due yet.
         memory: The host's memory.
+        takes_pods: Raises when the node takes no new pods; see `Standing.check_takes_pods`.
     """
 
     def __init__(
@@ -119,16 +122,23 @@ class PodService:
         clock: Callable[[], datetime],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         memory: Callable[[], host.HostMemory] = host.read_memory,
+        takes_pods: Callable[[], None] = lambda: None,
     ) -> None:
         self.node_name = node_name
         self.epoch = epoch
+        self._takes_pods = takes_pods
+        self._mock = _is_mock(hypervisors, settings.hypervisor)
+        self.capacity = Capacity(
+            lambda: host.allocatable(self.host_capacity(), settings.capacity),
+            overhead_mib=0 if self._mock else settings.capacity.vm_overhead_mib,
+        )
+        """What the node has for pods."""
         self._ledger = Ledger(
             store,
             clock=clock,
             is_mock=lambda record: _is_mock(hypervisors, record.hypervisor_type),
-            disks_mib=settings.limits.writable_disks_mib,
+            capacity=self.capacity,
         )
-        self._mock = _is_mock(hypervisors, settings.hypervisor)
         self._parts = parts = Parts(
             ledger=self._ledger,
             locks=PodLocks(),
@@ -192,20 +202,22 @@ class PodService:
 
     # ---- pods ----------------------------------------------------------------------------------------
 
-    async def create(self, spec: PodSpec, call: Call) -> PodStatus:
-        """Prepare a pod; nothing is started.
+    async def create(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus:
+        """Prepare a pod; nothing is started. A *reservation* is used up when the pod is made.
 
         Idempotent: the same spec under the same id again is a success and gives the present status.
 
         Raises:
             AlreadyExistsError: The id is taken by a pod with another spec.
             InvalidArgumentError, NotFoundError, UnsupportedError, ResourceExhaustedError: The spec cannot
-                work on this node (see `Admission.pod`), or the node holds as many pods as it may.
+                work on this node (see `Admission.pod`), or there is no room for it.
+            UnavailableError: The node is cordoned or draining.
+            FailedPreconditionError: There is no such reservation (any more).
             AbortedError: Another command holds the pod.
         """
         spec = _with_id(spec)
         async with self._parts.locks.hold(_id_of(spec), call.verb):
-            return self._ledger.status(await self._create(spec, call))
+            return self._ledger.status(await self._create(spec, call, reservation))
 
     async def start(self, pod_id: str, call: Call) -> PodStatus:
         """Start a pod's VM and all its containers; see `Starter.start` for what a failure leaves."""
@@ -213,8 +225,8 @@ class PodService:
         async with self._parts.locks.hold(pod_id, call.verb):
             return self._ledger.status(await self._starter.start(pod_id, call, began=began))
 
-    async def run(self, spec: PodSpec, call: Call) -> PodStatus:
-        """Create and start a pod.
+    async def run(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus:
+        """Create and start a pod. A *reservation* is used up when the pod is made.
 
         The caller asked for one thing: when the start fails and is all undone, the pod is gone again. It is
         kept as ``failed`` when something could not be undone, and as ``stopped`` when pod.stop overtook the
@@ -231,7 +243,7 @@ class PodService:
         async with self._parts.locks.hold(pod_id, call.verb) as hold:
             self._parts.starts.check()
             existed = self._ledger.find(pod_id) is not None
-            await self._create(spec, call)
+            await self._create(spec, call, reservation)
             try:
                 return self._ledger.status(await self._starter.start(pod_id, call, began=began))
             except BaseException:
@@ -295,6 +307,42 @@ class PodService:
     def status(self, pod_id: str) -> PodStatus:
         """One pod. Raises NotFoundError when there is none of that id."""
         return self._status(self._ledger.get(pod_id))
+
+    @property
+    def records(self) -> Collection[PodRecord]:
+        """All records, in the order of creation. A snapshot."""
+        return self._ledger.records.values()
+
+    def host_capacity(self) -> Amount:
+        """What the host has, as the settings have it; raises UnavailableError as `host.read_host`."""
+        settings, parts = self._parts.settings, self._parts
+        found = host.MOCK_HOST if self._mock else host.read_host(parts.memory(), settings.state_dir)
+        return host.capacity(found, settings.capacity, pods=settings.limits.pods)
+
+    @property
+    def image_names(self) -> Set[str]:
+        """Names of the images at hand."""
+        return self._parts.images.names
+
+    def expected_start_ms(self, spec: PodSpec) -> float:
+        """How long a start of such a pod would take now, from what starts took lately, the queue included."""
+        parts, settings = self._parts, self._parts.settings
+        hypervisor = spec.hypervisor_type or settings.hypervisor
+        record = PodRecord(
+            pod_id=spec.id or "new",
+            spec=spec,
+            hypervisor_type=hypervisor,
+            agent_type=agent_type_of(spec, hypervisor, settings),
+            network_model=spec.network_model or settings.network,
+            state=PodState.READY,
+            created_at=parts.clock(),
+        )
+        kind: Kind = "boot"
+        if self.pool.has(record):
+            kind = "spare"
+        elif self.templates.has(record):
+            kind = "clone"
+        return parts.forecast.expect_ms(kind) + 1000 * parts.starts.expected_wait_s()
 
     @property
     def queued_starts(self) -> int:
@@ -451,7 +499,7 @@ class PodService:
 
     # ---- helpers -------------------------------------------------------------------------------------
 
-    async def _create(self, spec: PodSpec, call: Call) -> PodRecord:
+    async def _create(self, spec: PodSpec, call: Call, reservation: str | None) -> PodRecord:
         pod_id = _id_of(spec)
         known = self._ledger.find(pod_id)
         if known is not None:
@@ -467,8 +515,10 @@ class PodService:
                 revision=None,
                 expected=call.expected_revision,
             )
-        record = await self._admission.pod(spec)
-        await self._ledger.add(record, call, limit=self._parts.settings.limits.pods)
+        self._takes_pods()
+        with self.capacity.reservations.claimed(reservation):
+            record = await self._admission.pod(spec)
+            await self._ledger.add(record, call, reservation=reservation)
         return self._ledger.get(pod_id)
 
     def _status(self, record: PodRecord) -> PodStatus:

@@ -195,6 +195,7 @@ class Starter:
             pids = await self._start_containers(record, live)
             phases.done("containers")
             edit = edits.started(pids, phases.total(), parts.clock(), call.verb)
+            parts.forecast.learn(phases.ms)
             await parts.ledger.change(record.pod_id, edit, call)
             await self._watcher.replay_exits(live)
             # Until here the end of the VM undoes the start; from here on it is an event of its own.

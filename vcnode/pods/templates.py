@@ -103,6 +103,7 @@ class Templates:
         self._observer = observer
         self._closed = False
         self._making: dict[str, asyncio.Task[None]] = {}
+        self._loaded: dict[str, VmShape] = {}
         self.making: set[str] = set()
         """Ids of the VMs that are to become templates."""
 
@@ -114,6 +115,24 @@ class Templates:
                 log.warning("The settings list templates to warm, but the default drivers have none")
                 return
             self._make_in_background(kind)
+
+    @property
+    def shapes(self) -> tuple[VmShape, ...]:
+        """Shapes that start as clones at once."""
+        return tuple(self._loaded.values())
+
+    def has(self, record: PodRecord) -> bool:
+        """Whether the pod would start as a clone at once."""
+        kind = self.kind_of(record)
+        return record.spec.template != "never" and kind is not None and kind.key in self._loaded
+
+    async def _load(self, kind: Kind) -> bool:
+        """Have the template at hand; False when there is none."""
+        if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+            self._loaded[kind.key] = kind.shape
+            return True
+        self._loaded.pop(kind.key, None)
+        return False
 
     async def for_pod(self, record: PodRecord) -> str | None:
         """The key of the template that the pod starts from; None: it boots.
@@ -133,13 +152,13 @@ class Templates:
                     f" {record.hypervisor_type.value} with agent_type {record.agent_type.value} cannot make."
                 )
             return None
-        if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+        if await self._load(kind):
             return kind.key
         if policy == "require":
             self._make_in_background(kind)
         if (making := self._making.get(kind.key)) is not None:
             await asyncio.wait({making})
-            if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+            if await self._load(kind):
                 return kind.key
         if policy == "require":
             raise FailedPreconditionError(
@@ -156,6 +175,7 @@ class Templates:
         """The pod's clone of template *key* did not come up: the template is dropped."""
         self._observer.template_broken()
         if (kind := self.kind_of(record)) is not None:
+            self._loaded.pop(key, None)
             await kind.templating.drop_template(key)
 
     async def ready(self, shape: ShapeSettings) -> Kind | None:
@@ -165,17 +185,18 @@ class Templates:
             None when these drivers have no templates, or it could not be made (see the log).
         """
         kind = self.kind(shape)
-        if kind is None or await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+        if kind is None or await self._load(kind):
             return kind
         self._make_in_background(kind)
         if (making := self._making.get(kind.key)) is not None:
             await asyncio.wait({making})
-        loaded = await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S)
+        loaded = await self._load(kind)
         return kind if loaded else None
 
     async def drop(self, kind: Kind) -> None:
         """A clone did not come up: the template is dropped, and made anew when one is wanted."""
         self._observer.template_broken()
+        self._loaded.pop(kind.key, None)
         await kind.templating.drop_template(kind.key)
 
     def kind(self, shape: ShapeSettings) -> Kind | None:
@@ -233,10 +254,10 @@ class Templates:
     async def _make(self, kind: Kind) -> None:
         """Load a template, or make it; a failure is logged, for pods start without as well."""
         try:
-            if await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S):
+            if await self._load(kind):
                 return
             await self._boot_and_save(kind)
-            await kind.templating.load_template(kind.key, timeout_s=LOAD_LIMIT_S)
+            await self._load(kind)
             await self.evict()
         except VcnodeError as exc:
             log.warning("No template for %s could be made", kind.shape, exc_info=exc)

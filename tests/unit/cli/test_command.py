@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from tests.support.cli import run
-from vcnode.cli import containers, images, nodes, pods, sessions
+from vcnode.cli import app, containers, images, nodes, pods, sessions  # noqa: F401 -- app fills the groups
 from vcnode.cli.command import Options, Output, execute
 from vcnode.cli.exits import Exit, UsageError
 from vcnode.errors import HypervisorError, NotFoundError

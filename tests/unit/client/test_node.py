@@ -81,6 +81,12 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "node.audit": (),
     "node.info": (),
     "node.ping": (),
+    "pod.release": ("r-0123456789abcdef01234567",),
+    "pod.bid": (PodSpec(id="p1"),),
+    "node.label": ({"zone": "a"},),
+    "node.cordon": (),
+    "node.uncordon": (),
+    "node.drain": (),
 }
 
 

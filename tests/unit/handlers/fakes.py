@@ -22,6 +22,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.fleet import Bid, DrainReport, NodeLabel, NodeStanding, PodBid, PodReleased
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import ImageStatus, NodeAudit, PoolStatus
@@ -115,7 +116,7 @@ class FakePods:
     def count(self, method: str) -> int:
         return sum(name == method for name, _ in self.calls)
 
-    async def create(self, spec: PodSpec, call: Call) -> PodStatus:
+    async def create(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus:
         await self._note("create", call, spec)
         return pod_status(spec.id or "made")
 
@@ -123,7 +124,7 @@ class FakePods:
         await self._note("start", call, pod_id)
         return pod_status(pod_id, state=PodState.RUNNING)
 
-    async def run(self, spec: PodSpec, call: Call) -> PodStatus:
+    async def run(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus:
         await self._note("run", call, spec)
         return pod_status(spec.id or "made", state=PodState.RUNNING)
 
@@ -307,6 +308,38 @@ class Counter:
         self.done.append((verb, code))
 
 
+class FakeFleet:
+    """A node that has a standing and bids for nothing."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.stopped = False
+
+    def standing(self) -> NodeStanding:
+        return NodeStanding(node=self.node, state="draining" if self.stopped else "ready", labels={})
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def release(self, reservation_id: str) -> PodReleased:
+        return PodReleased(existed=False)
+
+    async def label(self, request: NodeLabel) -> NodeStanding:
+        return self.standing()
+
+    async def cordon(self, reason: str) -> NodeStanding:
+        return self.standing()
+
+    async def uncordon(self) -> NodeStanding:
+        return self.standing()
+
+    async def drain(self, *, timeout_s: float, delete: bool, reason: str, call: Call) -> DrainReport:
+        return DrainReport(node=self.node)
+
+    def bid(self, request: PodBid) -> Bid:
+        return Bid(node=self.node, epoch=3, able=False)
+
+
 class World:
     """A dispatcher with everything around it."""
 
@@ -322,6 +355,7 @@ class World:
         self.pods = FakePods()
         self.journal = MemoryJournal() if journal is None else journal
         self.counter = Counter()
+        self.fleet = FakeFleet(node_name)
         self.node = NodeService(
             epoch=3,
             settings=Settings(node_name=node_name),
@@ -329,6 +363,7 @@ class World:
             agents={},
             networks={},
             pods=self.pods,
+            fleet=self.fleet,
             clock=clock,
         )
         self.dispatcher = Dispatcher(
@@ -336,6 +371,7 @@ class World:
                 pods=self.pods,
                 images=FakeImages(),
                 node=self.node,
+                fleet=self.fleet,
                 streams=FakeStreams(),
                 sessions=FakeStreams(),
             ),

@@ -26,6 +26,8 @@ REQUESTS = {
     "image.pull": b'{"reference": "registry.example/app:1"}',
     "image.status": b'{"name": "busybox"}',
     "image.remove": b'{"name": "busybox"}',
+    "pod.release": b'{"reservation": "r-0123456789abcdef01234567"}',
+    "pod.bid": b'{"pod": {"id": "p1"}}',
 }
 
 

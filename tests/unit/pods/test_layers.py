@@ -9,7 +9,7 @@ import pytest
 from tests.unit.pods.world import World, container, pod
 from vcnode.errors import CleanupError, NodeError, ResourceExhaustedError, StorageError
 from vcnode.models.pod import ContainerSpec
-from vcnode.settings import LimitSettings
+from vcnode.settings import CapacitySettings
 
 
 def on_disk(container_id: str = "c1", **fields: object) -> ContainerSpec:
@@ -129,10 +129,10 @@ async def test_a_restarted_node_finds_the_disk_again(world: World) -> None:
 
 
 async def test_all_disks_together_are_bounded(tmp_path) -> None:
-    world = await World(tmp_path, limits=LimitSettings(writable_disks_mib=1024)).start()
+    world = await World(tmp_path, capacity=CapacitySettings(disk_mib=1024)).start()
     await with_image(world)
     await world.pods.create(pod("p1", [on_disk(disk_size_mib=512)]), world.call())
-    with pytest.raises(ResourceExhaustedError, match="of 1024 MiB, 512 MiB are left"):
+    with pytest.raises(ResourceExhaustedError, match=r"needs 1024 MiB of disk \(512 left, 512 short\)"):
         await world.pods.create(pod("p2", [on_disk()]), world.call())
     with pytest.raises(ResourceExhaustedError):
         await world.pods.create_container("p1", on_disk("c2"), world.call())

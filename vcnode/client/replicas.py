@@ -1,0 +1,258 @@
+"""Keeping copies of a pod: what to do next, given what the fleet shows. The deciding is pure."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vcnode.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    VcnodeError,
+)
+from vcnode.models.fleet import Constraints
+from vcnode.models.pod import PodSpec, PodState, PodStatus
+
+if TYPE_CHECKING:
+    from vcnode.client.fleet import Fleet
+
+log = logging.getLogger(__name__)
+
+LABEL = "vcnode.replicas-of"
+"""Label that all copies carry; its value is the set's name."""
+ENDED = frozenset({PodState.STOPPED, PodState.FAILED})
+RETRY_S = 2.0
+"""Seconds before what the fleet refused is tried again, if nothing changes in the meantime."""
+ASK_S = 5.0
+"""Seconds for a node to say what became of a pod."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One pod of the set, on one node."""
+
+    index: int
+    node: str
+    status: PodStatus
+    lost_for_s: float | None = None
+    """Seconds since the node's lease ran out; None while it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Run a copy."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove a copy, provided that it is still what was seen."""
+
+    copy: Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can be done for a copy before so many seconds have passed."""
+
+    index: int
+    seconds: float
+
+
+Action = Place | Delete | Wait
+
+
+def decide(copies: Iterable[Copy], count: int, *, fence_s: float | None) -> list[Action]:
+    """What to do next.
+
+    Args:
+        copies: All pods of the set that are known, on whatever nodes.
+        count: How many there shall be: indexes 0 to count - 1, one of each.
+        fence_s: None: a copy whose node is lost is replaced at once, and may run twice for a while. Otherwise
+            it is replaced only when its node has been lost for so many seconds: long enough for the node to
+            have stopped it by itself.
+    """
+    by_index: dict[int, list[Copy]] = {index: [] for index in range(count)}
+    actions: list[Action] = []
+    for copy in copies:
+        if copy.index in by_index:
+            by_index[copy.index].append(copy)
+        elif copy.lost_for_s is None:
+            actions.append(Delete(copy))
+    for index, found in by_index.items():
+        actions += _decide_one(index, found, fence_s)
+    return actions
+
+
+def _decide_one(index: int, copies: list[Copy], fence_s: float | None) -> list[Action]:
+    there = [copy for copy in copies if copy.lost_for_s is None]
+    # The newest counts: an older one is on a node that had been lost, or was placed when an answer was lost.
+    living = sorted(
+        (copy for copy in there if copy.status.state not in ENDED),
+        key=lambda copy: (copy.status.created_at, copy.node),
+        reverse=True,
+    )
+    actions: list[Action] = [Delete(copy) for copy in living[1:]]
+    actions += [Delete(copy) for copy in there if copy.status.state in ENDED]
+    if living:
+        return actions
+    if fence_s is not None:
+        left = [
+            fence_s - copy.lost_for_s
+            for copy in copies
+            if copy.lost_for_s is not None and copy.status.state not in ENDED
+        ]
+        if left and max(left) > 0:
+            return [*actions, Wait(index, max(left))]
+    return [*actions, Place(index)]
+
+
+class Replicas:
+    """Keeps copies of a pod running; `run` until cancelled.
+
+    Args:
+        fleet: Entered.
+        name: Of the set: the pods are called ``<name>-<index>``.
+        spec: The pod; its id is not used.
+        count: How many copies.
+        constraints: Where they may go. They are spread over the nodes in any case.
+        fence_s: See `decide`. The pods must then have an ``on_disconnect`` that stops them earlier.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        name: str,
+        spec: PodSpec,
+        count: int,
+        constraints: Constraints | None = None,
+        *,
+        fence_s: float | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self._name = name
+        self._spec = spec
+        self._count = count
+        self._constraints = (constraints or Constraints()).model_copy(update={"spread_by": LABEL})
+        self._fence_s = fence_s
+        self._placed: dict[tuple[str, str], PodStatus] = {}
+        """Copies that were placed and that the buckets do not show yet."""
+        self._unknown: dict[int, str] = {}
+        """Copies of which the answer was lost, and the node that may run them."""
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Place, replace and remove copies as the fleet changes, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            while True:
+                self._changed.clear()
+                wait_s = await self._step()
+                try:
+                    async with asyncio.timeout(wait_s):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
+
+    def copies(self) -> list[Copy]:
+        """All pods of the set that are known now."""
+        known = dict(self._fleet.pods)
+        for key, status in list(self._placed.items()):
+            if key in known or not self._is_there(key[0]):
+                del self._placed[key]
+            else:
+                known[key] = status
+        return [
+            Copy(index, node, status, self._lost_for_s(node))
+            for (node, pod_id), status in known.items()
+            if status.labels.get(LABEL) == self._name and (index := self._index(pod_id)) is not None
+        ]
+
+    async def _listen(self) -> None:
+        async for change in self._fleet.watch():
+            if change.kind != "node.changed":
+                self._changed.set()
+
+    async def _step(self) -> float | None:
+        """Do what is to be done now; returns after how many seconds to look again (None: at a change)."""
+        await self._find_out()
+        wait_s: list[float] = [RETRY_S] if self._unknown else []
+        for action in decide(self.copies(), self._count, fence_s=self._fence_s):
+            try:
+                match action:
+                    case Wait(seconds=seconds):
+                        wait_s.append(seconds)
+                    case Delete(copy):
+                        await self._delete(copy)
+                    case Place(index) if index not in self._unknown:
+                        await self._place(index)
+            except VcnodeError as exc:
+                log.info("Replicas of %s: %s", self._name, exc.message)
+                wait_s.append(RETRY_S)
+        return min(wait_s, default=None)
+
+    async def _place(self, index: int) -> None:
+        spec = self._spec.model_copy(
+            update={
+                "id": f"{self._name}-{index}",
+                "labels": {**self._spec.labels, LABEL: self._name},
+            }
+        )
+        try:
+            placed = await self._fleet.place(spec, self._constraints)
+        except (ResourceExhaustedError, InvalidArgumentError):
+            raise
+        except VcnodeError as exc:
+            if (node := exc.details.get("node")) is not None:
+                self._unknown[index] = str(node)
+            raise
+        self._placed[placed.node, placed.pod.pod_id] = placed.pod
+
+    async def _delete(self, copy: Copy) -> None:
+        try:
+            await self._fleet.client.node(copy.node).pod_delete(
+                copy.status.pod_id, force=True, expected_revision=copy.status.revision
+            )
+        except (NotFoundError, FailedPreconditionError):
+            self._changed.set()  # it is not any more what was seen: look again
+        self._placed.pop((copy.node, copy.status.pod_id), None)
+
+    async def _find_out(self) -> None:
+        """Ask the nodes whose answers were lost what became of the copies."""
+        for index, node in list(self._unknown.items()):
+            if not self._is_there(node):
+                if self._fence_s is None or (self._lost_for_s(node) or 0) >= self._fence_s:
+                    del self._unknown[index]
+                continue
+            pod_id = f"{self._name}-{index}"
+            try:
+                status = await self._fleet.client.node(node).pod_status(pod_id, deadline_s=ASK_S)
+            except NotFoundError:
+                del self._unknown[index]
+            except VcnodeError as exc:
+                log.info("Node %s does not say what became of %s: %s", node, pod_id, exc.message)
+            else:
+                del self._unknown[index]
+                self._placed[node, pod_id] = status
+
+    def _index(self, pod_id: str) -> int | None:
+        text = pod_id.removeprefix(f"{self._name}-")
+        return int(text) if text != pod_id and text.isdecimal() else None
+
+    def _is_there(self, node: str) -> bool:
+        known = self._fleet.nodes.get(node)
+        return known is not None and known.alive
+
+    def _lost_for_s(self, node: str) -> float | None:
+        known = self._fleet.nodes.get(node)
+        if known is None:
+            return float("inf")  # it gave its lease back, or it was never there
+        if known.lost_at is None:
+            return None
+        return asyncio.get_running_loop().time() - known.lost_at
