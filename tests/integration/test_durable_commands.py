@@ -204,6 +204,24 @@ async def test_commands_about_different_pods_do_not_wait_for_each_other(
         assert [event.commandid for event in await outcomes(client, 3)] == ["quick", "slow", "behind"]
 
 
+async def test_a_command_that_takes_longer_than_an_acknowledgement_is_not_delivered_again(
+    nats_server: NatsServer, client: Client, raw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus_commands, "ACK_WAIT_S", 0.6)
+    async with running(nats_server.url, tmp_path, commands=True) as node:
+        gate = node.pods.gates["start"] = Gate()
+        await set_up_done(raw)
+        await send(raw, "pod.start", {"pod_id": "p1"}, Vcnode_Command_Id="slow")
+        await asyncio.wait_for(gate.arrived.wait(), WAIT_S)
+        await asyncio.sleep(2.0)  # it is time that would have it delivered again
+        info = await raw.jetstream().consumer_info("vcnode-commands", "n1")
+        assert (info.num_ack_pending, info.num_redelivered) == (1, 0)
+        gate.open()
+        (done,) = await outcomes(client, 1)
+        assert done.data["deliveries"] == 1
+        assert node.pods.count("start") == 1
+
+
 async def test_a_command_in_progress_survives_the_loss_of_the_server(
     nats_server: NatsServer, client: Client, raw: Any, tmp_path: Path
 ) -> None:

@@ -151,6 +151,24 @@ async def test_every_role_can_do_its_work(world: World, short_dir: Path) -> None
             await node.connection.wait_connected()
 
 
+async def test_a_node_that_lost_its_database_may_look_up_what_the_stream_has(
+    world: World, short_dir: Path
+) -> None:
+    settings = world.node("n1", short_dir)
+    for _ in range(2):
+        async with running(settings) as node:
+            async with asyncio.timeout(WAIT_S):
+                await node.connection.wait_connected()
+        (settings.state_dir / "node.db").unlink()
+    async with (
+        await Client.connect(world.settings("eye")) as observer,
+        observer.events(node="n1", since="all", follow=False) as events,
+    ):
+        numbers = [int(event.sequence) async for event in events]
+    assert len(numbers) > 4
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
 async def test_a_stolen_node_credential_opens_nothing_of_others(world: World, short_dir: Path) -> None:
     async with running(world.node("n1", short_dir)) as node, running(world.node("n2", short_dir)) as other:
         for each in (node, other):

@@ -235,26 +235,31 @@ class EventPublisher:
     async def _published_ids(self, js: JetStreamContext) -> frozenset[str]:
         """Message ids of all events of this node that the stream has, whatever clocks said meanwhile."""
         found = set()
-        sub = await uncancelled(
-            js.subscribe(
-                self._subjects.node_events(self._node_name),
-                stream=self._subjects.event_stream,
-                config=ConsumerConfig(deliver_policy=DeliverPolicy.ALL, ack_policy=AckPolicy.NONE),
+        stream, name = self._subjects.event_stream, self._subjects.published_consumer(self._node_name)
+        inbox = self._connection.client.new_inbox()
+        sub = await uncancelled(self._connection.client.subscribe(inbox))
+        try:
+            with contextlib.suppress(nats.js.errors.NotFoundError):
+                await uncancelled(js.delete_consumer(stream, name))
+            config = ConsumerConfig(
+                name=name,
+                deliver_subject=inbox,
+                filter_subject=self._subjects.node_events(self._node_name),
+                deliver_policy=DeliverPolicy.ALL,
+                ack_policy=AckPolicy.NONE,
                 headers_only=True,
-                flow_control=True,
-                idle_heartbeat=ACK_TIMEOUT_S / 2,
                 inactive_threshold=ACK_TIMEOUT_S,
             )
-        )
-        try:
-            info = await uncancelled(sub.consumer_info())
+            info = await uncancelled(js.add_consumer(stream, config))
             left = (info.num_pending or 0) + (info.delivered.consumer_seq if info.delivered else 0)
             while left:
                 msg = await uncancelled(sub.next_msg(timeout=ACK_TIMEOUT_S))
                 found.add((msg.headers or {}).get("Nats-Msg-Id", ""))
                 left = msg.metadata.num_pending
+            await uncancelled(js.delete_consumer(stream, name))
         finally:
-            await uncancelled(sub.unsubscribe())
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await uncancelled(sub.unsubscribe())
         return frozenset(found)
 
     async def _publish_again(self, sequence: int, *, published_after: float) -> None:

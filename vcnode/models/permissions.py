@@ -98,6 +98,8 @@ def _node(name: str, inbox: str, subjects: Subjects) -> Permissions:
             *(f"$JS.API.STREAM.CREATE.{stream}" for stream in (events, commands, pods, nodes)),
             f"$JS.API.DIRECT.GET.{events}.{own_events}",
             f"$JS.API.DIRECT.GET.{nodes}.{own_lease}",
+            f"$JS.API.CONSUMER.CREATE.{events}.{subjects.published_consumer(name)}.{own_events}",
+            f"$JS.API.CONSUMER.DELETE.{events}.{subjects.published_consumer(name)}",
             f"$JS.API.CONSUMER.CREATE.{pods}.*.{own_pods}",
             f"$JS.API.CONSUMER.CREATE.{commands}.{name}.{subjects.node_commands(name)}",
             f"$JS.API.CONSUMER.INFO.{commands}.{name}",

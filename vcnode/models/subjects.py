@@ -183,6 +183,10 @@ class Subjects:
         """JetStream stream that keeps the events."""
         return f"{self.prefix}-events"
 
+    def published_consumer(self, node: str) -> str:
+        """Consumer by which a node looks up which of its events the stream has."""
+        return f"{_token(node)}-published"
+
     @property
     def command_stream(self) -> str:
         """JetStream stream that keeps durable commands until they are done."""
