@@ -233,6 +233,7 @@ async def hosts(url: str, settings: dict[str, Any], place: Path) -> AsyncIterato
                     "state_dir": str(path / "state"),
                     "run_dir": str(path / "run"),
                     "metrics_address": "",
+                    "network": "noop",
                     "stop_grace_s": 0.2,
                     "nats": nats_settings,
                     **settings,
