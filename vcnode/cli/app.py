@@ -13,12 +13,14 @@ from vcnode.cli import (
     demo,
     doctor,
     events,
+    files,
     fleet,
     guest,
     images,
     nats,
     nodes,
     pods,
+    ports,
     sessions,
 )
 from vcnode.cli.command import Config, DeadlineS, Options, Output
@@ -40,6 +42,8 @@ app.add_typer(contracts.app, name="contracts")
 app.add_typer(nats.app, name="nats")
 app.add_typer(sessions.app, name="session")
 sessions.register(app)
+files.register(app, containers.app)
+ports.register(app, pods.app)
 events.register(app)
 fleet.register(app, pods.app)
 demo.register(app)

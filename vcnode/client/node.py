@@ -96,6 +96,9 @@ from vcnode.models.pod import (
     PodStatus,
 )
 from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
     Session,
     SessionClosed,
     SessionExec,
@@ -423,6 +426,18 @@ class NodeClient(StreamMethods):
     async def session_exec(self, request: SessionExec, **options: Unpack[Change]) -> Session:
         """Start a command with its streams in a session; `exec_stream` does it all."""
         return await self._send("session.exec", request, Session, options)
+
+    async def container_copy_in(self, request: ContainerCopyIn, **options: Unpack[Change]) -> Session:
+        """Open a session with a tar stream into a container; `copy_in` does it all."""
+        return await self._send("container.copy_in", request, Session, options)
+
+    async def container_copy_out(self, request: ContainerCopyOut, **options: Unpack[Change]) -> Session:
+        """Open a session with a tar stream out of a container; `copy_out` does it all."""
+        return await self._send("container.copy_out", request, Session, options)
+
+    async def pod_forward(self, pod_id: str, **options: Unpack[Change]) -> Session:
+        """Open a session with a pod's ports; `forward` does it all."""
+        return await self._send("pod.forward", _make(PodForward, pod_id=pod_id), Session, options)
 
     async def session_resume(self, session_id: str, **options: Unpack[Change]) -> Session:
         """Take over the streams of a session; `resume_stream` does it all."""

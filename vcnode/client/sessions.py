@@ -63,6 +63,7 @@ class SessionClient:
         self._unwatch: Callable[[], None] = lambda: None
         self._left = False
         self._end_seen = asyncio.Event()
+        self._opening_connections: dict[int, asyncio.Future[None]] = {}
         self.info: Session
         """The session, as the node described it."""
         self._carrier: Carrier
@@ -118,6 +119,11 @@ class SessionClient:
             with contextlib.suppress(nats.errors.Error, OSError):
                 await uncancelled(subscription.unsubscribe())
         self._subscriptions.clear()
+
+    async def ended(self) -> VcnodeError:
+        """Wait until the session is over; why it is."""
+        await self._end_seen.wait()
+        return self._failure()
 
     async def detach(self) -> None:
         """Leave the session running; `NodeClient.session_resume` goes on with it.
@@ -178,9 +184,13 @@ class SessionClient:
                 self._on_node_message(message)
         finally:
             self._end_seen.set()
+            self._on_over()
 
     def _on_node_message(self, message: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _on_over(self) -> None:
+        """No more messages will come."""
 
     def _failure(self) -> VcnodeError:
         over = self._carrier.over
@@ -270,3 +280,34 @@ class ProcessStream(SessionClient):
     async def _say(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OverError):
             await self._carrier.send_message(message)
+
+
+class CopyIn(ProcessStream):
+    """A tar stream on its way into a container: `write` it, then `finish`."""
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the archive."""
+        await self.stdin.write(data)
+
+    async def finish(self) -> None:
+        """End the archive and wait until all of it is unpacked.
+
+        Raises:
+            InvalidArgumentError: It is no archive, or an entry would lead out of it.
+            FailedPreconditionError: It has more bytes than are allowed.
+            NotFoundError: There is no such directory.
+            VcnodeError: A file could not be made.
+        """
+        await self.stdin.close()
+        await self.wait()
+
+
+class CopyOut(ProcessStream):
+    """A tar stream on its way out of a container: iterate over `pieces`."""
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The archive, piece by piece. Raises as `CopyIn.finish`, when the copy failed, after the last."""
+        await self.stdin.close()
+        async for _, chunk in self.output():
+            yield chunk
+        await self.wait()

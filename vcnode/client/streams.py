@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
 from pydantic import ValidationError
 
-from vcnode.client.sessions import ProcessStream
+from vcnode.client.forwarding import Forward
+from vcnode.client.sessions import CopyIn, CopyOut, ProcessStream
 from vcnode.errors import InvalidArgumentError
 from vcnode.models.base import Request
 from vcnode.models.pod import Cmd
-from vcnode.models.sessions import Session, SessionExec, SessionResume, TerminalSize
+from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
+    Session,
+    SessionExec,
+    SessionResume,
+    TerminalSize,
+)
 from vcnode.models.violations import violations_of
 
 if TYPE_CHECKING:
@@ -66,6 +75,48 @@ class StreamMethods:
         lost = _lost(options)
         request = _make(SessionExec, pod_id=pod_id, container_id=container_id, cmd=made, tty=tty, **lost)
         return self._process("session.exec", request, options)
+
+    def copy_in(
+        self,
+        pod_id: str,
+        container_id: str,
+        path: str,
+        *,
+        max_bytes: int | None = None,
+        **options: Unpack[Opening],
+    ) -> CopyIn:
+        """A tar stream into a container, which need not run.
+
+        Args:
+            pod_id: Pod.
+            container_id: Container.
+            path: Directory to unpack into; where there is none of that name, the first name in the archive
+                becomes it.
+            max_bytes: Most bytes of content.
+            options: See `Opening`.
+        """
+        fields = {"pod_id": pod_id, "container_id": container_id, "path": path, "max_bytes": max_bytes}
+        request = _make(ContainerCopyIn, **fields)
+        return CopyIn(self._requester, lambda: self._open_session("container.copy_in", request, options))
+
+    def copy_out(
+        self,
+        pod_id: str,
+        container_id: str,
+        path: str,
+        *,
+        max_bytes: int | None = None,
+        **options: Unpack[Opening],
+    ) -> CopyOut:
+        """A tar stream of a file or directory of a container, which need not run."""
+        fields = {"pod_id": pod_id, "container_id": container_id, "path": path, "max_bytes": max_bytes}
+        request = _make(ContainerCopyOut, **fields)
+        return CopyOut(self._requester, lambda: self._open_session("container.copy_out", request, options))
+
+    def forward(self, pod_id: str, **options: Unpack[Opening]) -> Forward:
+        """Connections to ports inside a pod."""
+        request = _make(PodForward, pod_id=pod_id)
+        return Forward(self._requester, lambda: self._open_session("pod.forward", request, options))
 
     def resume_stream(self, session_id: str) -> ProcessStream:
         """Go on with a session that a client has detached from, or lost; from what that had not read."""

@@ -243,6 +243,10 @@ class RunningProcess(Protocol):
         """Chunks as they come, until both streams have ended. To be iterated once."""
         ...
 
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of its terminal; nothing if it has none, or has ended."""
+        ...
+
     async def signal(self, number: int) -> None:
         """Send a signal to the process and what it started in its session; nothing if it has ended."""
         ...
@@ -253,6 +257,29 @@ class RunningProcess(Protocol):
 
     async def close(self) -> None:
         """Kill it if it still runs, and free its streams. Idempotent."""
+        ...
+
+
+CopyDirection = Literal["in", "out"]
+
+
+class GuestConnection(Protocol):
+    """A TCP connection inside a guest. What is not read holds up its sender."""
+
+    async def write(self, data: bytes) -> None:
+        """Send; waits while the other side does not read. Dropped silently once it has closed."""
+        ...
+
+    async def close_write(self) -> None:
+        """Send no more; what comes can still be read. Idempotent."""
+        ...
+
+    def received(self) -> AsyncIterator[bytes]:
+        """What comes, to its end. To be iterated once."""
+        ...
+
+    async def close(self) -> None:
+        """Close in both directions. Idempotent."""
         ...
 
 
@@ -327,17 +354,52 @@ class GuestSession(Protocol):
         ...
 
     async def execute(
-        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+        self,
+        process: GuestProcess,
+        *,
+        container_id: str | None,
+        tty: tuple[int, int] | None = None,
+        timeout_s: float,
     ) -> RunningProcess:
         """Start a process inside a running container, or in the guest itself (None).
 
-        *timeout_s* bounds the start only. A program that cannot be executed gives a process that has
-        already ended with 127 or 126 and a line on stderr.
+        With *tty* (rows, columns) it has a terminal, and all output is ``stdout``; the end of its input means
+        nothing then. *timeout_s* bounds the start only. A program that cannot be executed gives a process
+        that has already ended with 127 or 126 and a line on stderr.
 
         Raises:
             NotFoundError: The guest has no such container.
             FailedPreconditionError: It does not run.
             InvalidArgumentError: No such user or group, and the like.
+        """
+        ...
+
+    async def copy(
+        self, direction: CopyDirection, *, container_id: str, path: str, max_bytes: int, timeout_s: float
+    ) -> RunningProcess:
+        """Copy files of a container, which need not run, as a tar stream: ``in`` by stdin, ``out`` by stdout.
+
+        Nothing in the archive and no link leads out of the container. What goes wrong is told as a JSON array
+        of an error code and a message on stderr, with an exit code other than 0.
+
+        Args:
+            direction: ``in`` or ``out``.
+            container_id: The container.
+            path: ``out``: the file or directory. ``in``: the directory to unpack into; where there is none of
+                that name, the first name in the archive becomes it.
+            max_bytes: Most bytes of content.
+            timeout_s: Seconds for the start.
+
+        Raises:
+            NotFoundError: The guest has no such container.
+        """
+        ...
+
+    async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
+        """Connect to a TCP port of the pod's loopback interface, 127.0.0.1 or ::1.
+
+        Raises:
+            FailedPreconditionError: Nobody listens there.
         """
         ...
 

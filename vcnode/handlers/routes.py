@@ -44,7 +44,15 @@ from vcnode.handlers.pod import (
     pod_stop,
 )
 from vcnode.handlers.services import Services
-from vcnode.handlers.session import session_close, session_exec, session_list, session_resume
+from vcnode.handlers.session import (
+    container_copy_in,
+    container_copy_out,
+    pod_forward,
+    session_close,
+    session_exec,
+    session_list,
+    session_resume,
+)
 from vcnode.models.base import Reply
 from vcnode.models.call import Call
 
@@ -77,6 +85,9 @@ ROUTES: dict[str, Handler] = {
     "container.exec": container_exec,
     "container.list": container_list,
     "container.status": container_status,
+    "container.copy_in": container_copy_in,
+    "container.copy_out": container_copy_out,
+    "pod.forward": pod_forward,
     "session.exec": session_exec,
     "session.resume": session_resume,
     "session.close": session_close,

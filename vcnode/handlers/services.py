@@ -39,7 +39,15 @@ from vcnode.models.pod import (
     PodState,
     PodStatus,
 )
-from vcnode.models.sessions import Session, SessionClosed, SessionExec, Sessions
+from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
+    Session,
+    SessionClosed,
+    SessionExec,
+    Sessions,
+)
 from vcnode.settings import Settings
 
 
@@ -97,6 +105,9 @@ class StreamOpener(Protocol):
     """What the handlers need of `vcnode.pods.streaming.StreamCommands`, where each method is described."""
 
     async def exec(self, request: SessionExec, call: Call) -> Session: ...
+    async def copy_in(self, request: ContainerCopyIn, call: Call) -> Session: ...
+    async def copy_out(self, request: ContainerCopyOut, call: Call) -> Session: ...
+    async def forward(self, request: PodForward, call: Call) -> Session: ...
 
 
 class SessionKeeper(Protocol):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from vcnode.handlers.services import Services
 from vcnode.models.call import Call
 from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
     Session,
     SessionClosed,
     SessionExec,
@@ -33,3 +36,18 @@ async def session_close(node: Services, call: Call, request: SessionName) -> Ses
 def session_list(node: Services, call: Call, request: SessionList) -> Sessions:
     """``session.list``."""
     return node.sessions.list(request.pod_id)
+
+
+async def container_copy_in(node: Services, call: Call, request: ContainerCopyIn) -> Session:
+    """``container.copy_in``."""
+    return await node.streams.copy_in(request, call)
+
+
+async def container_copy_out(node: Services, call: Call, request: ContainerCopyOut) -> Session:
+    """``container.copy_out``."""
+    return await node.streams.copy_out(request, call)
+
+
+async def pod_forward(node: Services, call: Call, request: PodForward) -> Session:
+    """``pod.forward``."""
+    return await node.streams.forward(request, call)

@@ -44,6 +44,9 @@ from vcnode.models.pod import (
     StopOutcome,
 )
 from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
     Session,
     SessionClosed,
     SessionExec,
@@ -322,6 +325,9 @@ _ALL = (
     ),
     Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
     Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
+    Command("container.copy_in", ContainerCopyIn, Session, True, "Unpack a tar stream in a container.", 60.0),
+    Command("container.copy_out", ContainerCopyOut, Session, True, "Pack files of a container.", 60.0),
+    Command("pod.forward", PodForward, Session, True, "Connect to ports inside a pod."),
     Command(
         "session.exec", SessionExec, Session, True, "Start a command with its streams in a session.", 60.0
     ),

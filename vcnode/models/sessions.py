@@ -17,6 +17,7 @@ SessionId = Annotated[
 SessionKind = Literal["exec", "attach", "copy_in", "copy_out", "forward"]
 ContainerPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$", max_length=4096)]
 MAX_COPY_BYTES = 1 << 40
+"""Most bytes that one copy may move."""
 
 
 class TerminalSize(Request):
@@ -50,6 +51,37 @@ class SessionExec(SessionOptions):
     """What to run; ``args`` must not be empty."""
     tty: TerminalSize | None = None
     """Run it on a terminal of that size. Then all output is ``stdout``."""
+
+
+class ContainerCopyOut(Request):
+    """``container.copy_out``."""
+
+    pod_id: PodId
+    container_id: ContainerId
+    """A container of the pod; it need not run."""
+    path: ContainerPath
+    """The file or directory; what is below it on the same file system comes along."""
+    max_bytes: int = Field(default=MAX_COPY_BYTES, ge=0, le=MAX_COPY_BYTES)
+    """Most bytes of content."""
+
+
+class ContainerCopyIn(Request):
+    """``container.copy_in``."""
+
+    pod_id: PodId
+    container_id: ContainerId
+    """A container of the pod; it need not run."""
+    path: ContainerPath
+    """The directory to unpack into. Where there is none of that name, the first name in the archive becomes
+    it."""
+    max_bytes: int = Field(default=MAX_COPY_BYTES, ge=0, le=MAX_COPY_BYTES)
+    """Most bytes of content."""
+
+
+class PodForward(Request):
+    """``pod.forward``."""
+
+    pod_id: PodId
 
 
 class SessionName(Request):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import Any
+
+from pydantic import ValidationError
 
 from vcnode import aio
 from vcnode.aio import Spawner
 from vcnode.drivers.base import RunningProcess
-from vcnode.errors import AgentError, InvalidArgumentError, VcnodeError
+from vcnode.errors import AgentError, InvalidArgumentError, VcnodeError, from_code
+from vcnode.models.sessions import TerminalSize
 from vcnode.pods.sessions import LiveSession
 from vcnode.sessions.carrier import OverError
 from vcnode.sessions.frames import STDERR, STDIN, STDOUT
@@ -18,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _OUTPUTS = {"stdout": STDOUT, "stderr": STDERR}
 CLOSE_LIMIT_S = 10.0
+MAX_TOLD_BYTES = 4096
+COPY_ERRORS = ("internal", "not_found", "invalid_argument", "failed_precondition")
+"""Codes of errors that a copy may end with."""
 
 
 class ProcessWork:
@@ -45,7 +52,7 @@ class ProcessWork:
         try:
             async for name, chunk in process.output():
                 stream = _OUTPUTS[name]
-                if stream not in unwanted:
+                if not self._keep(name, chunk) and stream not in unwanted:
                     try:
                         await carrier.write(stream, chunk)
                     except OverError:
@@ -55,9 +62,17 @@ class ProcessWork:
             for helper in helpers:
                 helper.cancel()
             await aio.finish(_gone(helpers), timeout_s=CLOSE_LIMIT_S)
+        self._check(exit_code)
         for stream in (STDOUT, STDERR):
             carrier.end(stream)
         await carrier.send_message({"exit": {"exit_code": exit_code}})
+
+    def _keep(self, name: str, chunk: bytes) -> bool:
+        """Whether a piece of output is for us and not for the client."""
+        return False
+
+    def _check(self, exit_code: int) -> None:
+        """Raise what the exit code means, where it means an error."""
 
     async def _feed(self, session: LiveSession) -> None:
         try:
@@ -71,8 +86,8 @@ class ProcessWork:
         while (message := await session.carrier.message()) is not None:
             try:
                 await self._do(session, message)
-            except InvalidArgumentError as exc:
-                log.info("A client asks for what cannot be done: %s", exc.message)
+            except (InvalidArgumentError, ValidationError) as exc:
+                log.info("A client asks for what cannot be done: %s", exc)
             except AgentError as exc:
                 log.debug("A message of a client was not delivered", exc_info=exc)
 
@@ -80,6 +95,9 @@ class ProcessWork:
         match message:
             case {"signal": int(number)}:
                 await self._process.signal(number)
+            case {"resize": {"rows": int(rows), "columns": int(columns)}}:
+                size = TerminalSize(rows=rows, columns=columns)
+                await self._process.resize(size.rows, size.columns)
             case {"close": True}:
                 await self._process.close()
             case {"detach": True}:
@@ -90,6 +108,31 @@ class ProcessWork:
     async def close(self) -> None:
         """See `Work.close`: kills the process, if it still runs."""
         await self._process.close()
+
+
+class CopyWork(ProcessWork):
+    """Carries a tar stream; what the copying process says on stderr is an error for the client."""
+
+    def __init__(self, process: RunningProcess, tasks: Spawner) -> None:
+        super().__init__(process, tasks, tty=True)
+        self._told = bytearray()
+
+    def _keep(self, name: str, chunk: bytes) -> bool:
+        if name == "stderr":
+            self._told += chunk[: MAX_TOLD_BYTES - len(self._told)]
+        return name == "stderr"
+
+    def _check(self, exit_code: int) -> None:
+        if not exit_code:
+            return
+        try:
+            code, message = json.loads(self._told)
+        except ValueError:
+            raise AgentError(f"The copy ended with exit code {exit_code}.") from None
+        if not isinstance(message, str) or code not in COPY_ERRORS:
+            raise AgentError("The guest agent could not copy.")
+        text = "".join(c if c.isprintable() else " " for c in message[:500])
+        raise AgentError(text) if code == "internal" else from_code(code, text, {})
 
 
 async def _gone(helpers: list[asyncio.Task[None]]) -> None:

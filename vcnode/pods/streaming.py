@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from vcnode import aio
-from vcnode.drivers.base import GuestSession
+from vcnode.drivers.base import CopyDirection, GuestSession
 from vcnode.errors import UnsupportedError
 from vcnode.models.call import Call
 from vcnode.models.pod import ContainerState, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
-from vcnode.models.sessions import Session, SessionExec, SessionKind, SessionOptions
-from vcnode.pods.conduits import ProcessWork
+from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
+    Session,
+    SessionExec,
+    SessionKind,
+    SessionOptions,
+)
+from vcnode.pods.conduits import CopyWork, ProcessWork
 from vcnode.pods.edits import find_container
+from vcnode.pods.forwarding import ForwardWork
 from vcnode.pods.lifecycle import require
 from vcnode.pods.live import require_live
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
@@ -49,9 +58,60 @@ class StreamCommands:
             process = exec_process(request.cmd, container.spec, container.image_config)
         else:
             process = exec_process(request.cmd, None)
-        running = await guest.execute(process, container_id=request.container_id, timeout_s=REQUEST_LIMIT_S)
-        work = ProcessWork(running, self._parts.tasks, tty=request.tty is not None)
-        return await self._open("exec", request.pod_id, request.container_id, request, work, call)
+        tty = request.tty
+        running = await guest.execute(
+            process,
+            container_id=request.container_id,
+            tty=None if tty is None else (tty.rows, tty.columns),
+            timeout_s=REQUEST_LIMIT_S,
+        )
+        work = ProcessWork(running, self._parts.tasks, tty=tty is not None)
+        return await self._open(
+            "exec", request.pod_id, request.container_id, request, work, call, tty=tty is not None
+        )
+
+    async def copy_in(self, request: ContainerCopyIn, call: Call) -> Session:
+        """Open a session whose ``stdin`` is a tar stream that is unpacked in a container.
+
+        Raises:
+            FailedPreconditionError: The pod does not run, or the container was never started in it.
+            UnsupportedError: The pod's agent cannot copy.
+        """
+        return await self._copy("in", request, call)
+
+    async def copy_out(self, request: ContainerCopyOut, call: Call) -> Session:
+        """Open a session whose ``stdout`` is a tar stream of a file or directory; raises as `copy_in`."""
+        return await self._copy("out", request, call)
+
+    async def _copy(
+        self, direction: CopyDirection, request: ContainerCopyIn | ContainerCopyOut, call: Call
+    ) -> Session:
+        _, _, guest = self._reach(request.pod_id, request.container_id, call, "copy")
+        running = await guest.copy(
+            direction,
+            container_id=request.container_id,
+            path=request.path,
+            max_bytes=request.max_bytes,
+            timeout_s=REQUEST_LIMIT_S,
+        )
+        work = CopyWork(running, self._parts.tasks)
+        kind: SessionKind = "copy_in" if direction == "in" else "copy_out"
+        return await self._open(kind, request.pod_id, request.container_id, SessionOptions(), work, call)
+
+    async def forward(self, request: PodForward, call: Call) -> Session:
+        """Open a session through which its client makes connections to ports inside the pod.
+
+        Raises:
+            FailedPreconditionError: The pod does not run.
+            UnsupportedError: The pod's agent cannot connect.
+        """
+        self._reach(request.pod_id, None, call, "forward")
+
+        def guest() -> GuestSession:
+            return self._reach(request.pod_id, None, call, "forward")[2]
+
+        work = ForwardWork(guest, self._parts.tasks)
+        return await self._open("forward", request.pod_id, None, SessionOptions(), work, call)
 
     async def _open(
         self,

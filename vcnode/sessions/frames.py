@@ -18,6 +18,8 @@ ALL = (1 << 64) - 1
 """Position of a stream that is over: everything of it was received and consumed."""
 MAX_BYE = 4096
 
+FIRST_CONNECTION = 4
+"""Number of the first connection of a port-forward; its streams are 8 and 9."""
 CONTROL_UP, CONTROL_DOWN, STDIN, STDOUT, STDERR = 0, 1, 2, 3, 5
 """Streams by their numbers: even ones go to the node, odd ones come from it."""
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import typer
 
+import vcnode.cli.app  # noqa: F401 -- adds commands of other files to the groups
 from tests.support.cli import run
 from vcnode.cli import app, containers, images, nodes, pods, sessions  # noqa: F401 -- app fills the groups
 from vcnode.cli.command import Options, Output, execute
@@ -93,7 +94,7 @@ def test_options_behind_a_command_win_over_those_before_it() -> None:
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_command_of_the_contract_can_be_typed_and_has_an_example(verb: str) -> None:
-    group, name = verb.split(".")
+    group, name = verb.replace("_", "-").split(".")
     found = {command.name: command.callback for command in GROUPS[group].registered_commands}
 
     assert name in found

@@ -18,7 +18,7 @@ from vcnode.errors import DeadlineExceededError, InvalidArgumentError, NodeError
 from vcnode.models import wire
 from vcnode.models.commands import COMMANDS
 from vcnode.models.pod import Cmd, ContainerSpec, EnvVar, PodSpec, PodState
-from vcnode.models.sessions import SessionExec
+from vcnode.models.sessions import ContainerCopyIn, ContainerCopyOut, SessionExec
 from vcnode.models.subjects import Subjects
 
 
@@ -67,6 +67,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "pod.exec": ("p1", ["true"]),
     "container.create": ("p1", ContainerSpec(image="busybox")),
     "container.exec": ("p1", "c1", Cmd(args=("true",))),
+    "container.copy_in": (ContainerCopyIn(pod_id="p1", container_id="c1", path="/a"),),
+    "container.copy_out": (ContainerCopyOut(pod_id="p1", container_id="c1", path="/a"),),
     "session.exec": (SessionExec(pod_id="p1", cmd=Cmd(args=("true",))),),
     "session.resume": ("0" * 32,),
     "session.close": ("0" * 32,),
@@ -96,7 +98,7 @@ def arguments(verb: str) -> tuple[Any, ...]:
 
 def test_every_command_has_a_method_and_the_other_way_round() -> None:
     methods = {name for name, _ in inspect.getmembers(NodeClient, inspect.isfunction) if name[0] != "_"}
-    streams = {name for name in vars(StreamMethods) if name.endswith("_stream")}
+    streams = {name for name in vars(StreamMethods) if name[0] != "_"}
     assert methods - {"enqueue"} - streams == {verb.replace(".", "_") for verb in COMMANDS}
 
 

@@ -37,7 +37,16 @@ from vcnode.models.pod import (
     PodState,
     PodStatus,
 )
-from vcnode.models.sessions import Session, SessionClosed, SessionExec, Sessions, SessionSubjects
+from vcnode.models.sessions import (
+    ContainerCopyIn,
+    ContainerCopyOut,
+    PodForward,
+    Session,
+    SessionClosed,
+    SessionExec,
+    Sessions,
+    SessionSubjects,
+)
 from vcnode.pods.journal import Stored
 from vcnode.settings import Settings
 
@@ -259,6 +268,15 @@ class FakeStreams:
     """One session, whatever its name."""
 
     async def exec(self, request: SessionExec, call: Call) -> Session:
+        return session()
+
+    async def copy_in(self, request: ContainerCopyIn, call: Call) -> Session:
+        return session()
+
+    async def copy_out(self, request: ContainerCopyOut, call: Call) -> Session:
+        return session()
+
+    async def forward(self, request: PodForward, call: Call) -> Session:
         return session()
 
     def resume(self, session_id: str) -> Session:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NoReturn
 
 import vcnode
-from vcnode.drivers.base import GuestEvent, GuestSession, RunningProcess, Vm
+from vcnode.drivers.base import CopyDirection, GuestConnection, GuestEvent, GuestSession, RunningProcess, Vm
 from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
@@ -89,10 +89,25 @@ class NoopSession:
         return ()
 
     async def execute(
-        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+        self,
+        process: GuestProcess,
+        *,
+        container_id: str | None,
+        tty: tuple[int, int] | None = None,
+        timeout_s: float,
     ) -> RunningProcess:
         """Refused."""
         self._refuse("commands")
+
+    async def copy(
+        self, direction: CopyDirection, *, container_id: str, path: str, max_bytes: int, timeout_s: float
+    ) -> RunningProcess:
+        """Refused."""
+        self._refuse("copies")
+
+    async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
+        """Refused."""
+        self._refuse("connections")
 
     async def ping(self, *, timeout_s: float) -> None:
         """Nobody is asked."""

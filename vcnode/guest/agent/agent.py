@@ -8,6 +8,7 @@ import os
 
 from vcnode.guest.agent import cgroups, devices, limits, port
 from vcnode.guest.agent.containers import Container, Containers
+from vcnode.guest.agent.dialing import Dialer
 from vcnode.guest.agent.disks import Disks
 from vcnode.guest.agent.execs import Execs
 from vcnode.guest.agent.loop import Loop
@@ -77,7 +78,8 @@ class Agent:
             health_changed=self._health_changed,
         )
         execs = Execs(self.loop, self._port, spawner)
-        self._service = Service(self._port, self.containers, execs, introduction, self._shut_down)
+        dialer = Dialer(self.loop, self._port)
+        self._service = Service(self._port, self.containers, execs, dialer, introduction, self._shut_down)
         self._port.listener = self._service
 
     def _container_exited(self, container: Container) -> None:

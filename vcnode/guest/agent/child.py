@@ -19,8 +19,8 @@ import json
 import os
 import stat
 
-from vcnode.guest.agent import limits, rootfs, syscalls
-from vcnode.guest.agent.entries import GUEST, JOIN, MAIN
+from vcnode.guest.agent import limits, rootfs, syscalls, ttys
+from vcnode.guest.agent.entries import FILES, GUEST, JOIN, MAIN
 from vcnode.guest.agent.failures import INTERNAL, Failure, printable
 from vcnode.guest.agent.params import invalid
 
@@ -40,7 +40,12 @@ def enter_guest(_fields: tuple[Any, ...], _fds: list[int]) -> None:
     os.chdir("/")
 
 
-_ENTER = {GUEST: enter_guest, MAIN: rootfs.enter_main, JOIN: rootfs.enter_join}
+_ENTER = {
+    GUEST: enter_guest,
+    MAIN: rootfs.enter_main,
+    JOIN: rootfs.enter_join,
+    FILES: rootfs.enter_files,
+}
 
 
 def run(order: Order, fds: list[int]) -> NoReturn:
@@ -68,13 +73,20 @@ def _tell(status_fd: int, failure: Failure) -> None:
 
 
 def _become(order: Order, fds: list[int]) -> NoReturn:
-    args, env, files, workdir, rlimits, dropped, no_new_privileges, ids, kind, fields = order
+    args, env, files, workdir, rlimits, dropped, no_new_privileges, ids, terminal, copy, kind, fields = order
     for number in range(3):
         os.dup2(fds[number], number)
     # Nothing of the guest's may be within reach of the container's files (CVE-2024-21626).
     _close_all_but(sorted(fds[3:]))
     os.setsid()
+    if copy is not None:
+        from vcnode.guest.agent import copying  # while its files are within reach
     _ENTER[kind](fields, fds[4:])
+    if copy is not None:
+        os.close(fds[3])  # as execve would: it runs
+        os._exit(copying.run(*copy))
+    if terminal is not None:
+        ttys.take(terminal, ids[0])
     if workdir != "/":
         _enter_workdir(workdir)
     limits.apply(rlimits)

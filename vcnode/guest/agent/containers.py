@@ -588,6 +588,17 @@ class Containers:
             raise Failure.of(exc, f"join container {container_id!r}") from exc
         return Entry.join(main.pid, main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
 
+    def files_entry(self, container_id: str) -> Entry:
+        """How to get at a container's files: inside it while it runs, in its bare root otherwise.
+
+        Raises:
+            Failure: ``not_found``, ``internal``.
+        """
+        container = self.get(container_id)
+        if container.state == RUNNING and not container.paused and not container.freezing:
+            return self.join_entry(container_id)
+        return Entry.files(self._mounts.root(container_id))
+
 
 def _signal_pidfd(pidfd: int, number: int) -> None:
     try:

@@ -7,14 +7,14 @@ import os
 
 from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure
 
-GUEST, MAIN, JOIN = "guest", "main", "join"
+GUEST, MAIN, JOIN, FILES = "guest", "main", "join", "files"
 
 
 class Entry:
     """How a child gets from the guest's namespaces to where it is to run; `child` carries it out.
 
     Args:
-        kind: GUEST, MAIN or JOIN.
+        kind: GUEST, MAIN, JOIN or FILES.
         fields: What that kind needs, as plain data.
         fds: Descriptors that it needs.
         root: The root directory of the process, as the agent sees it.
@@ -54,6 +54,11 @@ class Entry:
     def join(cls, pid: int, pidfd: int, *, hostname: str, cgroup_procs_fd: int) -> Entry:
         """The namespaces of the container with this process 1, and its group."""
         return cls(JOIN, hostname=hostname, root=f"/proc/{pid}/root", fds=(cgroup_procs_fd, pidfd))
+
+    @classmethod
+    def files(cls, root: str) -> Entry:
+        """The files of a container that does not run: *root*, a mount point, and nothing else."""
+        return cls(FILES, hostname="", root=root, fields=(root,))
 
     def refusal(self, exc: OSError) -> Failure:
         """What it means that the kernel refused to make a process for this entry."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
+import socket
 import termios
 
-from vcnode.guest.agent import process, spawn
+from vcnode.guest.agent import process, spawn, ttys
 from vcnode.guest.agent.failures import INTERNAL, Failure
 from vcnode.guest.agent.loop import IN, OUT
 
@@ -23,17 +25,29 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.entries import Entry
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.port import Port
-    from vcnode.guest.agent.process import ProcessSpec
+    from vcnode.guest.agent.process import Plan
     from vcnode.guest.agent.spawn import Spawned, Spawner
 
 _READ_BYTES = 32 * 1024
 _KILL_ROUNDS = 16
+HANG_UP_S = 0.2
+"""Seconds in which a terminal hangs up after its session's leader has ended, far more than it takes."""
 
 
 class Output:
     """One output pipe on its way to the host."""
 
-    def __init__(self, loop: Loop, port: Port, stream: int, fd: int, finished: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        port: Port,
+        stream: int,
+        fd: int,
+        finished: Callable[[], None],
+        *,
+        terminal: bool = False,
+    ) -> None:
+        self._terminal = terminal
         self.stream = stream
         self._loop = loop
         self._port = port
@@ -67,6 +81,8 @@ class Output:
                 data = os.read(self._fd, room)
             except BlockingIOError:
                 return
+            except OSError:
+                data = b""  # a terminal whose last process has gone, a connection that was cut
             if not data:
                 self.finish()
                 return
@@ -82,6 +98,10 @@ class Output:
         """Send what is in the pipe by now, and no more: others may hold it open and go on writing."""
         if not self.is_open:
             return
+        if self._terminal:
+            # The kernel hangs up when the session's leader has ended: what was written is read to its end.
+            self._loop.call_later(HANG_UP_S, self._give_up)
+            return
         count = bytearray(4)
         fcntl.ioctl(self._fd, termios.FIONREAD, count)
         self._left = int.from_bytes(count, "little")
@@ -89,6 +109,22 @@ class Output:
             self.resume()
         else:
             self.finish()
+
+    def _give_up(self) -> None:
+        """End a terminal that did not hang up, for its process had let go of it; once all of it is read."""
+        if not self.is_open:
+            return
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        if poll.poll(0):
+            self._loop.call_later(HANG_UP_S, self._give_up)
+        else:
+            self.finish()
+
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 when closed."""
+        return self._fd
 
     def finish(self) -> None:
         """End the stream. Idempotent."""
@@ -109,7 +145,15 @@ class Output:
 class Input:
     """The input pipe: what the host sent and the process has not read yet waits here, at most one window."""
 
-    def __init__(self, loop: Loop, port: Port, stream: int, fd: int) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        port: Port,
+        stream: int,
+        fd: int,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        self._ended = ended
         self.stream = stream
         self._loop = loop
         self._port = port
@@ -117,6 +161,11 @@ class Input:
         self._pending = bytearray()
         self._eof = False
         self._watched = False
+
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 when closed."""
+        return self._fd
 
     @property
     def is_open(self) -> bool:
@@ -147,8 +196,8 @@ class Input:
                 self._port.consumed(self.stream, count)
         except BlockingIOError:
             pass  # goes on when the process has read
-        except BrokenPipeError:
-            self.close()
+        except OSError:
+            self.close()  # nobody reads it any more
             return
         if not self._pending and self._eof:
             self.close()
@@ -163,6 +212,8 @@ class Input:
         """Let go of the pipe and tell the host, unless it has finished itself. Idempotent."""
         if self.is_open:
             self._loop.unwatch(self._fd)
+            if self._ended is not None:
+                self._ended()
             os.close(self._fd)
             self._fd = -1
             self._pending.clear()
@@ -181,6 +232,9 @@ class Exec:
         self.exit_code: int | None = None
         self.input: Input | None = None
         self.outputs: list[Output] = []
+        self.terminal: tuple[socket.socket, int | None, int | None] | None = None
+        """Where its terminal is to come from, and the streams that it is for; None once it has come."""
+        self.has_terminal = False
 
 
 class Execs:
@@ -197,7 +251,7 @@ class Execs:
 
     def start(
         self,
-        spec: ProcessSpec,
+        make_plan: Callable[[], Plan],
         entry: Entry,
         streams: tuple[int | None, int | None, int | None],
         started: Callable[[Failure | int], None],
@@ -205,7 +259,7 @@ class Execs:
         """Start a process; *started* gets its id once its program runs, or why it does not.
 
         Args:
-            spec: What to run.
+            make_plan: Makes what is to run. On a terminal there is no stderr, and must be no stream for it.
             entry: Where.
             streams: Of stdin, stdout and stderr; None: /dev/null.
             started: Called once.
@@ -216,22 +270,30 @@ class Execs:
         ours: list[int | None] = [None, None, None]
         theirs: list[int] = []
         opened: list[int] = []
+        terminal: socket.socket | None = None
         try:
+            plan = make_plan()
+            if plan.terminal is not None:
+                terminal, their_socket = socket.socketpair()
+                terminal.setblocking(False)
+                theirs.append(their_socket.detach())
             for number, stream in enumerate(streams):
-                their_end, our_end = _pipe_for(number, stream)
-                theirs.append(their_end)
-                ours[number] = our_end
+                if terminal is None:
+                    their_end, ours[number] = _pipe_for(number, stream)
+                    theirs.append(their_end)
                 if stream is not None:
                     self._port.open_stream(stream, sending=number > 0)
                     opened.append(stream)
-            plan = process.Plan(spec, entry.root, entry.hostname)
-            spawned = self._spawner.spawn(plan, (theirs[0], theirs[1], theirs[2]), entry)
+            stdio = (theirs[0], theirs[0], theirs[0]) if terminal else (theirs[0], theirs[1], theirs[2])
+            spawned = self._spawner.spawn(plan, stdio, entry)
         except (OSError, Failure) as exc:
             for stream in opened:
                 self._port.forget_stream(stream)
             for fd in ours:
                 if fd is not None:
                     os.close(fd)
+            if terminal is not None:
+                terminal.close()
             if isinstance(exc, Failure):
                 raise
             raise entry.refusal(exc) from exc
@@ -239,7 +301,13 @@ class Execs:
             for fd in theirs:
                 os.close(fd)
         self._last_id += 1
-        self._add(Exec(self._last_id, spawned, started=lambda _: None), streams, ours, started)
+        found = Exec(self._last_id, spawned, started=lambda _: None)
+        if terminal is not None:
+            found.terminal = (terminal, streams[0], streams[1])
+            found.has_terminal = True
+            for stream in opened:
+                self._by_stream[stream] = found
+        self._add(found, streams, ours, started)
 
     def _add(
         self,
@@ -277,10 +345,43 @@ class Execs:
         if isinstance(outcome, Failure):
             found.failure = outcome  # told when the process has ended
             return
+        if found.terminal is not None and not self._take_terminal(found):
+            return
         found.running = True
         self._answer(found, None)
         for output in found.outputs:
             output.resume()
+
+    def _take_terminal(self, found: Exec) -> bool:
+        """Connect the streams with the terminal that the child has handed over."""
+        if found.terminal is None:
+            return True
+        (sock, stdin, stdout), found.terminal = found.terminal, None
+        try:
+            with sock:
+                fd = ttys.receive(sock)
+        except Failure as failure:
+            found.failure = failure
+            _quietly(signal.pidfd_send_signal, found.spawned.pidfd, signal.SIGKILL)
+            return False
+        if stdin is not None:
+            found.input = Input(self._loop, self._port, stdin, os.dup(fd))
+            os.set_blocking(found.input.fd, False)
+        if stdout is None:
+            os.close(fd)
+            return True
+
+        def finished() -> None:
+            self._maybe_finish(found)
+
+        found.outputs.append(Output(self._loop, self._port, stdout, fd, finished, terminal=True))
+        return True
+
+    def resize(self, process_id: int, rows: int, columns: int) -> None:
+        """Set the size of a process's terminal; nothing when it has none, or has ended."""
+        found = self._all.get(process_id)
+        if found is not None and found.outputs and found.outputs[0].is_open and found.has_terminal:
+            ttys.set_size(found.outputs[0].fd, rows, columns)
 
     def _answer(self, found: Exec, failure: Failure | None) -> None:
         found.started, started = None, found.started
@@ -330,6 +431,14 @@ class Execs:
     def _drop(self, found: Exec, *, forget_streams: bool) -> None:
         """Forget a process and let go of its pipes."""
         del self._all[found.process_id]
+        if found.terminal is not None:
+            sock, *unused = found.terminal
+            found.terminal = None
+            sock.close()
+            for stream in unused:
+                if stream is not None:
+                    self._by_stream.pop(stream, None)
+                    self._port.forget_stream(stream)
         ends: list[Input | Output] = [*found.outputs]
         if found.input is not None:
             ends.append(found.input)

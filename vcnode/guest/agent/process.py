@@ -85,15 +85,29 @@ class Plan:
         OSError: *root* cannot be opened.
     """
 
-    __slots__ = ("args", "dropped_capabilities", "env", "files", "identity", "spec")
+    __slots__ = ("args", "copy", "dropped_capabilities", "env", "files", "identity", "spec", "terminal")
 
-    def __init__(self, spec: ProcessSpec, root: str, hostname: str) -> None:
+    def __init__(
+        self, spec: ProcessSpec, root: str, hostname: str, terminal: tuple[int, int] | None = None
+    ) -> None:
+        self.terminal = terminal
+        self.copy: tuple[str, str, int] | None = None
         self.spec = spec
         self.identity = _identity(spec, root)
         self.env = environment(spec.envs, self.identity.home, hostname)
+        if terminal is not None:
+            self.env.setdefault(b"TERM", b"xterm")
         self.args = spec.args
         self.files = candidates(spec.args[0], self.env[b"PATH"])
         self.dropped_capabilities = capabilities.numbers(capabilities.ALL & ~spec.capabilities)
+
+
+def copy_plan(direction: str, path: str, max_bytes: int) -> Plan:
+    """A plan that runs `copying.run` instead of a program."""
+    params = Params({"args": ["copy"], "no_new_privileges": True, "capabilities": []})
+    plan = Plan(ProcessSpec(params), "/", "")
+    plan.copy = (direction, path, max_bytes)
+    return plan
 
 
 def _identity(spec: ProcessSpec, root: str) -> users.Identity:

@@ -116,6 +116,13 @@ def enter_join(_fields: tuple[Any, ...], fds: list[int]) -> None:
         raise
 
 
+def enter_files(fields: tuple[Any, ...], _fds: list[int]) -> None:
+    """Move into the root of a container that does not run. See `entries.Entry.files`."""
+    syscalls.set_undumpable()
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    _exchange_root(fields[0])
+
+
 def _exchange_root(root: str) -> None:
     """Make *root* the root, and let go of the guest's: nothing of it can be reached any more."""
     syscalls.mount(None, "/", None, MS_REC | syscalls.MS_PRIVATE)

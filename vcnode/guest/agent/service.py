@@ -6,9 +6,9 @@ import os
 import re
 import signal
 
-from vcnode.guest.agent import cgroups, identity, probes, processes
+from vcnode.guest.agent import cgroups, identity, probes, process, processes
 from vcnode.guest.agent.containers import ContainerSpec
-from vcnode.guest.agent.entries import Entry
+from vcnode.guest.agent.entries import JOIN, Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
 from vcnode.guest.agent.params import Params, invalid
 from vcnode.guest.agent.process import ProcessSpec
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vcnode.guest.agent.containers import Container, Containers
+    from vcnode.guest.agent.dialing import Dialer
     from vcnode.guest.agent.execs import Execs
     from vcnode.guest.agent.port import Answer, Port
 
@@ -28,6 +29,8 @@ _ID = re.compile(r"[a-z0-9]([a-z0-9_-]{0,62}[a-z0-9])?")
 _DISK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,19}")
 _SHARED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _LAST_STREAM = (1 << 32) - 1
+_MAX_SIZE = 10_000
+"""Most rows or columns of a terminal."""
 
 
 def _matching(params: Params, field: str, pattern: re.Pattern[str]) -> str:
@@ -78,7 +81,8 @@ class Service:
     Args:
         port: For events.
         containers: The containers.
-        execs: The processes of ``execute``.
+        execs: The processes of ``execute`` and ``copy``.
+        dialer: The connections of ``connect``.
         power_off: Ends the guest; called after the reply to ``shutdown`` is on its way.
     """
 
@@ -87,6 +91,7 @@ class Service:
         port: Port,
         containers: Containers,
         execs: Execs,
+        dialer: Dialer,
         introduction: dict[str, str],
         power_off: Callable[[], None],
     ) -> None:
@@ -95,12 +100,7 @@ class Service:
         self._containers = containers
         self._execs = execs
         self._power_off = power_off
-        self.data = execs.data
-        self.eof = execs.eof
-        self.credit = execs.credit
-        self.reset = execs.reset
-        self.resume_all = execs.resume_all
-        self.end_session = execs.end_session
+        self._dialer = dialer
         self._methods: dict[str, Method] = {
             "ping": self._ping,
             "configure": self._configure,
@@ -115,8 +115,41 @@ class Service:
             "list_containers": self._list_containers,
             "execute": self._execute,
             "signal_process": self._signal_process,
+            "resize_process": self._resize_process,
+            "copy": self._copy,
+            "connect": self._connect,
             "shutdown": self._shutdown,
         }
+
+    def data(self, stream: int, data: bytes) -> None:
+        """See `port.Listener.data`."""
+        if not self._dialer.data(stream, data):
+            self._execs.data(stream, data)
+
+    def eof(self, stream: int) -> None:
+        """See `port.Listener.eof`."""
+        if not self._dialer.eof(stream):
+            self._execs.eof(stream)
+
+    def credit(self, stream: int) -> None:
+        """See `port.Listener.credit`."""
+        if not self._dialer.credit(stream):
+            self._execs.credit(stream)
+
+    def reset(self, stream: int) -> None:
+        """See `port.Listener.reset`."""
+        if not self._dialer.reset(stream):
+            self._execs.reset(stream)
+
+    def resume_all(self) -> None:
+        """See `port.Listener.resume_all`."""
+        self._execs.resume_all()
+        self._dialer.resume_all()
+
+    def end_session(self) -> None:
+        """See `port.Listener.end_session`."""
+        self._execs.end_session()
+        self._dialer.end_session()
 
     def request(self, answer: Answer, method: str, params: dict[str, Any]) -> None:
         """Carry out one request; whatever happens, it is answered."""
@@ -202,22 +235,66 @@ class Service:
         container_id = params.optional_text("container_id", longest=64)
         spec = ProcessSpec(params.object("process"))
         named = params.object("streams")
-        streams = (
-            named.optional_integer("stdin", 1, _LAST_STREAM),
-            named.optional_integer("stdout", 1, _LAST_STREAM),
-            named.optional_integer("stderr", 1, _LAST_STREAM),
-        )
-        named.done()
+        streams = _streams(named)
+        terminal = None
+        if params.has("tty"):
+            size = params.object("tty")
+            terminal = (size.integer("rows", 1, _MAX_SIZE), size.integer("columns", 1, _MAX_SIZE))
+            size.done()
+            if streams[2] is not None:
+                raise invalid("streams.stderr", "must be null: a terminal has one output")
         params.done()
         started = _told(answer, "process_id")
         if container_id is None:
-            self._execs.start(spec, Entry.guest(), streams, started)
+            here = Entry.guest()
+            self._execs.start(
+                lambda: process.Plan(spec, here.root, here.hostname, terminal), here, streams, started
+            )
             return
         joined = self._containers.join_entry(container_id)
         try:
-            self._execs.start(spec, joined, streams, started)
+            self._execs.start(
+                lambda: process.Plan(spec, joined.root, joined.hostname, terminal), joined, streams, started
+            )
         finally:
             os.close(joined.fds[0])
+
+    def _copy(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        direction, path = params.text("direction"), params.text("path")
+        max_bytes = params.integer("max_bytes", 0, 1 << 62)
+        streams = _streams(params.object("streams"))
+        params.done()
+        if direction not in ("in", "out"):
+            raise invalid("direction", "must be 'in' or 'out'")
+        if not path.startswith("/"):
+            raise invalid("path", "must be an absolute path")
+        entry = self._containers.files_entry(container_id)
+        try:
+            self._execs.start(
+                lambda: process.copy_plan(direction, path, max_bytes),
+                entry,
+                streams,
+                _told(answer, "process_id"),
+            )
+        finally:
+            if entry.kind == JOIN:
+                os.close(entry.fds[0])
+
+    def _resize_process(self, params: Params, answer: Answer) -> None:
+        process_id = params.integer("process_id", 1, 1 << 62)
+        rows, columns = params.integer("rows", 1, _MAX_SIZE), params.integer("columns", 1, _MAX_SIZE)
+        params.done()
+        self._execs.resize(process_id, rows, columns)
+        answer.result({})
+
+    def _connect(self, params: Params, answer: Answer) -> None:
+        number = params.integer("port", 1, 65_535)
+        named = params.object("streams")
+        streams = (named.integer("up", 1, _LAST_STREAM), named.integer("down", 1, _LAST_STREAM))
+        named.done()
+        params.done()
+        self._dialer.connect(number, streams, _done(answer))
 
     def _signal_process(self, params: Params, answer: Answer) -> None:
         process_id, number = params.integer("process_id", 1, 1 << 62), _signal_number(params)
@@ -229,6 +306,17 @@ class Service:
         params.done()
         answer.result({})
         self._power_off()
+
+
+def _streams(named: Params) -> tuple[int | None, int | None, int | None]:
+    """The streams of a process; None: /dev/null."""
+    streams = (
+        named.optional_integer("stdin", 1, _LAST_STREAM),
+        named.optional_integer("stdout", 1, _LAST_STREAM),
+        named.optional_integer("stderr", 1, _LAST_STREAM),
+    )
+    named.done()
+    return streams
 
 
 def _done(answer: Answer) -> Callable[[Failure | None], None]:

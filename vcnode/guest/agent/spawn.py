@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         tuple[int, ...],  # capabilities to drop
         bool,  # no_new_privs
         tuple[int, int, tuple[int, ...]],  # user, group, supplementary groups
+        tuple[int, int] | None,  # rows and columns of a terminal
+        tuple[str, str, int] | None,  # instead of a program: arguments of `copying.run`
         str,  # kind of entry
         tuple[Any, ...],  # fields of the entry
     ]
@@ -109,6 +111,8 @@ class Spawner:
             plan.dropped_capabilities,
             spec.no_new_privileges,
             (who.uid, who.gid, who.groups),
+            plan.terminal,
+            plan.copy,
             entry.kind,
             entry.fields,
         )

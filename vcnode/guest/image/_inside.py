@@ -12,6 +12,8 @@ def imported(roots: list[list[str]]) -> list[dict[str, str]]:
     A root is ``[module]`` or ``[module, name, …]``, where a name may be a submodule. Modules that are
     part of the interpreter's binary are left out.
     """
+    # What shutil and the like do without, when it is not there.
+    sys.modules.update(dict.fromkeys(("_bz2", "_lzma", "bz2", "lzma")))  # type: ignore[arg-type]
     for module, *names in roots:
         __import__(module)
         for name in names:

@@ -10,10 +10,12 @@ import vcnode
 from vcnode.aio import Spawner, deadline_as
 from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.mock.guest import MockGuest, MockGuests
-from vcnode.drivers.agent.mock.process import MockProcess, check_signal
+from vcnode.drivers.agent.mock.process import ECHO_PORT, MockConnection, MockProcess, check_signal
 from vcnode.drivers.base import (
     ContainerExited,
     ContainerHealth,
+    CopyDirection,
+    GuestConnection,
     GuestEvent,
     GuestSession,
     RunningProcess,
@@ -21,7 +23,7 @@ from vcnode.drivers.base import (
     Vm,
 )
 from vcnode.drivers.faults import FaultPlan
-from vcnode.errors import AgentError, DeadlineExceededError
+from vcnode.errors import AgentError, DeadlineExceededError, FailedPreconditionError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType
@@ -51,7 +53,7 @@ class MockAgent:
         return DriverInfo(
             type=AgentType.MOCK,
             version=vcnode.__version__,
-            capabilities=("configure", "containers", "exec"),
+            capabilities=("configure", "containers", "copy", "exec", "forward", "tty"),
             mock=True,
         )
 
@@ -163,13 +165,36 @@ class MockSession:
             return [container.state for container in self._guest.containers.values()]
 
     async def execute(
-        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+        self,
+        process: GuestProcess,
+        *,
+        container_id: str | None,
+        tty: tuple[int, int] | None = None,
+        timeout_s: float,
     ) -> RunningProcess:
-        """See `GuestSession.execute`."""
+        """See `GuestSession.execute`. A mock terminal is a pipe."""
         async with self._operation("execute", timeout_s):
             running = self._guest.execute(process, container_id)
             self._processes = {p for p in self._processes if not p.has_ended} | {running}
             return running
+
+    async def copy(
+        self, direction: CopyDirection, *, container_id: str, path: str, max_bytes: int, timeout_s: float
+    ) -> RunningProcess:
+        """See `GuestSession.copy`. A mock container keeps the last archive that was copied to a path."""
+        async with self._operation("copy", timeout_s):
+            running = self._guest.copy(direction, container_id, path)
+            self._processes = {p for p in self._processes if not p.has_ended} | {running}
+            return running
+
+    async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
+        """See `GuestSession.connect_port`. Port 7 of a mock guest echoes; nobody listens on others."""
+        async with self._operation("connect_port", timeout_s):
+            if port != ECHO_PORT:
+                raise FailedPreconditionError(f"Port {port} of the pod: Connection refused.")
+            connection = MockConnection()
+            self._processes = {p for p in self._processes if not p.has_ended} | {connection}
+            return connection
 
     async def ping(self, *, timeout_s: float) -> None:
         """See `GuestSession.ping`."""

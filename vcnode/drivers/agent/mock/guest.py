@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess
-from vcnode.drivers.agent.mock.shell import Program, Sleep, compile_process, find_user
-from vcnode.drivers.base import ContainerExited, ContainerHealth
+from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess, MockReceiver
+from vcnode.drivers.agent.mock.shell import Program, Sleep, Write, compile_process, find_user
+from vcnode.drivers.base import ContainerExited, ContainerHealth, CopyDirection
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
 from vcnode.guest.health import Health, ProbeSpec
 from vcnode.models.living import ContainerProcess
@@ -29,6 +30,8 @@ class MockContainer:
         self.exit_code: int | None = None
         self.finished_at: datetime | None = None
         self.execs: set[MockProcess] = set()
+        self.archives: dict[str, bytes] = {}
+        """What was copied in, by path."""
         self.timer: asyncio.Handle | None = None
         self.started_at: datetime | None = None
         self.paused = False
@@ -229,6 +232,16 @@ class MockGuest:
         running = MockProcess(compile_process(process, container.spec.hostname))
         container.execs = {p for p in container.execs if not p.has_ended} | {running}
         return running
+
+    def copy(self, direction: CopyDirection, container_id: str, path: str) -> MockProcess:
+        """See `GuestSession.copy`."""
+        container = self.find(container_id)
+        if direction == "in":
+            return MockReceiver(lambda archive: container.archives.update({path: archive}))
+        if (archive := container.archives.get(path)) is None:
+            told = json.dumps(["not_found", f"A mock container has no {path} that was not copied there."])
+            return MockProcess(Program((Write("stderr", told.encode()),), 1))
+        return MockProcess(Program((Write("stdout", archive),)))
 
     def power_off(self) -> None:
         """The VM is gone, with all that ran in it; nobody hears of its containers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 from vcnode.drivers.agent.mock.shell import Cat, Program, Sleep, Step, Write
@@ -24,6 +24,10 @@ def check_signal(number: int) -> None:
     """Raise InvalidArgumentError unless *number* is a signal."""
     if not 1 <= number <= 64:
         raise InvalidArgumentError.field("signal", f"{number} is not a signal; use 1 to 64.")
+
+
+ECHO_PORT = 7
+"""The port on which a mock guest listens: what is sent there comes back."""
 
 
 class MockProcess:
@@ -101,6 +105,9 @@ class MockProcess:
         check_signal(number)
         self.kill(number)
 
+    async def resize(self, rows: int, columns: int) -> None:
+        """See `RunningProcess.resize`; nobody looks."""
+
     async def wait(self) -> ProcessExit:
         """See `RunningProcess.wait`."""
         while self._exit is None:
@@ -169,3 +176,41 @@ class MockProcess:
     def _check(self) -> None:
         if self._lost is not None:
             raise AgentError(f"The session with the mock guest was lost: {self._lost}")
+
+
+class MockReceiver(MockProcess):
+    """Takes its input to the end, and gives it to *keep*."""
+
+    def __init__(self, keep: Callable[[bytes], None]) -> None:
+        self._keep = keep
+        self._taken = bytearray()
+        super().__init__(Program((Cat(),)))
+
+    def _put(self, name: OutputName, data: bytes) -> None:
+        self._taken += data
+        self._wake()
+
+    def _end(self, exit_code: int) -> None:
+        if not exit_code:
+            self._keep(bytes(self._taken))
+        super()._end(exit_code)
+
+
+class MockConnection(MockProcess):
+    """A `GuestConnection` to somebody who sends everything back."""
+
+    def __init__(self) -> None:
+        super().__init__(Program((Cat(),)))
+
+    async def write(self, data: bytes) -> None:
+        """See `GuestConnection.write`."""
+        await self.write_stdin(data)
+
+    async def close_write(self) -> None:
+        """See `GuestConnection.close_write`."""
+        await self.close_stdin()
+
+    async def received(self) -> AsyncIterator[bytes]:
+        """See `GuestConnection.received`."""
+        async for _, data in self.output():
+            yield data

@@ -129,12 +129,19 @@ def _probe(probe: Probe) -> dict[str, Any]:
 
 
 def execute_params(
-    process: GuestProcess, container_id: str | None, *, stdin: int, stdout: int, stderr: int
+    process: GuestProcess,
+    container_id: str | None,
+    tty: tuple[int, int] | None,
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int | None,
 ) -> dict[str, Any]:
     """Params of ``execute``."""
     return {
         "container_id": container_id,
         "process": process.model_dump(),
+        "tty": None if tty is None else {"rows": tty[0], "columns": tty[1]},
         "streams": {"stdin": stdin, "stdout": stdout, "stderr": stderr},
     }
 

@@ -44,6 +44,10 @@ class Owner(Protocol):
         """Send a signal and wait for the answer."""
         ...
 
+    async def resize_process(self, process_id: int, rows: int, columns: int) -> None:
+        """Set the size of a terminal and wait for the answer."""
+        ...
+
     def kill_process(self, process_id: int) -> None:
         """Send SIGKILL without waiting for the answer."""
         ...
@@ -56,11 +60,13 @@ class NativeProcess:
     hold a thousand times their size.
     """
 
-    def __init__(self, owner: Owner, *, stdin: int, stdout: int, stderr: int) -> None:
+    def __init__(self, owner: Owner, *, stdin: int, stdout: int, stderr: int | None) -> None:
         self._owner = owner
         self._stdin = stdin
-        self._names: dict[int, OutputName] = {stdout: "stdout", stderr: "stderr"}
-        self._streams: dict[OutputName, int] = {"stdout": stdout, "stderr": stderr}
+        self._names: dict[int, OutputName] = {stdout: "stdout"}
+        if stderr is not None:
+            self._names[stderr] = "stderr"
+        self._streams: dict[OutputName, int] = {name: stream for stream, name in self._names.items()}
         self._unread: dict[OutputName, bytes | bytearray] = {}
         self._ended: set[int] = set()
         self._process_id: int | None = None
@@ -71,9 +77,9 @@ class NativeProcess:
         """Something that a waiter may wait for has happened; each waiter looks for itself."""
 
     @property
-    def streams(self) -> tuple[int, int, int]:
-        """Stream ids of stdin, stdout and stderr."""
-        return (self._stdin, self._streams["stdout"], self._streams["stderr"])
+    def streams(self) -> tuple[int, ...]:
+        """Stream ids of stdin, stdout and, without a terminal, stderr."""
+        return (self._stdin, *self._names)
 
     # -- called by the session ---------------------------------------------------------------------
 
@@ -165,6 +171,11 @@ class NativeProcess:
         if self._exit is None and self._process_id is not None:
             await self._owner.signal_process(self._process_id, number)
 
+    async def resize(self, rows: int, columns: int) -> None:
+        """See `RunningProcess.resize`."""
+        if self._exit is None and self._process_id is not None:
+            await self._owner.resize_process(self._process_id, rows, columns)
+
     async def wait(self) -> ProcessExit:
         """See `RunningProcess.wait`. AgentError when the session was lost before."""
         while self._exit is None:
@@ -183,3 +194,36 @@ class NativeProcess:
         self._owner.send_eof(self._stdin)
         for stream in self._names:
             self._owner.send_reset(stream)
+
+
+class NativeConnection(NativeProcess):
+    """A `GuestConnection`: streams without a process behind them."""
+
+    def connected(self) -> None:
+        """The guest has opened it."""
+        if self._closed:
+            self._let_go_of_streams()
+
+    def discard(self) -> None:
+        """Nobody wants it any more. Idempotent."""
+        if not self._closed:
+            super().discard()
+            self._let_go_of_streams()
+
+    def _let_go_of_streams(self) -> None:
+        self._owner.send_eof(self._stdin)
+        for stream in self._names:
+            self._owner.send_reset(stream)
+
+    async def write(self, data: bytes) -> None:
+        """See `GuestConnection.write`."""
+        await self.write_stdin(data)
+
+    async def close_write(self) -> None:
+        """See `GuestConnection.close_write`."""
+        await self.close_stdin()
+
+    async def received(self) -> AsyncIterator[bytes]:
+        """See `GuestConnection.received`."""
+        async for _, data in self.output():
+            yield data

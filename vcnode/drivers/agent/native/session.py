@@ -12,8 +12,8 @@ from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.native import messages
 from vcnode.drivers.agent.native.link import Link
 from vcnode.drivers.agent.native.messages import BadFieldError
-from vcnode.drivers.agent.native.process import SIGKILL, NativeProcess
-from vcnode.drivers.base import GuestEvent, SessionLost
+from vcnode.drivers.agent.native.process import SIGKILL, NativeConnection, NativeProcess
+from vcnode.drivers.base import CopyDirection, GuestEvent, SessionLost
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
 from vcnode.models.living import ContainerProcess
@@ -145,35 +145,96 @@ class NativeSession:
         return self._checked(lambda: messages.container_states(result))
 
     async def execute(
-        self, process: GuestProcess, *, container_id: str | None, timeout_s: float
+        self,
+        process: GuestProcess,
+        *,
+        container_id: str | None,
+        tty: tuple[int, int] | None = None,
+        timeout_s: float,
     ) -> NativeProcess:
         """See `GuestSession.execute`. A process whose start nobody waits for any more is killed."""
-        async with self._bounded("execute", timeout_s):
+        return await self._run(
+            "execute",
+            container_id,
+            lambda **streams: messages.execute_params(process, container_id, tty, **streams),
+            timeout_s,
+            with_stderr=tty is None,
+        )
+
+    async def copy(
+        self, direction: CopyDirection, *, container_id: str, path: str, max_bytes: int, timeout_s: float
+    ) -> NativeProcess:
+        """See `GuestSession.copy`."""
+        return await self._run(
+            "copy",
+            container_id,
+            lambda **streams: {
+                "container_id": container_id,
+                "direction": direction,
+                "path": path,
+                "max_bytes": max_bytes,
+                "streams": streams,
+            },
+            timeout_s,
+        )
+
+    async def connect_port(self, port: int, *, timeout_s: float) -> NativeConnection:
+        """See `GuestSession.connect_port`."""
+        async with self._bounded("connect", timeout_s):
+            await self._ready()
+            up, down = self._host.new_stream(sending=True), self._host.new_stream(sending=False)
+            connection = NativeConnection(self, stdin=up, stdout=down, stderr=None)
+            self._by_stream |= dict.fromkeys(connection.streams, connection)
+            params = {"port": port, "streams": {"up": up, "down": down}}
+            await self._start(
+                "connect", params, connection, lambda reply: self._on_connect(connection, reply)
+            )
+        return connection
+
+    async def _run(
+        self,
+        method: str,
+        container_id: str | None,
+        params: Callable[..., dict[str, Any]],
+        timeout_s: float,
+        *,
+        with_stderr: bool = True,
+    ) -> NativeProcess:
+        """Open the streams, for output may come before the reply does, and start a process."""
+        async with self._bounded(method, timeout_s):
             await self._ready(container_id)
-            running, params = self._prepare(process, container_id)
-            try:
-                request_id = self._send("execute", params)
-            except VcnodeError:
-                self._forget_streams(running)
-                raise
-            self._on_arrival[request_id] = lambda reply: self._on_start(running, reply)
-            try:
-                await self._reply("execute", request_id)
-            except asyncio.CancelledError:
-                running.discard()
-                raise
+            stdin, stdout = self._host.new_stream(sending=True), self._host.new_stream(sending=False)
+            stderr = self._host.new_stream(sending=False) if with_stderr else None
+            running = NativeProcess(self, stdin=stdin, stdout=stdout, stderr=stderr)
+            self._by_stream |= dict.fromkeys(running.streams, running)
+            made = params(stdin=stdin, stdout=stdout, stderr=stderr)
+            await self._start(method, made, running, lambda reply: self._on_start(running, reply))
         return running
 
-    def _prepare(
-        self, process: GuestProcess, container_id: str | None
-    ) -> tuple[NativeProcess, dict[str, Any]]:
-        """Open the streams: output may come before the reply does."""
-        stdin, stdout, stderr = (self._host.new_stream(sending=s) for s in (True, False, False))
-        running = NativeProcess(self, stdin=stdin, stdout=stdout, stderr=stderr)
-        self._by_stream |= dict.fromkeys(running.streams, running)
-        return running, messages.execute_params(
-            process, container_id, stdin=stdin, stdout=stdout, stderr=stderr
-        )
+    async def _start(
+        self,
+        method: str,
+        params: dict[str, Any],
+        running: NativeProcess,
+        on_reply: Callable[[protocol.ReplyReceived], None],
+    ) -> None:
+        try:
+            request_id = self._send(method, params)
+        except VcnodeError:
+            self._forget_streams(running)
+            raise
+        self._on_arrival[request_id] = on_reply
+        try:
+            await self._reply(method, request_id)
+        except asyncio.CancelledError:
+            running.discard()
+            raise
+
+    def _on_connect(self, connection: NativeConnection, reply: protocol.ReplyReceived) -> None:
+        if reply.result is None:
+            self._forget_streams(connection)
+        else:
+            connection.connected()
 
     async def ping(self, *, timeout_s: float) -> None:
         """See `GuestSession.ping`."""
@@ -236,6 +297,11 @@ class NativeSession:
     async def signal_process(self, process_id: int, number: int) -> None:
         """Send a signal and wait for the answer."""
         await self._call("signal_process", {"process_id": process_id, "signal": number}, SIGNAL_LIMIT_S)
+
+    async def resize_process(self, process_id: int, rows: int, columns: int) -> None:
+        """Set the size of a terminal and wait for the answer."""
+        params = {"process_id": process_id, "rows": rows, "columns": columns}
+        await self._call("resize_process", params, SIGNAL_LIMIT_S)
 
     def kill_process(self, process_id: int) -> None:
         """Send SIGKILL without waiting for the answer."""
