@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vcnode import aio
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import NetworkError
 
 T = TypeVar("T")
@@ -153,7 +154,8 @@ def enter(netns_path: str) -> None:
         finally:
             os.close(fd)
     except OSError as exc:
-        raise NetworkError(f"Network namespace {netns_path} cannot be entered: {exc.strerror}.") from exc
+        message = f"Network namespace {netns_path} cannot be entered: {exc.strerror}."
+        raise exhausted(exc) or NetworkError(message) from exc
 
 
 def create(name: str, set_up: Callable[[], T]) -> T:
@@ -169,7 +171,7 @@ def create(name: str, set_up: Callable[[], T]) -> T:
         _share_directory()
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
     except OSError as exc:
-        raise NetworkError(f"Network namespace {path} cannot be made: {exc.strerror}.") from exc
+        raise exhausted(exc) or NetworkError(f"{path} cannot be made: {exc.strerror}.") from exc
     try:
         if _libc.unshare(_CLONE_NEWNET):
             raise _failed("unshare")
@@ -179,7 +181,7 @@ def create(name: str, set_up: Callable[[], T]) -> T:
     except BaseException as exc:
         remove(name)
         if isinstance(exc, OSError):
-            raise NetworkError(f"Network namespace {path} cannot be made: {exc.strerror}.") from exc
+            raise exhausted(exc) or NetworkError(f"{path} cannot be made: {exc.strerror}.") from exc
         raise
 
 

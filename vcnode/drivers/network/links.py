@@ -22,6 +22,7 @@ from typing import Any
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import NetworkError
 
 GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.EADDRNOTAVAIL, errno.ESRCH})
@@ -75,7 +76,8 @@ def doing(what: str) -> Iterator[None]:
     except NetlinkError as exc:
         raise NetworkError(f"The kernel would not {what}: {os.strerror(exc.code)}.", errno=exc.code) from exc
     except OSError as exc:
-        raise NetworkError(f"The kernel would not {what}: {exc.strerror}.", errno=exc.errno) from exc
+        failed = NetworkError(f"The kernel would not {what}: {exc.strerror}.", errno=exc.errno)
+        raise exhausted(exc) or failed from exc
 
 
 async def find(netlink: AsyncIPRoute, name: str) -> Link | None:

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterable
 
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import NetworkError
 
 TUN_DEVICE = "/dev/net/tun"
@@ -27,7 +28,9 @@ def make(name: str) -> None:
         finally:
             os.close(fd)
     except OSError as exc:
-        raise NetworkError(f"Tap {name} cannot be made: {exc.strerror}.", errno=exc.errno) from exc
+        raise exhausted(exc) or NetworkError(
+            f"Tap {name} cannot be made: {exc.strerror}.", errno=exc.errno
+        ) from exc
 
 
 def open_for_qemu(name: str) -> int:
@@ -41,7 +44,9 @@ def open_for_qemu(name: str) -> int:
     try:
         return _attach(name)
     except OSError as exc:
-        raise NetworkError(f"Tap {name} cannot be opened: {exc.strerror}.", errno=exc.errno) from exc
+        raise exhausted(exc) or NetworkError(
+            f"Tap {name} cannot be opened: {exc.strerror}.", errno=exc.errno
+        ) from exc
 
 
 def close(descriptors: Iterable[int]) -> None:

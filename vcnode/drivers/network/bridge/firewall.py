@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcnode import aio
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.network.ipam import Subnets
 from vcnode.errors import NetworkError
 from vcnode.models.vm import NetworkAttachment
@@ -158,7 +159,7 @@ class Nft:
                 stderr=asyncio.subprocess.PIPE,
             )
         except OSError as exc:
-            raise NetworkError(f"{self._program} could not be executed.") from exc
+            raise exhausted(exc) or NetworkError(f"{self._program} could not be executed.") from exc
         try:
             async with aio.deadline_as(timeout_s, lambda: late):
                 out, err = await process.communicate(text.encode())

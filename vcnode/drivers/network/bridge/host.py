@@ -203,11 +203,12 @@ async def detach(host: AsyncIPRoute, plan: Plan, vm_id: str, endpoints: Sequence
         NetworkError: Something is still there.
     """
     known = [e.host_interface for e in endpoints if e.host_interface is not None]
-    found = known or [
-        link.name for link in await links.every(host) if names.vm_of(link.name, plan.mark) == vm_id
-    ]
-    for name in found:
-        await links.delete(host, name)
+    removed = [await _delete_veth(host, name) for name in known]
+    if not removed or not all(removed):
+        # Nothing is known, or a name was taken and nobody has noted the other one: look at all of them.
+        for link in await links.every(host):
+            if names.vm_of(link.name, plan.mark) == vm_id:
+                await _delete_veth(host, link.name)
     return [names.bridge(plan.mark, e.network) for e in endpoints if e.network is not None]
 
 
@@ -231,6 +232,12 @@ async def try_out(plan: Plan) -> None:
             await attach(netlink, netlink, fd, plan, endpoint, 0, Interworking.TC, rate)
     finally:
         os.close(fd)
+
+
+async def _delete_veth(host: AsyncIPRoute, name: str) -> bool:
+    """Remove an interface of ours; False when there is none, or one of somebody else has the name."""
+    link = await links.find(host, name)
+    return link is not None and link.kind == "veth" and await links.delete(host, name)
 
 
 async def overlapping(netlink: AsyncIPRoute, plan: Plan) -> str | None:
