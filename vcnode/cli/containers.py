@@ -8,7 +8,7 @@ import typer
 
 from vcnode.cli import flags
 from vcnode.cli.command import Cli, command
-from vcnode.cli.exits import Exit
+from vcnode.cli.exits import Exit, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Containers: what runs inside a pod.")
 
@@ -253,20 +253,39 @@ async def exec_(
     workdir: flags.Workdir = None,
     user: flags.User = None,
     stdin: flags.Stdin = False,
+    tty: flags.Tty = False,
     timeout: flags.ExecTimeout = None,
     command_id: flags.CommandId = None,
 ) -> int:
     """Run a command in a running container. Options go before POD.
+
+    Its output is shown when it has ended, up to a bound; with -t, or as 'vcnode exec', as it comes.
 
     Ends with the command's exit code; 124 when it was killed at --timeout, 125 when vcnode failed.
 
     \b
     vcnode container exec web main -- ls -l /
     vcnode container exec -i web main -- sh < script.sh
+    vcnode container exec -it web main -- sh
     vcnode container exec --user nobody --timeout 5 web main id
     """
-    from vcnode.cli import execs, specs
+    from vcnode.cli import execs, sessions, specs
 
+    if tty:
+        if timeout is not None:
+            raise UsageError("--timeout is for commands without a terminal.")
+        return await sessions.exec_(
+            cli,
+            pod_id,
+            container_id,
+            args,
+            env=env,
+            workdir=workdir,
+            user=user,
+            stdin=stdin,
+            tty=True,
+            command_id=command_id,
+        )
     described = specs.CmdFlags(args=execs.words(args), env=env or (), workdir=workdir, user=user)
     request = execs.arguments(described, stdin=stdin, timeout_s=timeout)
     async with cli.node() as node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tarfile
@@ -158,16 +159,17 @@ async def _copy_out(
         reading, writing = os.pipe()
         unpacking = asyncio.get_running_loop().run_in_executor(None, _unpack, reading, target)
         try:
-            with os.fdopen(writing, "wb", 0) as pipe:
+            with os.fdopen(writing, "wb", 0) as pipe, contextlib.suppress(BrokenPipeError):
                 async for piece in stream.pieces():
                     await asyncio.to_thread(pipe.write, piece)
-        except BrokenPipeError:
-            pass  # the unpacker says why
-        finally:
-            try:
+        except BaseException:
+            with contextlib.suppress(OSError, tarfile.TarError):  # what it had to unpack was cut off
                 await unpacking
-            except (OSError, tarfile.TarError) as exc:
-                raise UsageError(f"{target} cannot be written: {exc}.") from exc
+            raise
+        try:
+            await unpacking
+        except (OSError, tarfile.TarError) as exc:
+            raise UsageError(f"{target} cannot be written: {exc}.") from exc
 
 
 def _unpack(reading: int, target: str) -> None:

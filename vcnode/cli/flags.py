@@ -75,6 +75,7 @@ Grace = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Also when it is running: stop it first.")]
+Tty = Annotated[bool, typer.Option("--tty", "-t", help="Run it on a terminal, which is ours.")]
 Stdin = Annotated[
     bool, typer.Option("--stdin", "-i", help="Pass standard input on (all of it is read first).")
 ]

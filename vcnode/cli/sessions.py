@@ -13,7 +13,6 @@ from vcnode.cli.exits import Exit
 
 app = typer.Typer(no_args_is_help=True, help="Sessions: the streams of what runs inside a pod.")
 
-Tty = Annotated[bool, typer.Option("--tty", "-t", help="Run it on a terminal, which is ours.")]
 Keep = Annotated[
     bool, typer.Option("--keep", help="Keep it running when this command dies; resume it within 10 minutes.")
 ]
@@ -29,7 +28,7 @@ async def exec_(
     workdir: flags.Workdir = None,
     user: flags.User = None,
     stdin: flags.Stdin = False,
-    tty: Tty = False,
+    tty: flags.Tty = False,
     keep: Keep = False,
     command_id: flags.CommandId = None,
 ) -> int:

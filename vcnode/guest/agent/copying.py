@@ -14,7 +14,7 @@ import stat
 import sys
 import tarfile
 
-from vcnode.guest.agent.failures import Failure, printable
+from vcnode.guest.agent.failures import NOT_FOUND, Failure, printable
 from vcnode.guest.agent.params import invalid
 
 TYPE_CHECKING = False
@@ -39,6 +39,8 @@ def run(direction: str, path: str, max_bytes: int) -> int:
                 _pack(path, max_bytes, file)
     except Failure as failure:
         return _failed(failure)
+    except FileNotFoundError as exc:
+        return _failed(Failure(NOT_FOUND, f"There is no {printable(exc.filename or path)} in the container."))
     except OSError as exc:
         return _failed(Failure.of(exc, f"copy {printable(exc.filename or path)}"))
     except (tarfile.TarError, EOFError, ValueError) as exc:
@@ -150,7 +152,7 @@ class _Extractor:
             return
         self._root, self._renamed = os.path.split(os.path.normpath(path))
         if not os.path.isdir(self._root):
-            raise Failure("not_found", f"{printable(self._root)} is no directory of the container.")
+            raise Failure(NOT_FOUND, f"{printable(self._root)} is no directory of the container.")
 
     def extract(self, file: BinaryIO) -> None:
         """Unpack all; directories get their modes and times at the end."""
