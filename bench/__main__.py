@@ -14,6 +14,7 @@ from bench.commands import commands
 from bench.crowd import burst, density
 from bench.execs import execute
 from bench.netsetup import netsetup
+from bench.network import network
 from bench.options import Options
 from bench.plot import svg
 from bench.report import Result, machine
@@ -29,6 +30,7 @@ BENCHES: dict[str, Callable[[Options], Coroutine[Any, Any, Result]]] = {
     "density": density,
     "commands": commands,
     "netsetup": netsetup,
+    "network": network,
 }
 
 
