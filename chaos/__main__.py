@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from vcnode.models.subjects import Subjects
 SETTLE_LIMIT_S = 120.0
 """Seconds after the havoc within which every command must have its outcome."""
 PROGRESS_S = 5.0
+CLONE_NEWNET = 0x40000000
+"""Linux sched.h."""
 EXEC_LIMIT_S = 20.0
 
 
@@ -43,7 +47,11 @@ async def main(options: argparse.Namespace) -> int:
     )
     ledger = Ledger()
     async with stage(
-        hypervisor=options.hypervisor, guest_dir=options.guest_dir, pods=options.pods, keep=options.keep
+        hypervisor=options.hypervisor,
+        network=options.network,
+        guest_dir=options.guest_dir,
+        pods=options.pods,
+        keep=options.keep,
     ) as here:
         await here.start_node()
         async with await connect(here) as client:
@@ -210,6 +218,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="how long the havoc lasts (default 60)")
     parser.add_argument("--seed", type=int, default=1, help="the plan: same seed, same plan (default 1)")
     parser.add_argument("--pods", type=int, default=3, help="how many pods there are at most (default 3)")
+    parser.add_argument(
+        "--network", choices=("bridge", "noop"), default="bridge", help="of pods; the host's is left alone"
+    )
     parser.add_argument("--hypervisor", choices=("qemu", "mock"), default="qemu")
     parser.add_argument(
         "--guest-dir", type=Path, default=None, help="guest image (default: the installed one)"
@@ -221,6 +232,13 @@ def _options() -> argparse.Namespace:
 
         options.guest_dir = Path(os.environ.get("VCNODE_GUEST_DIR", image.DEFAULT_DIR))
     return options
+
+
+def _leave_the_host_alone() -> None:
+    """Move to a network namespace of our own, with what all our children make there."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "no network namespace can be made; use --network noop")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
 async def _interruptible(options: argparse.Namespace) -> int:
@@ -237,4 +255,7 @@ async def _interruptible(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
-    sys.exit(asyncio.run(_interruptible(_options())))
+    given = _options()
+    if given.network != "noop" and given.hypervisor != "mock":
+        _leave_the_host_alone()
+    sys.exit(asyncio.run(_interruptible(given)))

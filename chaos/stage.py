@@ -32,7 +32,14 @@ class Stage:
     """Everything that can be broken, and mended again."""
 
     def __init__(
-        self, root: Path, nats: EmbeddedNats, proxy: Proxy, *, hypervisor: str, guest_dir: Path
+        self,
+        root: Path,
+        nats: EmbeddedNats,
+        proxy: Proxy,
+        *,
+        hypervisor: str,
+        network: str,
+        guest_dir: Path,
     ) -> None:
         self.root = root
         self.nats = nats
@@ -44,9 +51,10 @@ class Stage:
         self._process: asyncio.subprocess.Process | None = None
         self._config = root / "node.toml"
         self._config.write_text(
-            f'node_name = "{NODE}"\nhypervisor = "{hypervisor}"\nmetrics_address = ""\nlog_format = "text"\n'
+            f'node_name = "{NODE}"\nhypervisor = "{hypervisor}"\nnetwork = "{network}"\n'
+            f'metrics_address = ""\nlog_format = "text"\n'
             f'state_dir = "{root}/state"\nrun_dir = "{root}/run"\nguest_dir = "{guest_dir}"\n'
-            f'allowed_roots = ["{root}/roots"]\nnetwork = "noop"\nstop_grace_s = 1\naudit_interval_s = 5\n'
+            f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 1\naudit_interval_s = 5\n'
             f'[qemu]\naccel = "auto"\n[nats]\nurl = "nats://127.0.0.1:{proxy.port}"\nlease_s = 5\n'
         )
 
@@ -121,6 +129,7 @@ class Stage:
                 if line.split(" ")[4].startswith(f"{self.root}/")
             ),
             *(f"cgroup {path}" for path in groups),
+            *(f"namespace {path}" for path in Path("/run/netns").glob(f"{self.mark}*")),
         ]
 
     def rootfs(self, pod_id: str) -> Path:
@@ -142,10 +151,14 @@ class Stage:
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if (point := line.split(" ")[4]).startswith(f"{self.root}/"):
                 subprocess.run(["umount", "-l", point], check=False)
+        for path in Path("/run/netns").glob(f"{self.mark}*"):
+            subprocess.run(["ip", "netns", "delete", path.name], check=False)
 
 
 @contextlib.asynccontextmanager
-async def stage(*, hypervisor: str, guest_dir: Path, pods: int, keep: bool) -> AsyncIterator[Stage]:
+async def stage(
+    *, hypervisor: str, network: str, guest_dir: Path, pods: int, keep: bool
+) -> AsyncIterator[Stage]:
     """Set everything up; afterwards nothing is left but, with *keep* and after a failure, the directory."""
     # Short: sockets lie below it. On a disk: templates are files of the guest's size.
     root = Path(tempfile.mkdtemp(prefix="vcchaos-", dir="/var/tmp"))
@@ -153,7 +166,7 @@ async def stage(*, hypervisor: str, guest_dir: Path, pods: int, keep: bool) -> A
     try:
         async with EmbeddedNats(root / "nats") as nats, Proxy(nats.port) as proxy:
             (root / "roots").mkdir()
-            made = Stage(root, nats, proxy, hypervisor=hypervisor, guest_dir=guest_dir)
+            made = Stage(root, nats, proxy, hypervisor=hypervisor, network=network, guest_dir=guest_dir)
             for number in range(pods):
                 await asyncio.to_thread(make_root, made.rootfs(f"p{number}"))
             try:

@@ -17,8 +17,12 @@ import nats
 import nats.errors
 from nats.aio.client import Client as Nats
 
+from vcnode.drivers.hypervisor.qemu.process import named
+from vcnode.drivers.storage.trees import mounted, unmount
 from vcnode.models import wire
 from vcnode.models.subjects import Subjects
+from vcnode.pods.marks import mark_of
+from vcnode.settings import Settings
 
 WAIT_S = 30.0
 """Longest wait for something that must happen."""
@@ -191,6 +195,15 @@ class Host:
         finally:
             await sub.unsubscribe()
 
+    def sweep(self) -> None:
+        """End the VMs that are left when no node agent is, and unmount what is theirs."""
+        mark = mark_of(Settings(node_name=self.name, state_dir=Path(self.settings["state_dir"])))
+        for vm in named(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(vm.pid, signal.SIGKILL)
+        for point in reversed(mounted(str(self.path))):
+            unmount(point)
+
     def tail(self, lines: int = 30) -> str:
         """The last words of all lives."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -219,8 +232,9 @@ class Host:
 
 @contextlib.asynccontextmanager
 async def hosts(url: str, settings: dict[str, Any], place: Path) -> AsyncIterator[Any]:
-    """Gives hosts, ``make(name, **settings)``; their node agents end with the block."""
+    """Gives hosts, ``make(name, **settings)``; node agents, and VMs that a failed test left, end with it."""
     client = await nats.connect(url)
+    made: list[Host] = []
     try:
         async with Zygote() as zygote:
 
@@ -233,13 +247,17 @@ async def hosts(url: str, settings: dict[str, Any], place: Path) -> AsyncIterato
                     "state_dir": str(path / "state"),
                     "run_dir": str(path / "run"),
                     "metrics_address": "",
+                    "network": "noop",
                     "stop_grace_s": 0.2,
                     "nats": nats_settings,
                     **settings,
                     **changes,
                 }
-                return Host(zygote, client, path, mine, Subjects(name))
+                made.append(Host(zygote, client, path, mine, Subjects(name)))
+                return made[-1]
 
             yield make
     finally:
         await client.close()
+        for host in made:
+            host.sweep()

@@ -166,7 +166,12 @@ async def test_without_descriptors_a_start_is_undone_and_the_node_goes_on(
     roots = short_dir / "roots"
     roots.mkdir()
     make_root(roots / "app")
-    settings = {"guest_dir": str(guest_image), "allowed_roots": [str(roots)], "qemu": {"accel": "tcg"}}
+    settings = {
+        "guest_dir": str(guest_image),
+        "allowed_roots": [str(roots)],
+        "network": "noop",  # the host's own is left alone
+        "qemu": {"accel": "tcg"},
+    }
     main = {"id": "main", "rootfs": str(roots / "app"), "cmd": {"args": ["/bin/sleep", "100000"]}}
     run = {"pod": {"id": "p1", "template": "never", "resources": {"mem_size_mib": 128}, "containers": [main]}}
     async with hosts(server.url, settings, short_dir) as make:

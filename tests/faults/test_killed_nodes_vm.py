@@ -46,7 +46,12 @@ async def host(start_nats: StartNats, guest_image: Path, short_dir: Path) -> Asy
     roots = short_dir / "roots"
     roots.mkdir()
     make_root(roots / "app")
-    settings = {"guest_dir": str(guest_image), "allowed_roots": [str(roots)], "qemu": {"accel": "tcg"}}
+    settings = {
+        "guest_dir": str(guest_image),
+        "allowed_roots": [str(roots)],
+        "network": "noop",  # the host's own is left alone
+        "qemu": {"accel": "tcg"},
+    }
     async with hosts(server.url, settings, short_dir) as make:
         yield make("h")
 
