@@ -84,6 +84,13 @@ def test_each_tap_becomes_a_network_device():
     assert argv.inherited_fds(launch) == (7, 8, 9, 11)
 
 
+def test_vhost_moves_the_frames_where_the_host_has_it():
+    netdevs = (NetDev(tap_fd=9, mac="52:54:00:00:00:01"),)
+    launch = replace(LAUNCH, spec=SPEC.model_copy(update={"netdevs": netdevs}), vhost_fds=(12,))
+    assert values(launch, "-netdev") == ["tap,id=net0,fd=9,vhost=on,vhostfd=12"]
+    assert argv.inherited_fds(launch) == (7, 8, 9, 12)
+
+
 def test_commas_in_paths_are_doubled():
     launch = replace(
         LAUNCH,

@@ -8,7 +8,7 @@ bool becomes ``on`` or ``off``; a comma in a value is doubled, as QEMU's option 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -323,12 +323,14 @@ class Virtio9pDevice(Switch):
 
 @dataclass(frozen=True, slots=True)
 class TapNetdev(Switch):
-    """A tap that QEMU inherits as an open descriptor."""
+    """A tap that QEMU inherits as an open descriptor; QEMU itself does without vhost where that fails."""
 
     flag = "-netdev"
     first = "tap"
     id: str
     fd: int
+    vhost: bool | None = None
+    vhostfd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +375,8 @@ class Launch:
     """Memory behind ``ram_file``, if that names an inherited descriptor."""
     state_fd: int | None = None
     """Where the state is read from or written to by a later QMP command; inherited."""
+    vhost_fds: Sequence[int] = ()
+    """Open /dev/vhost-net, one for each network device; inherited. Empty: QEMU moves the frames itself."""
     incoming: str | None = None
     """Where the state comes from, such as ``defer``; None: boot."""
 
@@ -408,7 +412,9 @@ def switches(launch: Launch) -> Iterator[Switch]:
     yield LocalFsdev(id="share0", path=Path(spec.shared_dir))
     yield Virtio9pDevice(fsdev="share0", mount_tag=SHARE_TAG)
     for index, netdev in enumerate(spec.netdevs):
-        yield TapNetdev(id=f"net{index}", fd=netdev.tap_fd)
+        vhost_fd = launch.vhost_fds[index] if launch.vhost_fds else None
+        vhost = None if vhost_fd is None else True
+        yield TapNetdev(id=f"net{index}", fd=netdev.tap_fd, vhost=vhost, vhostfd=vhost_fd)
         yield VirtioNetDevice(netdev=f"net{index}", mac=netdev.mac)
     if launch.incoming is not None:
         yield Incoming(launch.incoming)
@@ -425,5 +431,6 @@ def inherited_fds(launch: Launch) -> tuple[int, ...]:
         launch.qmp_fd,
         launch.agent_fd,
         *(netdev.tap_fd for netdev in launch.spec.netdevs),
+        *launch.vhost_fds,
         *(fd for fd in (launch.ram_fd, launch.state_fd) if fd is not None),
     )

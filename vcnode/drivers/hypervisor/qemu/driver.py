@@ -10,14 +10,14 @@ import os
 import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.hypervisor.qemu import accel, tsc
+from vcnode.drivers.hypervisor.qemu import accel, tsc, vhost
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
@@ -252,6 +252,8 @@ class QemuHypervisor:
                 raise exhausted(exc) or late from exc
             source = self._sources.take(spec, ours)
             launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
+            if launch.accelerator == "kvm":  # TCG has no use for it: no interrupts without QEMU
+                launch = replace(launch, vhost_fds=vhost.open_for(len(spec.netdevs), ours))
             argv = build(launch)
             fds = inherited_fds(launch)
             files.group.make()
