@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from vcnode.cli import specs
 from vcnode.cli.exits import UsageError
 from vcnode.cli.specs import (
     CmdFlags,
@@ -147,3 +148,27 @@ def test_signals_by_name_and_number(text: str, number: int) -> None:
 def test_signals_that_do_not_exist(text: str) -> None:
     with pytest.raises(UsageError, match="no signal"):
         signal_number(text)
+
+
+def test_flags_of_the_network_become_its_description():
+    flags = specs.PodFlags(
+        join=("blue", "red"),
+        interworking="bridged",
+        publish=("8080:80", "53:5353/udp"),
+        rate_mbit=10.0,
+        dns=("10.0.0.53",),
+    )
+    network = specs.pod_spec(None, flags, specs.ContainerFlags()).network
+    assert network.networks == ("blue", "red")
+    assert [(p.host, p.container, p.protocol) for p in network.ports] == [
+        (8080, 80, "tcp"),
+        (53, 5353, "udp"),
+    ]
+    assert (network.rate_mbit.ingress, network.rate_mbit.egress) == (10, 10)
+    assert network.dns.servers == ("10.0.0.53",)
+
+
+@pytest.mark.parametrize("text", ["80", "80:", "80:80/sctp", "a:b"])
+def test_a_port_that_is_none_is_told_how_to_write_it(text):
+    with pytest.raises(UsageError, match="HOST:CONTAINER"):
+        specs.pod_spec(None, specs.PodFlags(publish=(text,)), specs.ContainerFlags())
