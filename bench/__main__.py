@@ -19,6 +19,7 @@ from bench.options import Options
 from bench.plot import svg
 from bench.report import Result, machine
 from bench.starts import cold_start, pod_start, pool_start
+from bench.stream import stream
 
 BENCHES: dict[str, Callable[[Options], Coroutine[Any, Any, Result]]] = {
     "pod-start": pod_start,
@@ -31,6 +32,7 @@ BENCHES: dict[str, Callable[[Options], Coroutine[Any, Any, Result]]] = {
     "commands": commands,
     "netsetup": netsetup,
     "network": network,
+    "stream": stream,
 }
 
 

@@ -162,6 +162,25 @@ class BareVm:
         self._port.sendall(json.dumps(request).encode() + b"\n")
         return self.read_line()
 
+    def receive(self, size: int) -> None:
+        """Have the guest write so many bytes, and read them."""
+        assert self._port is not None
+        self.ask(do="write", size=size)
+        size -= len(self._port_in)
+        self._port_in = b""
+        space = bytearray(256 * 1024)
+        while size:
+            size -= self._port.recv_into(space, min(size, len(space)))
+        self.read_line()
+
+    def send(self, block: bytes, size: int) -> None:
+        """Have the guest read so many bytes, and write them; *size* is a multiple of the block's."""
+        assert self._port is not None
+        self.ask(do="read", size=size)
+        for _ in range(size // len(block)):
+            self._port.sendall(block)
+        self.read_line()
+
     def plug(self, path: Path, serial: str) -> None:
         """Hot-plug a read-only disk."""
         self.qmp(

@@ -14,7 +14,7 @@ import pytest
 from tests.integration.conftest import mock_settings
 from tests.support.nats import NatsServer
 from vcnode.client import Client, NodeClient
-from vcnode.errors import AbortedError, NotFoundError, VcnodeError
+from vcnode.errors import AbortedError, FailedPreconditionError, NotFoundError, VcnodeError
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 from vcnode.node import running
 
@@ -262,3 +262,40 @@ async def test_a_session_of_a_node_that_was_killed_ends_with_the_reason(
             with pytest.raises(VcnodeError, match="when the node agent is restarted"):
                 await process.wait()
             await node.node_ping()
+
+
+async def test_an_archive_goes_in_and_comes_out(nats_server: NatsServer, short_dir: Path) -> None:
+    async with a_node(nats_server.url, short_dir) as node:
+        async with node.copy_in("pod", "main", "/srv") as copy:
+            await copy.write(EVERY_BYTE)
+            await copy.finish()
+        async with node.copy_out("pod", "main", "/srv") as out:
+            assert b"".join([piece async for piece in out.pieces()]) == EVERY_BYTE
+        async with node.copy_out("pod", "main", "/nothing") as out:
+            with pytest.raises(NotFoundError, match="/nothing"):
+                _ = [piece async for piece in out.pieces()]
+
+
+async def test_many_connections_share_one_session(nats_server: NatsServer, short_dir: Path) -> None:
+    async with a_node(nats_server.url, short_dir) as node, node.forward("pod") as session:
+
+        async def talk(number: int) -> bytes:
+            connection = await session.connect(7)
+            await connection.write(bytes([number]) * 30_000)
+            connection.close_write()
+            got = bytearray()
+            while data := await connection.read():
+                got += data
+            connection.close()
+            return bytes(got)
+
+        stalled = await session.connect(7)  # nobody reads what comes back
+        writing = asyncio.ensure_future(stalled.write(bytes(4 << 20)))
+        got = await asyncio.gather(*(talk(number) for number in range(40)))
+        assert got == [bytes([number]) * 30_000 for number in range(40)]
+        assert not writing.done()
+        stalled.close()
+        writing.cancel()
+        with pytest.raises(FailedPreconditionError, match="refused"):
+            await session.connect(8)
+    assert writing.cancelled()
