@@ -213,6 +213,19 @@ class CnmSettings(Group):
     """A pod's ``netns_path`` must lie below one of these."""
 
 
+class LogSettings(Group):
+    """What is kept of the output of containers, each by itself."""
+
+    max_file_mib: int = Field(default=10, ge=1, le=1024)
+    """Size at which a log goes on in another file."""
+    max_files: int = Field(default=3, ge=1, le=1000)
+    """Files of a log that are kept; the oldest go first."""
+    min_free_mib: int = Field(default=256, ge=0)
+    """With less room than this on the disk nothing is written; what is dropped then is counted and said."""
+    max_mib_per_s: float = Field(default=8.0, gt=0)
+    """Most that is taken from one pod in a second; what comes faster is dropped in the guest, and said."""
+
+
 class LimitSettings(Group):
     """Bounds that keep one caller from hurting the others."""
 
@@ -327,6 +340,7 @@ class Settings(BaseSettings):
     restarts: RestartSettings = RestartSettings()
     cni: CniSettings = CniSettings()
     cnm: CnmSettings = CnmSettings()
+    logs: LogSettings = LogSettings()
     limits: LimitSettings = LimitSettings()
     capacity: CapacitySettings = CapacitySettings()
 

@@ -17,6 +17,7 @@ from vcnode.cli import (
     fleet,
     guest,
     images,
+    logs,
     nats,
     nodes,
     pods,
@@ -46,6 +47,7 @@ files.register(app, containers.app)
 ports.register(app, pods.app)
 events.register(app)
 fleet.register(app, pods.app)
+logs.register(app)
 demo.register(app)
 doctor.register(app)
 

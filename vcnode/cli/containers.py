@@ -9,6 +9,7 @@ import typer
 from vcnode.cli import flags
 from vcnode.cli.command import Cli, command
 from vcnode.cli.exits import Exit, UsageError
+from vcnode.cli.logs import logs
 
 app = typer.Typer(no_args_is_help=True, help="Containers: what runs inside a pod.")
 
@@ -337,3 +338,6 @@ async def status(cli: Cli, pod_id: flags.Pod, container_id: flags.Container) -> 
     async with cli.node() as node:
         reply = await node.container_status(pod_id, container_id, deadline_s=cli.options.deadline_s)
     cli.show(reply, views.container)
+
+
+command(app, "logs")(logs)

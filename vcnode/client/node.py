@@ -16,8 +16,10 @@ command is sent again with the same id.
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -83,6 +85,7 @@ from vcnode.models.living import (
     ContainerWaited,
     WaitCondition,
 )
+from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -117,6 +120,13 @@ DRAIN_MARGIN_S = 60.0
 """Default deadline of a drain beyond its own ``timeout_s``: killing what is left takes time, too."""
 EXEC_MARGIN_S = 30.0
 """Default deadline of an exec beyond its own ``timeout_s``."""
+
+LOG_WAIT_S = 60.0
+"""Seconds that one request waits for output while a log is followed."""
+LOG_PATIENCE_S = 60.0
+"""Seconds that a node may be away while one of its logs is followed."""
+LOG_PAUSE_S = 1.0
+"""Seconds between two attempts to reach it."""
 
 
 class Read(TypedDict, total=False):
@@ -402,6 +412,75 @@ class NodeClient(StreamMethods):
         """List the processes of a container, the oldest first."""
         request = _make(ContainerProcessesOf, pod_id=pod_id, container_id=container_id, limit=limit)
         return await self._send("container.processes", request, ContainerProcesses, options)
+
+    async def container_logs(
+        self,
+        pod_id: str,
+        container_id: str | None = None,
+        *,
+        cursor: str | None = None,
+        tail: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        wait_s: float = 0.0,
+        **options: Unpack[Read],
+    ) -> ContainerLogEntries:
+        """One piece of what a container has written; see `vcnode.models.logs.ContainerLogs` for the fields.
+
+        `follow_logs` puts the pieces together.
+        """
+        request = _make(
+            ContainerLogs,
+            pod_id=pod_id,
+            container_id=container_id,
+            cursor=cursor,
+            tail=tail,
+            since=since,
+            until=until,
+            wait_s=wait_s,
+        )
+        return await self._send("container.logs", request, ContainerLogEntries, options)
+
+    async def follow_logs(
+        self,
+        pod_id: str,
+        container_id: str | None = None,
+        *,
+        follow: bool = True,
+        cursor: str | None = None,
+        tail: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> AsyncIterator[ContainerLogEntries]:
+        """Everything that a container has written and, with *follow*, writes until it ends.
+
+        Goes on where it was when the node agent or the connection was away for up to a minute: nothing is
+        repeated. Yields replies with entries; ``cursor`` of the last is where a later call goes on.
+        """
+        away_since: float | None = None
+        while True:
+            try:
+                reply = await self.container_logs(
+                    pod_id,
+                    container_id,
+                    cursor=cursor,
+                    tail=tail,
+                    since=since,
+                    until=until,
+                    wait_s=LOG_WAIT_S if follow else 0.0,
+                )
+            except (UnavailableError, DeadlineExceededError):
+                now = time.monotonic()
+                away_since = now if away_since is None else away_since
+                if not follow or cursor is None or now - away_since > LOG_PATIENCE_S:
+                    raise
+                await asyncio.sleep(LOG_PAUSE_S)
+                continue
+            away_since, cursor = None, reply.cursor
+            if reply.entries or reply.missed_bytes:
+                yield reply
+            if not reply.more and (reply.ended or not follow):
+                return
 
     async def container_list(
         self,

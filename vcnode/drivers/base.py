@@ -228,6 +228,47 @@ class SessionLost:
 GuestEvent = ContainerExited | ContainerHealth | SessionLost
 
 
+@dataclass(frozen=True, slots=True)
+class LogPosition:
+    """How far the output of a container is kept on the host."""
+
+    instance: int
+    """Tells the outputs of containers of one id from each other."""
+    offset: int
+    """Bytes of that output."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """A piece of what a container's main process wrote, or the note that it has ended."""
+
+    container_id: str
+    instance: int
+    """See `LogPosition.instance`."""
+    kind: Literal["stdout", "stderr", "end"]
+    offset: int
+    """How many bytes were written before it, lost ones included: a gap is what the guest had to drop."""
+    time_ns: int
+    """When it was written, by the guest's clock."""
+    data: bytes
+    """At most 32 KiB; empty for ``end``."""
+
+
+class LogFeed(Protocol):
+    """The outputs of all containers of one guest. What nobody reads waits in the guest, in bounded rings."""
+
+    def records(self) -> AsyncIterator[Sequence[LogRecord]]:
+        """Batches as they come; asking for the next one says that the one before is kept.
+
+        To be iterated once. Ends after ``close``; AgentError when the session is lost.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Want no more. Idempotent."""
+        ...
+
+
 class RunningProcess(Protocol):
     """A process in the guest with its streams. Unread output stops the process, never the session."""
 
@@ -351,6 +392,16 @@ class GuestSession(Protocol):
 
     async def list_containers(self, *, timeout_s: float) -> Sequence[GuestContainerState]:
         """All containers that the guest has."""
+        ...
+
+    async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> LogFeed:
+        """Get what containers write and have written since *known* (by container; others: from the start).
+
+        Once in a session. Containers that come later are in it, too.
+
+        Raises:
+            UnsupportedError: The guest's agent cannot do that.
+        """
         ...
 
     async def execute(

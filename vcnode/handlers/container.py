@@ -20,6 +20,7 @@ from vcnode.models.living import (
     ContainerWait,
     ContainerWaited,
 )
+from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.pod import ContainerStatus
 
 
@@ -80,3 +81,8 @@ async def container_processes(
 ) -> ContainerProcesses:
     """``container.processes``."""
     return await node.pods.processes(request.pod_id, request.container_id, request.limit, call)
+
+
+async def container_logs(node: Services, call: Call, request: ContainerLogs) -> ContainerLogEntries:
+    """``container.logs``."""
+    return await node.pods.container_logs(request)

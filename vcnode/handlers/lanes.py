@@ -13,7 +13,7 @@ ENDING = frozenset(
 )
 """Verbs that end things; a node full of hanging commands must still take these."""
 
-WAITING = frozenset({"container.wait"})
+WAITING = frozenset({"container.wait", "container.logs"})
 """Verbs that do nothing but wait; many may, and none may keep others out."""
 
 

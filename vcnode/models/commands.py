@@ -30,6 +30,7 @@ from vcnode.models.living import (
     ContainerWait,
     ContainerWaited,
 )
+from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
@@ -323,6 +324,7 @@ _ALL = (
         False,
         "List a container's processes.",
     ),
+    Command("container.logs", ContainerLogs, ContainerLogEntries, False, "Show a container's output.", 300.0),
     Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
     Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
     Command("container.copy_in", ContainerCopyIn, Session, True, "Unpack a tar stream in a container.", 60.0),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from vcnode.drivers.audit import Auditable, Held
+from vcnode.drivers.logfiles import LogFiles, owner_of
 from vcnode.errors import VcnodeError
 from vcnode.models.node import Holding, NodeAudit
 from vcnode.models.vm import NetworkAttachment
@@ -35,11 +36,13 @@ class Auditor:
 
     Args:
         parts: Drivers and records.
+        logs: What containers wrote.
         making: Ids of VMs that are being made into templates.
     """
 
-    def __init__(self, parts: Parts, making: Callable[[], Collection[str]]) -> None:
+    def __init__(self, parts: Parts, logs: LogFiles, making: Callable[[], Collection[str]]) -> None:
         self._parts = parts
+        self._logs = logs
         self._making = making
         self._mark = mark_of(parts.settings)
         self._one = asyncio.Lock()
@@ -90,6 +93,7 @@ class Auditor:
                 owners[record.vm.vm_id] = record.pod_id
             if record.network is not None:
                 owners[record.network.vm_id] = record.pod_id
+            owners[owner_of(record.pod_id)] = record.pod_id
             owners |= {c.layer_id: record.pod_id for c in record.containers if c.layer_id is not None}
         return owners
 
@@ -107,7 +111,7 @@ class Auditor:
 
     def _drivers(self) -> list[Auditable]:
         parts = self._parts
-        every = (*parts.hypervisors.values(), *parts.networks.values(), parts.storage)
+        every = (*parts.hypervisors.values(), *parts.networks.values(), parts.storage, self._logs)
         return [driver for driver in every if isinstance(driver, Auditable)]
 
     async def _free(self, orphans: Sequence[_Found], problems: list[str]) -> set[Held]:

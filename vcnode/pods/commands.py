@@ -188,6 +188,7 @@ class ContainerCommands:
                     self._require_recorded(pod_id, cid)
                 await self._containers.remove(live, container)
             await remove_layers(self._parts, [container])
+            await self._parts.logs.forget(pod_id, cid)
             await self._parts.ledger.change(pod_id, edits.container_removed(cid), call)
             return ContainerDeleted(pod_id=pod_id, container_id=cid, existed=True)
 

@@ -20,6 +20,7 @@ from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.live import LivePod
 from vcnode.pods.locks import PodLocks
+from vcnode.pods.logs import LogPump
 from vcnode.pods.queue import StartQueue
 from vcnode.settings import Settings
 
@@ -81,6 +82,7 @@ class Parts:
     observer: Observer
     clock: Callable[[], datetime]
     memory: Callable[[], HostMemory]
+    logs: LogPump
     starts: StartQueue
     """Bounds the pods that start at once."""
     forecast: Forecast = field(default_factory=Forecast)

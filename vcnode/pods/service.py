@@ -10,6 +10,7 @@ from datetime import datetime
 from vcnode import aio
 from vcnode.aio import Spawner
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage
+from vcnode.drivers.logfiles import LogFiles, Rotation
 from vcnode.errors import (
     AlreadyExistsError,
     CleanupError,
@@ -28,6 +29,7 @@ from vcnode.models.commands import (
 )
 from vcnode.models.events import EventKind
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
+from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import Amount, NodeAudit, PoolStatus
 from vcnode.models.pod import (
@@ -55,6 +57,7 @@ from vcnode.pods.ledger import Ledger
 from vcnode.pods.life import LifeCommands
 from vcnode.pods.lifecycle import POD_DELETABLE, require
 from vcnode.pods.locks import BACKGROUND, PodLocks
+from vcnode.pods.logs import LogPump
 from vcnode.pods.notes import Notes
 from vcnode.pods.parts import Observer, Parts
 from vcnode.pods.pause import Pauser
@@ -139,6 +142,16 @@ class PodService:
             is_mock=lambda record: _is_mock(hypervisors, record.hypervisor_type),
             capacity=self.capacity,
         )
+        logs = LogFiles(
+            settings.state_dir / "logs",
+            Rotation(
+                max_file_bytes=settings.logs.max_file_mib << 20,
+                max_files=settings.logs.max_files,
+                min_free_bytes=settings.logs.min_free_mib << 20,
+            ),
+        )
+        self.logs = LogPump(logs, self._ledger, max_bytes_per_s=settings.logs.max_mib_per_s * (1 << 20))
+        """What containers write."""
         self._parts = parts = Parts(
             ledger=self._ledger,
             locks=PodLocks(),
@@ -152,6 +165,7 @@ class PodService:
             observer=metrics,
             clock=clock,
             memory=memory,
+            logs=self.logs,
             starts=StartQueue(slots=settings.limits.concurrent_starts, places=settings.limits.queued_starts),
         )
         containers = Containers(parts)
@@ -180,7 +194,7 @@ class PodService:
             observer=metrics,
         )
         """Spare VMs."""
-        self._auditor = Auditor(parts, lambda: self.templates.making | self.pool.vm_ids)
+        self._auditor = Auditor(parts, logs, lambda: self.templates.making | self.pool.vm_ids)
         self._notes = Notes(self._ledger, storage, settings, epoch=epoch, live=parts.live.keys())
         self._starter = Starter(parts, containers, self._watcher, self.templates, self.pool, self._notes)
         self._stopper = Stopper(parts, containers)
@@ -291,6 +305,7 @@ class PodService:
             grace_s = self._parts.settings.stop_grace_s if record.state is PodState.RUNNING else 0
             await self._stopper.stop(pod_id, call, grace_s=grace_s)
             await remove_layers(self._parts, record.containers)
+            await self.logs.forget(pod_id)
             await self._ledger.remove(pod_id, call)
         return PodDeleted(pod_id=pod_id, existed=True)
 
@@ -405,6 +420,10 @@ class PodService:
         """Let a paused container go on."""
         return await self._life.resume(pod_id, container_id, call)
 
+    async def container_logs(self, request: ContainerLogs) -> ContainerLogEntries:
+        """What a container has written."""
+        return await self.logs.read(request)
+
     async def wait_container(
         self, pod_id: str, container_id: str, condition: WaitCondition
     ) -> ContainerWaited:
@@ -422,6 +441,7 @@ class PodService:
     async def wind_down(self) -> None:
         """Let go of all who wait for containers, and restart nothing any more: the node stops. Idempotent."""
         self._life.end_waits()
+        self.logs.end_waits()
         await self._restarter.close()
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
@@ -536,6 +556,7 @@ class PodService:
             except CleanupError as exc:
                 log.warning("Pod %s is kept: %s", pod_id, exc.message)
                 return
+            await self.logs.forget(pod_id)
             await self._ledger.remove(pod_id, call)
 
 

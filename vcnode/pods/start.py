@@ -201,6 +201,8 @@ class Starter:
             # Until here the end of the VM undoes the start; from here on it is an event of its own.
             live.start_section = None
         undo.drop()
+        if live.session is not None:
+            self._watcher.follow_logs(live)  # not before: nobody's start is to wait for it
         if live.vm.restore_s is None:
             self._templates.learn(record)
         return parts.ledger.get(record.pod_id)

@@ -12,9 +12,11 @@ from vcnode.models.pod import AgentType, PodState, StopOutcome
 from vcnode.models.records import PodRecord
 from vcnode.pods import edits
 from vcnode.pods.containers import Containers
+from vcnode.pods.lifecycle import CONTAINER_ALIVE
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, Parts
 from vcnode.pods.release import Holdings
+from vcnode.pods.statuses import container_id
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class Stopper:
         """The gentle part: containers, then the guest, then the VM; returns how far it got."""
         try:
             await self._containers.halt_all(live, record, grace_s=grace_s)
+            ended = [container_id(c) for c in record.containers if c.state in CONTAINER_ALIVE]
+            await self._parts.logs.drained(live.pod_id, ended)
             await live.require_session().shutdown(timeout_s=SHUTDOWN_LIMIT_S)
             if record.agent_type is AgentType.NOOP:
                 return "absent"  # nobody in the guest has heard the request: do not wait for its effect

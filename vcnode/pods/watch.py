@@ -56,6 +56,11 @@ class Watcher:
         """Handle what the guest reports, and keep its session; start this as soon as there is a session."""
         self._spawn(live, self._follow(live), f"guest {live.pod_id}")
 
+    def follow_logs(self, live: LivePod) -> None:
+        """Keep what the pod's containers write, as long as its present session lasts."""
+        session = live.require_session()
+        self._spawn(live, self._parts.logs.pump(live.pod_id, session), f"logs of {live.pod_id}")
+
     async def replay_exits(self, live: LivePod) -> None:
         """Record the exits that came before the starts they belong to; call it after recording those."""
         live.starting.clear()
@@ -83,6 +88,7 @@ class Watcher:
             if set_clock:
                 await self.set_clock(live, timeout_s=timeout_s)
             await self.reconcile(live, await live.session.list_containers(timeout_s=timeout_s))
+            self.follow_logs(live)
         except BaseException:
             await live.close_session()
             raise

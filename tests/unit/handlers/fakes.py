@@ -24,6 +24,7 @@ from vcnode.models.commands import (
 )
 from vcnode.models.fleet import Bid, DrainReport, NodeLabel, NodeStanding, PodBid, PodReleased
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
+from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import ImageStatus, NodeAudit, PoolStatus
 from vcnode.models.pod import (
@@ -209,6 +210,16 @@ class FakePods:
         self, pod_id: str, container_id: str, condition: WaitCondition
     ) -> ContainerWaited:
         return ContainerWaited(pod_id=pod_id, container_id=container_id, condition=condition)
+
+    async def container_logs(self, request: ContainerLogs) -> ContainerLogEntries:
+        return ContainerLogEntries(
+            pod_id=request.pod_id,
+            container_id=request.container_id or "c1",
+            entries=(),
+            cursor="0",
+            more=False,
+            ended=True,
+        )
 
     async def processes(self, pod_id: str, container_id: str, limit: int, call: Call) -> ContainerProcesses:
         await self._note("processes", call, pod_id, container_id, limit)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NoReturn
 
 import vcnode
-from vcnode.drivers.base import CopyDirection, GuestConnection, GuestEvent, GuestSession, RunningProcess, Vm
+from vcnode.drivers.base import (
+    CopyDirection,
+    GuestConnection,
+    GuestEvent,
+    GuestSession,
+    LogFeed,
+    LogPosition,
+    RunningProcess,
+    Vm,
+)
 from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
@@ -87,6 +96,10 @@ class NoopSession:
         """There are none."""
         self._check()
         return ()
+
+    async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> LogFeed:
+        """Refused."""
+        self._refuse("containers")
 
     async def execute(
         self,

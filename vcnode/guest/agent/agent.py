@@ -11,6 +11,7 @@ from vcnode.guest.agent.containers import Container, Containers
 from vcnode.guest.agent.dialing import Dialer
 from vcnode.guest.agent.disks import Disks
 from vcnode.guest.agent.execs import Execs
+from vcnode.guest.agent.logs import Feed
 from vcnode.guest.agent.loop import Loop
 from vcnode.guest.agent.mounts import Mounts
 from vcnode.guest.agent.service import Service
@@ -67,19 +68,23 @@ class Agent:
         spawner = Spawner(guard_oom=guard_oom)
         self._port = port.Port(self.loop, port_fd, introduction)
         mounts = mounts or Mounts()
+        feed = Feed(self._port)
         disks = Disks(self.loop, f"{mounts.run}/disks")
         self.containers = Containers(
             self.loop,
             mounts,
             disks,
             spawner,
+            feed,
             self._container_exited,
             cgroup_root,
             health_changed=self._health_changed,
         )
         execs = Execs(self.loop, self._port, spawner)
         dialer = Dialer(self.loop, self._port)
-        self._service = Service(self._port, self.containers, execs, dialer, introduction, self._shut_down)
+        self._service = Service(
+            self._port, self.containers, execs, dialer, feed, introduction, self._shut_down
+        )
         self._port.listener = self._service
 
     def _container_exited(self, container: Container) -> None:

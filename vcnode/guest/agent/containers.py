@@ -26,10 +26,10 @@ from vcnode.guest.agent.cgroups import Cgroup
 from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
 from vcnode.guest.agent.freezer import Freezing
+from vcnode.guest.agent.logs import END, STDERR, STDOUT, Feed, Log, Pipe
 from vcnode.guest.agent.loop import IN
 from vcnode.guest.agent.probes import Exec, Runner, connect
 from vcnode.guest.agent.processes import Listing
-from vcnode.guest.agent.ring import Ring
 from vcnode.guest.agent.undo import Undo
 from vcnode.guest.health import Health
 
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
 
 CREATED, STARTING, RUNNING, STOPPED = "created", "starting", "running", "stopped"
 PAUSED = "paused"
-RING_BYTES = 64 * 1024
-"""How much of the main process's output is kept, for each of stdout and stderr."""
-_READ_BYTES = 32 * 1024
 
 
 class ContainerSpec:
@@ -103,7 +100,7 @@ class ContainerSpec:
 class Container:
     """One container. Only `Containers` changes it."""
 
-    def __init__(self, spec: ContainerSpec, cgroup: Cgroup) -> None:
+    def __init__(self, spec: ContainerSpec, cgroup: Cgroup, log: Log) -> None:
         self.spec = spec
         self.cgroup = cgroup
         self.state = CREATED
@@ -124,8 +121,10 @@ class Container:
         self.exit_code: int | None = None
         self.oom_killed = False
         self.finished_at_ns: int | None = None
-        self.output = (Ring(RING_BYTES), Ring(RING_BYTES))
-        """The last bytes of stdout and stderr."""
+        self.log = log
+        """What its main process writes."""
+        self.pipes: list[Pipe] = []
+        """Where it writes that, in its present or last run."""
         self.creating = True
         """Its root is not complete yet."""
         self.stop_waiting: Callable[[], None] | None = None
@@ -168,6 +167,7 @@ class Containers:
         mounts: Prepares roots.
         disks: Finds disks.
         spawner: Makes processes.
+        feed: Sends what containers write.
         exited: Called with a container whose main process has ended.
         cgroup_root: Where cgroup v2 is mounted.
         health_changed: Called with a container whose health is another.
@@ -179,6 +179,7 @@ class Containers:
         mounts: Mounts,
         disks: Disks,
         spawner: Spawner,
+        feed: Feed,
         exited: Callable[[Container], None],
         cgroup_root: str = CGROUP_ROOT,
         *,
@@ -188,6 +189,7 @@ class Containers:
         self._mounts = mounts
         self._disks = disks
         self._spawner = spawner
+        self._feed = feed
         self._exited = exited
         self._health_changed = health_changed
         self._runner = Runner(loop, spawner)
@@ -209,6 +211,10 @@ class Containers:
         """The state of each container."""
         return [container.status() for container in self._all.values() if not container.creating]
 
+    def logs(self) -> list[Log]:
+        """What each container has written."""
+        return [container.log for container in self._all.values()]
+
     # -- create ------------------------------------------------------------------------------------
 
     def create(self, spec: ContainerSpec, done: Done) -> None:
@@ -216,7 +222,8 @@ class Containers:
         if spec.container_id in self._all:
             done(Failure(ALREADY_EXISTS, f"The guest has a container {spec.container_id!r} already."))
             return
-        container = Container(spec, Cgroup(spec.container_id, self._cgroup_root))
+        cgroup = Cgroup(spec.container_id, self._cgroup_root)
+        container = Container(spec, cgroup, Log(spec.container_id, self._feed))
         container.health = self._health_of(container)
         self._all[spec.container_id] = container
 
@@ -297,7 +304,7 @@ class Containers:
         reading: list[int] = []
         try:
             opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-            for _ in container.output:
+            for _ in (STDOUT, STDERR):
                 read_end, write_end = os.pipe()
                 reading.append(read_end)
                 opened.append(write_end)
@@ -322,25 +329,9 @@ class Containers:
         finally:
             for fd in opened:
                 os.close(fd)
-        for fd, ring in zip(reading, container.output, strict=True):
-            self._loop.watch(fd, IN, self._output_reader(fd, ring))
+        kinds = zip(reading, (STDOUT, STDERR), strict=True)
+        container.pipes = [Pipe(self._loop, fd, container.log, kind) for fd, kind in kinds]
         return spawned
-
-    def _output_reader(self, fd: int, ring: Ring) -> Callable[[int], None]:
-        """Keeps what the container writes. The pipe may outlive the main process and the container."""
-
-        def read(_events: int) -> None:
-            try:
-                data = os.read(fd, _READ_BYTES)
-            except BlockingIOError:
-                return
-            if data:
-                ring.add(data)
-                return
-            self._loop.unwatch(fd)
-            os.close(fd)
-
-        return read
 
     def _on_status(self, container: Container) -> None:
         if container.state != STARTING or container.main is None:
@@ -392,7 +383,10 @@ class Containers:
         if container.grace is not None:
             container.grace.cancel()
         self._thaw(container, "The container has ended.")
+        for pipe in container.pipes:
+            pipe.drain()
         if container.state == RUNNING:
+            container.log.add(END, b"")
             container.exit_code = process.exit_code(status)
             if container.ended_by and container.exit_code == 128 + signal.SIGKILL:
                 container.exit_code = 128 + container.ended_by
@@ -560,6 +554,7 @@ class Containers:
             container.creating = False
         else:
             del self._all[container.spec.container_id]
+            self._feed.forget(container.log)
         return problems
 
     def kill_all(self) -> None:

@@ -249,6 +249,10 @@ class Port:
             return 0
         return self._guest.credit(stream)
 
+    def credit(self, stream: int) -> int:
+        """How many bytes the host takes on *stream* now; 0 when that is finished."""
+        return self._guest.credit(stream)
+
     def send_data(self, stream: int, data: bytes) -> None:
         """Send *data*, at most `room` bytes."""
         self._guest.send_data(stream, data)

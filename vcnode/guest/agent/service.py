@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.containers import Container, Containers
     from vcnode.guest.agent.dialing import Dialer
     from vcnode.guest.agent.execs import Execs
+    from vcnode.guest.agent.logs import Feed
     from vcnode.guest.agent.port import Answer, Port
 
     Method = Callable[[Params, Answer], None]
@@ -31,6 +32,7 @@ _SHARED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _LAST_STREAM = (1 << 32) - 1
 _MAX_SIZE = 10_000
 """Most rows or columns of a terminal."""
+MAX_KNOWN_LOGS = 1024
 
 
 def _matching(params: Params, field: str, pattern: re.Pattern[str]) -> str:
@@ -42,6 +44,16 @@ def _matching(params: Params, field: str, pattern: re.Pattern[str]) -> str:
 
 def _signal_number(params: Params) -> int:
     return params.integer("signal", 1, signal.NSIG - 1)
+
+
+def _known_log(item: Any, path: str) -> tuple[str, tuple[int, int]]:
+    if type(item) is not dict:
+        raise invalid(path, "must be of type dict")
+    known = Params(item, path)
+    container_id = _matching(known, "container_id", _ID)
+    instance, offset = known.integer("instance", 0, 1 << 62), known.integer("offset", 0, 1 << 62)
+    known.done()
+    return container_id, (instance, offset)
 
 
 def container_spec(params: Params) -> ContainerSpec:
@@ -83,6 +95,7 @@ class Service:
         containers: The containers.
         execs: The processes of ``execute`` and ``copy``.
         dialer: The connections of ``connect``.
+        feed: What containers write.
         power_off: Ends the guest; called after the reply to ``shutdown`` is on its way.
     """
 
@@ -92,6 +105,7 @@ class Service:
         containers: Containers,
         execs: Execs,
         dialer: Dialer,
+        feed: Feed,
         introduction: dict[str, str],
         power_off: Callable[[], None],
     ) -> None:
@@ -99,6 +113,7 @@ class Service:
         self._introduction = introduction
         self._containers = containers
         self._execs = execs
+        self._feed = feed
         self._power_off = power_off
         self._dialer = dialer
         self._methods: dict[str, Method] = {
@@ -113,6 +128,7 @@ class Service:
             "list_processes": self._list_processes,
             "delete_container": self._delete_container,
             "list_containers": self._list_containers,
+            "follow_logs": self._follow_logs,
             "execute": self._execute,
             "signal_process": self._signal_process,
             "resize_process": self._resize_process,
@@ -135,21 +151,25 @@ class Service:
         """See `port.Listener.credit`."""
         if not self._dialer.credit(stream):
             self._execs.credit(stream)
+            self._feed.credit(stream)
 
     def reset(self, stream: int) -> None:
         """See `port.Listener.reset`."""
         if not self._dialer.reset(stream):
             self._execs.reset(stream)
+            self._feed.reset(stream)
 
     def resume_all(self) -> None:
         """See `port.Listener.resume_all`."""
         self._execs.resume_all()
         self._dialer.resume_all()
+        self._feed.push()
 
     def end_session(self) -> None:
         """See `port.Listener.end_session`."""
         self._execs.end_session()
         self._dialer.end_session()
+        self._feed.end_session()
 
     def request(self, answer: Answer, method: str, params: dict[str, Any]) -> None:
         """Carry out one request; whatever happens, it is answered."""
@@ -230,6 +250,14 @@ class Service:
     def _list_containers(self, params: Params, answer: Answer) -> None:
         params.done()
         answer.result({"containers": self._containers.states()})
+
+    def _follow_logs(self, params: Params, answer: Answer) -> None:
+        stream = params.integer("stream", 1, _LAST_STREAM)
+        known = params.array("known", _known_log, longest=MAX_KNOWN_LOGS)
+        params.done()
+        self._feed.follow(stream, self._containers.logs(), dict(known))
+        answer.result({})
+        self._feed.push()
 
     def _execute(self, params: Params, answer: Answer) -> None:
         container_id = params.optional_text("container_id", longest=64)

@@ -10,7 +10,6 @@ import pytest
 
 from vcnode.guest.agent import execs, port
 from vcnode.guest.agent.loop import IN, Loop
-from vcnode.guest.agent.ring import Ring
 from vcnode.guest.agent.undo import Undo
 
 
@@ -91,15 +90,6 @@ def test_undo_runs_backwards_and_keeps_what_failed() -> None:
     assert undo.run() == []
     assert undo.run() == []
     assert done == [3, 1, 2]
-
-
-def test_a_ring_keeps_the_last_bytes() -> None:
-    ring = Ring(4)
-    for part in (b"ab", b"cd", b"e"):
-        ring.add(part)
-    assert (ring.content, ring.total_bytes) == (b"bcde", 5)
-    ring.add(b"0123456789")
-    assert (ring.content, ring.total_bytes) == (b"6789", 15)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import vcnode
 from vcnode.aio import Spawner, deadline_as
 from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.mock.guest import MockGuest, MockGuests
+from vcnode.drivers.agent.mock.logs import MockLogFeed
 from vcnode.drivers.agent.mock.process import ECHO_PORT, MockConnection, MockProcess, check_signal
 from vcnode.drivers.base import (
     ContainerExited,
@@ -18,6 +19,7 @@ from vcnode.drivers.base import (
     GuestConnection,
     GuestEvent,
     GuestSession,
+    LogPosition,
     RunningProcess,
     SessionLost,
     Vm,
@@ -99,6 +101,7 @@ class MockSession:
         self._over: str | None = None
         self._processes: set[MockProcess] = set()
         self._events = EventQueue()
+        self._feed: MockLogFeed | None = None
         self.watcher: asyncio.Task[None] | None = None
         """Ends the session with the VM; cancelled when the session ends otherwise."""
         guest.on_exit = guest.on_health = self._on_event
@@ -163,6 +166,15 @@ class MockSession:
         """See `GuestSession.list_containers`."""
         async with self._operation("list_containers", timeout_s):
             return [container.state for container in self._guest.containers.values()]
+
+    async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> MockLogFeed:
+        """See `GuestSession.follow_logs`. Fault plans have no say: it happens beside all commands."""
+        self.check()
+        if self._feed is not None:
+            raise FailedPreconditionError("The logs are followed in this session already.")
+        self._feed = MockLogFeed(self._guest.logs, known, self.check)
+        self._guest.on_log = self._feed.wake
+        return self._feed
 
     async def execute(
         self,
@@ -234,6 +246,8 @@ class MockSession:
         for process in self._processes:
             process.lose(reason)
         self._events.end(event)
+        if self._feed is not None:
+            self._feed.wake()
         if self.watcher is not None and self.watcher is not asyncio.current_task():
             self.watcher.cancel()
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from vcnode.drivers.agent.mock.logs import MockLog
 from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess, MockReceiver
 from vcnode.drivers.agent.mock.shell import Program, Sleep, Write, compile_process, find_user
 from vcnode.drivers.base import ContainerExited, ContainerHealth, CopyDirection
@@ -23,7 +24,7 @@ FIRST_PID = 100
 class MockContainer:
     """One container: its main process is a timer at most, with /dev/null for a stdin."""
 
-    def __init__(self, spec: GuestContainer, program: Program) -> None:
+    def __init__(self, spec: GuestContainer, program: Program, wrote: Callable[[], None]) -> None:
         self.spec = spec
         self.program = program
         self.pid: int | None = None
@@ -34,6 +35,9 @@ class MockContainer:
         """What was copied in, by path."""
         self.timer: asyncio.Handle | None = None
         self.started_at: datetime | None = None
+        self.log = MockLog(spec.container_id, wrote)
+        self.writes: list[asyncio.Handle] = []
+        """What it will write after sleeping."""
         self.paused = False
         self.health: Health
         """Set as soon as it is made."""
@@ -67,6 +71,7 @@ class MockGuest:
     Attributes:
         config: What ``configure`` gave it last.
         containers: By id.
+        on_log: Called when a container has written something; None while nobody follows.
         on_exit: Where the open session wants to hear of ended containers; None while there is none.
         on_health: The same for what probes say.
         is_paused: Whether the vCPUs are stopped: then no process ends by itself.
@@ -78,6 +83,7 @@ class MockGuest:
         self.on_exit: Callable[[ContainerExited], None] | None = None
         self.on_health: Callable[[ContainerHealth], None] | None = None
         self.is_paused: Callable[[], bool] = lambda: False
+        self.on_log: Callable[[], None] | None = None
         self._overdue: list[tuple[MockContainer, int]] = []
         self._next_pid = FIRST_PID
 
@@ -92,7 +98,7 @@ class MockGuest:
         if spec.container_id in self.containers:
             raise AlreadyExistsError(f"The guest has a container {spec.container_id} already.")
         program = compile_process(spec.process, spec.hostname)
-        container = self.containers[spec.container_id] = MockContainer(spec, program)
+        container = self.containers[spec.container_id] = MockContainer(spec, program, self._log_changed)
         container.health = self._health_of(container)
 
     def start(self, container_id: str) -> int:
@@ -107,9 +113,16 @@ class MockGuest:
         container.probe_failure = None
         container.health.start()
         self._next_pid += 1
-        # Reading from /dev/null and writing to nowhere takes no time: only sleeping does.
-        seconds = sum(step.seconds for step in container.program.steps if isinstance(step, Sleep))
         loop = asyncio.get_running_loop()
+        seconds = 0.0
+        for step in container.program.steps:  # reading from /dev/null takes no time: only sleeping does
+            if isinstance(step, Sleep):
+                seconds += step.seconds
+            elif isinstance(step, Write) and not math.isinf(seconds):
+                if seconds:
+                    container.writes.append(loop.call_later(seconds, container.log.add, step.to, step.data))
+                else:
+                    container.log.add(step.to, step.data)
         if not math.isinf(seconds):
             code = container.program.exit_code
             container.timer = (
@@ -220,6 +233,14 @@ class MockGuest:
                 self._end(container, 128 + SIGKILL)
             del self.containers[container_id]
 
+    def logs(self) -> list[MockLog]:
+        """What each container has written."""
+        return [container.log for container in self.containers.values()]
+
+    def _log_changed(self) -> None:
+        if self.on_log is not None:
+            self.on_log()
+
     def execute(self, process: GuestProcess, container_id: str | None) -> MockProcess:
         """See `GuestSession.execute`."""
         if container_id is None:
@@ -269,6 +290,10 @@ class MockGuest:
             container.timer.cancel()
             container.timer = None
         container.health.stop()
+        for write in container.writes:
+            write.cancel()
+        container.writes.clear()
+        container.log.add("end", b"")
         for process in container.execs:
             process.kill(SIGKILL)
         container.execs.clear()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from vcnode.drivers.base import ContainerExited, ContainerHealth
+from vcnode.drivers.base import ContainerExited, ContainerHealth, LogPosition
 from vcnode.errors import (
     AgentError,
     AlreadyExistsError,
@@ -46,6 +46,11 @@ def clean(text: str, limit: int = MAX_TEXT) -> str:
     """Make text from a guest fit to be logged and shown: printable, one line, at most *limit* characters."""
     kept = "".join(c if c.isprintable() else " " for c in text[:limit])
     return kept + "…" if len(text) > limit else kept
+
+
+def is_id(text: str) -> bool:
+    """Whether *text* can be the id of a container."""
+    return _IS_ID.fullmatch(text) is not None
 
 
 # -- what goes out -----------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ def _bool(fields: Mapping[str, Any], name: str) -> bool:
 
 def _id(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
-    if type(value) is not str or not _IS_ID.fullmatch(value):
+    if type(value) is not str or not is_id(value):
         raise BadFieldError(name)
     return value
 
@@ -308,6 +313,17 @@ _ERRORS: Mapping[str, type[VcnodeError]] = {
     "failed_precondition": FailedPreconditionError,
     "not_implemented": UnsupportedError,
 }
+
+
+def follow_logs_params(stream: int, known: Mapping[str, LogPosition]) -> dict[str, Any]:
+    """Params of ``follow_logs``."""
+    return {
+        "stream": stream,
+        "known": [
+            {"container_id": container_id, "instance": position.instance, "offset": position.offset}
+            for container_id, position in known.items()
+        ],
+    }
 
 
 def error(method: str, code: str, message: str) -> VcnodeError:

@@ -11,9 +11,10 @@ from vcnode.aio import deadline_as
 from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.native import messages
 from vcnode.drivers.agent.native.link import Link
+from vcnode.drivers.agent.native.logs import NativeLogFeed
 from vcnode.drivers.agent.native.messages import BadFieldError
 from vcnode.drivers.agent.native.process import SIGKILL, NativeConnection, NativeProcess
-from vcnode.drivers.base import CopyDirection, GuestEvent, SessionLost
+from vcnode.drivers.base import CopyDirection, GuestEvent, LogPosition, SessionLost
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
 from vcnode.models.living import ContainerProcess
@@ -47,7 +48,7 @@ class NativeSession:
         nobody waits for it any more."""
         self._settling: dict[str, asyncio.Event] = {}
         """Containers whose creation was given up and is not undone yet; calls about them wait."""
-        self._by_stream: dict[int, NativeProcess] = {}
+        self._by_stream: dict[int, NativeProcess | NativeLogFeed] = {}
         self._by_id: dict[int, NativeProcess] = {}
         self._events = EventQueue()
         self._strays = 0
@@ -143,6 +144,24 @@ class NativeSession:
         """See `GuestSession.list_containers`."""
         result = await self._call("list_containers", {}, timeout_s)
         return self._checked(lambda: messages.container_states(result))
+
+    async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> NativeLogFeed:
+        """See `GuestSession.follow_logs`."""
+        async with self._bounded("follow_logs", timeout_s):
+            await self._ready()
+            feed = NativeLogFeed(self, self._host.new_stream(sending=False))
+            self._by_stream[feed.stream] = feed
+            try:
+                request_id = self._send("follow_logs", messages.follow_logs_params(feed.stream, known))
+                await self._reply("follow_logs", request_id)
+            except asyncio.CancelledError:
+                await feed.close()
+                raise
+            except VcnodeError:
+                self._by_stream.pop(feed.stream, None)
+                self._host.forget(feed.stream)
+                raise
+        return feed
 
     async def execute(
         self,
@@ -289,6 +308,10 @@ class NativeSession:
         """Let the guest send more of a stream."""
         self._host.consumed(stream, count)
         self.link.flush()
+
+    def fail(self, reason: str) -> None:
+        """End the session: the guest breaks the rules."""
+        self.link.fail(reason)
 
     async def writable(self) -> None:
         """Wait until the port takes more."""
