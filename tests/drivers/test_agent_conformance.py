@@ -20,7 +20,15 @@ from tests.unit.drivers.agent.guests import FakeVm
 from vcnode.aio import Tasks
 from vcnode.drivers.agent.mock import MockAgent, MockGuests
 from vcnode.drivers.agent.native import NativeAgent
-from vcnode.drivers.base import ContainerExited, GuestAgent, GuestSession, ProcessExit, RunningProcess
+from vcnode.drivers.base import (
+    ContainerExited,
+    GuestAgent,
+    GuestSession,
+    LogPosition,
+    LogRecord,
+    ProcessExit,
+    RunningProcess,
+)
 from vcnode.errors import (
     AgentError,
     AlreadyExistsError,
@@ -435,3 +443,39 @@ async def test_the_processes_of_a_container_are_told(rig: Rig, session: GuestSes
     assert not main.args_truncated
     with pytest.raises(NotFoundError):
         await session.list_processes("absent", limit=5, timeout_s=LIMIT_S)
+
+
+async def logged(session: GuestSession, known: dict[str, LogPosition], container_id: str) -> list[LogRecord]:
+    """What the feed gives of a container, until its end."""
+    feed = await session.follow_logs(known, timeout_s=LIMIT_S)
+    found: list[LogRecord] = []
+    async with asyncio.timeout(LIMIT_S):
+        async for records in feed.records():
+            found += [r for r in records if r.container_id == container_id]
+            if found and found[-1].kind == "end":
+                break
+    with pytest.raises(FailedPreconditionError):
+        await session.follow_logs(known, timeout_s=LIMIT_S)
+    await feed.close()
+    return found
+
+
+async def test_what_containers_write_is_followed_from_where_it_is_kept(rig: Rig) -> None:
+    session = await rig.connect()
+    first = await rig.create(session, "sh", "-c", "echo one; echo two >&2")
+    await session.start_container(first, timeout_s=LIMIT_S)
+    found = await logged(session, {}, first)
+    assert b"".join(r.data for r in found if r.kind == "stdout") == b"one\n"
+    assert b"".join(r.data for r in found if r.kind == "stderr") == b"two\n"
+    ends = [0, *(r.offset + len(r.data) for r in found)]
+    assert [r.offset for r in found] == ends[:-1]
+    assert abs(found[0].time_ns / 1e9 - time.time()) < 3600
+    await session.close()
+
+    session = await rig.connect()
+    await session.start_container(first, timeout_s=LIMIT_S)
+    again = await logged(session, {first: LogPosition(found[0].instance, 8)}, first)
+    while again and not again[0].data:
+        again.pop(0)  # the end of the first run, which may come again
+    assert {(r.instance, r.offset >= 8) for r in again} == {(found[0].instance, True)}
+    assert b"".join(sorted(r.data for r in again)) == b"one\ntwo\n"

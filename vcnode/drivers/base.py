@@ -397,9 +397,10 @@ class GuestSession(Protocol):
     async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> LogFeed:
         """Get what containers write and have written since *known* (by container; others: from the start).
 
-        Once in a session. Containers that come later are in it, too.
+        Containers that come later are in it, too.
 
         Raises:
+            FailedPreconditionError: They are followed in this session already.
             UnsupportedError: The guest's agent cannot do that.
         """
         ...

@@ -170,7 +170,7 @@ class MockSession:
     async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> MockLogFeed:
         """See `GuestSession.follow_logs`. Fault plans have no say: it happens beside all commands."""
         self.check()
-        if self._feed is not None:
+        if self._feed is not None and not self._feed.closed:
             raise FailedPreconditionError("The logs are followed in this session already.")
         self._feed = MockLogFeed(self._guest.logs, known, self.check)
         self._guest.on_log = self._feed.wake

@@ -56,7 +56,7 @@ class MockLogFeed:
         self._known = dict(known)
         self._ends: dict[str, tuple[int, int]] = {}
         self._check = check
-        self._closed = False
+        self.closed = False
         self._changed = asyncio.Event()
 
     def wake(self) -> None:
@@ -66,7 +66,7 @@ class MockLogFeed:
 
     async def records(self) -> AsyncIterator[Sequence[LogRecord]]:
         """See `LogFeed.records`."""
-        while not self._closed:
+        while not self.closed:
             changed = self._changed
             self._check()
             if found := [record for log in self._logs() for record in self._new(log)]:
@@ -92,5 +92,5 @@ class MockLogFeed:
 
     async def close(self) -> None:
         """See `LogFeed.close`."""
-        self._closed = True
+        self.closed = True
         self.wake()
