@@ -446,13 +446,13 @@ async def test_the_processes_of_a_container_are_told(rig: Rig, session: GuestSes
 
 
 async def logged(session: GuestSession, known: dict[str, LogPosition], container_id: str) -> list[LogRecord]:
-    """What the feed gives of a container, until its end."""
+    """What the feed gives of a container, until the end of a run that has written something."""
     feed = await session.follow_logs(known, timeout_s=LIMIT_S)
     found: list[LogRecord] = []
     async with asyncio.timeout(LIMIT_S):
         async for records in feed.records():
             found += [r for r in records if r.container_id == container_id]
-            if found and found[-1].kind == "end":
+            if found and found[-1].kind == "end" and any(record.data for record in found):
                 break
     with pytest.raises(FailedPreconditionError):
         await session.follow_logs(known, timeout_s=LIMIT_S)
