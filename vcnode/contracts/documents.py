@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vcnode.contracts import asyncapi
+from vcnode.contracts import asyncapi, configuration
 from vcnode.contracts.schemas import payloads, schema
 from vcnode.models.base import JsonObject
 
 ASYNCAPI = "asyncapi.json"
 SCHEMAS = "schemas"
+CONFIGURATION = "../docs/configuration.md"
 
 
 def render() -> dict[str, str]:
     """Every file of the contract that is made from the models: path below ``contracts/``, and content."""
     files = {f"{SCHEMAS}/{payload.name}.json": _text(schema(payload.name)) for payload in payloads()}
     files[ASYNCAPI] = _text(asyncapi.document())
+    files[CONFIGURATION] = configuration.render()
     return files
 
 
@@ -45,5 +47,6 @@ def write(directory: Path) -> list[str]:
         if f"{SCHEMAS}/{path.name}" not in wanted:
             path.unlink()
     for name, text in wanted.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
     return changed
