@@ -146,7 +146,10 @@ def _mock_drivers(settings: Settings, plan: FaultPlan, tasks: Spawner) -> Driver
         },
         networks={
             NetworkModel.NOOP: NoopNetwork(plan),
-            NetworkModel.BRIDGE: MockNetwork(plan, made=host.networks),
+            **{
+                model: MockNetwork(plan, made=host.networks, model=model)
+                for model in (NetworkModel.BRIDGE, NetworkModel.CNI, NetworkModel.CNM)
+            },
         },
         storage=MockStorage(
             settings.allowed_roots, run_dir=settings.run_dir, faults=plan, world=host.storage

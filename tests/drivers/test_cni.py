@@ -151,7 +151,7 @@ async def test_pod_gets_what_the_plugins_made(mode: Interworking, host: Host) ->
     assert len(opened) == 1
     await driver.recover(made, timeout_s=LIMIT_S)
     held = {(h.kind, h.vm_id) for h in await driver.held(host.mark)}
-    assert held == {("cni", made.vm_id), ("namespace", made.vm_id)}
+    assert held == {("cni", made.vm_id)}
     await detach(driver, made)
     assert host.left() == NOTHING
     await detach(driver, made)

@@ -77,6 +77,7 @@ def own_network() -> Iterator[None]:
     params=[
         "noop",
         "mock",
+        "mock-cni",
         pytest.param("bridge", marks=pytest.mark.root),
         pytest.param("cni", marks=pytest.mark.root),
     ],
@@ -87,6 +88,8 @@ async def host(request: pytest.FixtureRequest, mark: str, tmp_path: Path) -> Asy
         network = NoopNetwork(FaultPlan.parse(""))
     elif request.param == "mock":
         network = MockNetwork(FaultPlan.parse(""))
+    elif request.param == "mock-cni":
+        network = MockNetwork(FaultPlan.parse(""), model=NetworkModel.CNI)
     elif request.param == "cni":
         request.getfixturevalue("own_network")
         network = cni_network(tmp_path)
@@ -252,3 +255,15 @@ async def test_every_interworking_can_be_attached_and_opened(host: Host, mode: I
     for fd in await host.network.open_taps(attached):
         os.close(fd)
     await host.network.detach(attached, timeout_s=LIMIT_S)
+
+
+def test_the_mock_of_cnm_wants_a_namespace_that_is_nobody_elses():
+    network = MockNetwork(FaultPlan.parse(""), model=NetworkModel.CNM)
+    given = NetworkConfig(netns_path="/run/netns/x")
+    planned = network.plan(NetworkRequest(pod_id="p1", vm_id="vm-000000000001", config=given), ())
+    assert (planned.netns_path, planned.netns_created) == ("/run/netns/x", False)
+    with pytest.raises(FailedPreconditionError, match="is pod p1's"):
+        network.plan(NetworkRequest(pod_id="p2", vm_id="vm-000000000002", config=given), (planned,))
+    for refused in (NetworkConfig(), given.model_copy(update={"networks": ("a",)})):
+        with pytest.raises(InvalidArgumentError):
+            network.check(refused)

@@ -11,7 +11,7 @@ from vcnode.drivers.audit import Held
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.network import ipam
 from vcnode.drivers.network.ipam import Slice, Subnets
-from vcnode.errors import InvalidArgumentError, NetworkError
+from vcnode.errors import FailedPreconditionError, InvalidArgumentError, NetworkError
 from vcnode.models.network import (
     Endpoint,
     NetworkConfig,
@@ -23,6 +23,11 @@ from vcnode.models.network import (
 from vcnode.models.node import DriverInfo
 from vcnode.models.vm import NetworkAttachment, NetworkRequest
 
+_CAPABILITIES = {
+    NetworkModel.BRIDGE: ("masquerade", "ports", "rate_mbit", "spares"),
+    NetworkModel.CNI: ("ports", "rate_mbit"),
+    NetworkModel.CNM: (),
+}
 _SUBNETS = Subnets(ipaddress.IPv4Network("10.119.0.0/16"), None)
 
 
@@ -51,10 +56,8 @@ class MockNetwork:
 
     @property
     def info(self) -> DriverInfo:
-        """As the bridge's, where everything works."""
-        return DriverInfo(
-            type=self._model, capabilities=("masquerade", "ports", "rate_mbit", "spares"), mock=True
-        )
+        """As that of the driver it stands for, where everything works."""
+        return DriverInfo(type=self._model, capabilities=_CAPABILITIES[self._model], mock=True)
 
     async def open(self) -> None:
         """Nothing to look for."""
@@ -63,9 +66,16 @@ class MockNetwork:
         """Nothing to free."""
 
     def check(self, config: NetworkConfig) -> None:
-        """A namespace cannot be given."""
-        if config.netns_path is not None:
-            raise InvalidArgumentError.field("pod.network.netns_path", "goes with network_model cnm only")
+        """A namespace is given for ``cnm``, and for nothing else."""
+        if self._model is not NetworkModel.CNM:
+            if config.netns_path is not None:
+                raise InvalidArgumentError.field("pod.network.netns_path", "goes with network_model cnm only")
+            return
+        if config.netns_path is None:
+            raise InvalidArgumentError.field("pod.network.netns_path", "must be given with network_model cnm")
+        for field in ("networks", "ports", "rate_mbit"):
+            if getattr(config, field) != getattr(NetworkConfig(), field):
+                raise InvalidArgumentError.field(f"pod.network.{field}", "does not go with network_model cnm")
 
     def netdev_count(self, config: NetworkConfig) -> int:
         """One for each network."""
@@ -76,13 +86,19 @@ class MockNetwork:
         config = request.config
         self.check(config)
         ipam.check_ports(config, held)
+        for other in held:
+            if config.netns_path is not None and other.netns_path == config.netns_path:
+                raise FailedPreconditionError(
+                    f"pod.network.netns_path: namespace {config.netns_path} is pod {other.pod_id}'s."
+                )
         endpoints = ipam.place_endpoints(self._subnets, request, held, partial(self._endpoint, request))
         return NetworkAttachment(
             model=self._model,
             vm_id=request.vm_id,
             pod_id=request.pod_id,
             config=config,
-            netns_path=f"/netns/{request.vm_id}",
+            netns_path=config.netns_path or f"/netns/{request.vm_id}",
+            netns_created=config.netns_path is None,
             endpoints=endpoints,
             dns=config.dns,
         )
@@ -150,7 +166,11 @@ class MockNetwork:
     async def held(self, mark: str) -> Sequence[Held]:
         """See Protocol Auditable."""
         await self._faults.hit("network.held")
-        return [Held("link", f"tap-{vm_id}", vm_id) for vm_id in self.made if vm_id.startswith(mark)]
+        return [
+            Held("link", f"tap-{vm_id}", vm_id)
+            for vm_id, attachment in self.made.items()
+            if vm_id.startswith(mark) and attachment.model is self._model
+        ]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
         """See Protocol Auditable."""

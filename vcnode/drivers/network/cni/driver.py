@@ -227,13 +227,9 @@ class CniNetwork:
                 await self._runtime.check(added)
 
     async def held(self, mark: str) -> Sequence[Held]:
-        """See Protocol Auditable: every ADD that wants its DEL, and the namespaces of these VMs."""
+        """See Protocol Auditable: every ADD that wants its DEL. The bridge lists all namespaces."""
         names = await asyncio.to_thread(self._kept.names, mark)
-        found = [Held("cni", str(self._kept.path(name)), name.partition(".")[0]) for name in names]
-        vm_ids = dict.fromkeys(held.vm_id for held in found if held.vm_id is not None)
-        paths = [(namespaces.path_of(vm_id), vm_id) for vm_id in vm_ids]
-        exist = [(path, vm_id) for path, vm_id in paths if await asyncio.to_thread(namespaces.exists, path)]
-        return found + [Held("namespace", path, vm_id) for path, vm_id in exist]
+        return [Held("cni", str(self._kept.path(name)), name.partition(".")[0]) for name in names]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
         """See Protocol Auditable: with one thing of a VM, all that it has is removed."""
