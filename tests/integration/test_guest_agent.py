@@ -451,10 +451,11 @@ def test_the_end_of_the_main_process_ends_all_others(guest: GuestClient) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_a_signal_to_everyone(guest: GuestClient, number: int) -> None:
-    trap = "trap 'exit 9' USR1; echo up; while true; do sleep 0.1; done"
-    guest.create("every", "sh", "-c", trap)
+    trap = "trap 'exit 9' USR1; {up}; while true; do sleep 0.1; done"
+    guest.create("every", "sh", "-c", trap.format(up="touch /dev/shm/up"))
     guest.call("start_container", container_id="every")
-    other = guest.execute(process("sh", "-c", trap), "every")
+    both_up = "until [ -e /dev/shm/up ]; do sleep 0.01; done; echo up"
+    other = guest.execute(process("sh", "-c", trap.format(up=both_up)), "every")
     other.wait_for(b"up\n")
     guest.call("signal_container", container_id="every", signal=number, everyone=True)
     expected = 9 if number == signal.SIGUSR1 else 137

@@ -181,7 +181,8 @@ class LogPump:
             at = chunk.position
             if chunk.pieces:
                 yield chunk.pieces
-            elif self._ended(pod_id, container, found):
+                continue  # the container may have ended before the bell was taken: then nothing rings again
+            if self._ended(pod_id, container, found):
                 return
             if not chunk.more:
                 await self._changed(pod_id, bell)
