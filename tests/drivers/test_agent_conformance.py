@@ -62,10 +62,14 @@ class Rig:
 
     async def create(self, session: GuestSession, *args: str, **process: Any) -> str:
         """A new container of *args*."""
-        container_id = f"c{next(_numbers)}"
-        self._containers.append(container_id)
+        container_id = self.new_id()
         await session.create_container(container(container_id, *args, **process), timeout_s=LIMIT_S)
         return container_id
+
+    def new_id(self) -> str:
+        """An id for a container that goes with the test."""
+        self._containers.append(f"c{next(_numbers)}")
+        return self._containers[-1]
 
     async def running(self, session: GuestSession) -> str:
         """A new container that runs until it is told to end."""

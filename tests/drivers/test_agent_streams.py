@@ -32,7 +32,8 @@ async def on_terminal(session: GuestSession, cid: str, script: str, **options: A
 class Screen:
     """What a process has written so far."""
 
-    def __init__(self, process: RunningProcess) -> None:
+    def __init__(self, process: RunningProcess, *, errors: bool = False) -> None:
+        self._errors = errors
         self._chunks: AsyncIterator[Any] = process.output().__aiter__()
         self.text = b""
 
@@ -40,7 +41,7 @@ class Screen:
         async with asyncio.timeout(LIMIT_S):
             while wanted not in self.text:
                 name, data = await anext(self._chunks)
-                assert name == "stdout", data
+                assert name == "stdout" or self._errors, data
                 self.text += data
 
 
@@ -92,6 +93,83 @@ async def test_killing_what_has_a_terminal_ends_it_all(rig: Rig, session: GuestS
     await process.close()
     async with asyncio.timeout(LIMIT_S):
         assert (await process.wait()).exit_code == 137
+
+
+# -- attach ----------------------------------------------------------------------------------------
+
+
+async def attached_to(
+    rig: Rig, session: GuestSession, script: str, **fields: Any
+) -> tuple[str, RunningProcess]:
+    """A running container of that script, and somebody attached to it."""
+    cid = rig.new_id()
+    spec = conformance.container(cid, "sh", "-c", script).model_copy(update=fields)
+    await session.create_container(spec, timeout_s=LIMIT_S)
+    await session.start_container(cid, timeout_s=LIMIT_S)
+    return cid, await session.attach(cid, tty=bool(fields.get("tty")), timeout_s=LIMIT_S)
+
+
+@native
+async def test_who_is_attached_talks_with_the_main_process(rig: Rig, session: GuestSession) -> None:
+    script = "while read line; do echo got $line; echo err >&2; done; exit 4"
+    cid, first = await attached_to(rig, session, script, stdin=True)
+    second = await session.attach(cid, tty=False, timeout_s=LIMIT_S)
+    await second.write_stdin(b"one\n")
+    await Screen(second, errors=True).until(b"err")
+    await second.close()  # detaches, and ends nothing
+    assert (await second.wait()).exit_code == 0
+    await first.write_stdin(b"two\n")
+    await first.close_stdin()
+    code, out, err = await outcome(first)
+    assert (code, out, err) == (4, b"got one\ngot two\n", b"err\nerr\n")
+    with pytest.raises(FailedPreconditionError):
+        await session.attach(cid, tty=False, timeout_s=LIMIT_S)
+
+
+@native
+async def test_a_main_process_can_have_a_terminal(rig: Rig, session: GuestSession) -> None:
+    script = "read line; stty size; echo got $line; read line"
+    cid, process = await attached_to(rig, session, script, stdin=True, tty=True)
+    await process.resize(40, 100)
+    await process.write_stdin(b"x\n")
+    await Screen(process).until(b"40 100\r\ngot x")
+    await process.write_stdin(b"\x03")
+    assert (await process.wait()).exit_code == 130
+    assert (await conformance.state_of(session, cid)).exit_code == 130
+
+
+@native
+async def test_who_does_not_read_holds_up_what_he_is_attached_to(rig: Rig, session: GuestSession) -> None:
+    script = "read go; i=0; while [ $i -lt 100 ]; do head -c 20000 /dev/zero; i=$((i+1)); done; echo >&2 done"
+    cid, slow = await attached_to(rig, session, script, stdin=True)
+    free = await session.attach(cid, tty=False, timeout_s=LIMIT_S)
+    await slow.write_stdin(b"go\n")
+    got = 0
+    async with asyncio.timeout(LIMIT_S):
+        async for _, data in free.output():
+            got += len(data)
+            if got > 200_000:
+                break
+    assert (await conformance.state_of(session, cid)).state == "running"
+    await slow.close()  # now nobody holds it up
+    code, _, _ = await outcome(free)
+    assert code == 0
+
+
+async def test_the_end_of_a_container_reaches_who_is_attached(rig: Rig, session: GuestSession) -> None:
+    cid = await rig.running(session)
+    process = await session.attach(cid, tty=False, timeout_s=LIMIT_S)
+    await process.signal(9)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await process.wait()).exit_code == 137
+
+
+async def test_a_lost_session_leaves_the_main_process_alone(rig: Rig, session: GuestSession) -> None:
+    cid = await rig.running(session)
+    await session.attach(cid, tty=False, timeout_s=LIMIT_S)
+    await session.close()
+    again = await rig.connect()
+    assert (await conformance.state_of(again, cid)).state == "running"
 
 
 # -- files -----------------------------------------------------------------------------------------

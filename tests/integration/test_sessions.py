@@ -299,3 +299,14 @@ async def test_many_connections_share_one_session(nats_server: NatsServer, short
         with pytest.raises(FailedPreconditionError, match="refused"):
             await session.connect(8)
     assert writing.cancelled()
+
+
+async def test_attaching_to_a_main_process_ends_with_it(nats_server: NatsServer, short_dir: Path) -> None:
+    async with a_node(nats_server.url, short_dir) as node:
+        async with node.attach("pod", "main"):
+            pass  # detached again
+        assert (await node.container_status("pod", "main")).state == "running"
+        async with node.attach("pod", "main") as process:
+            await process.signal(15)
+            assert await process.wait() == 143
+        await no_sessions(node)

@@ -91,6 +91,11 @@ async def test_streams(guest_image: Path, nats_server: NatsServer, short_dir: Pa
                 await asyncio.to_thread(feels_like_a_shell, rig)
                 await asyncio.to_thread(restores_the_terminal_when_it_is_killed, rig)
                 await asyncio.to_thread(detaches_and_resumes, rig)
+                talk = Cmd(args=("sh", "-c", "while read x; do echo got $x; done"))
+                given = {"id": "talk", "rootfs": main.rootfs, "cmd": talk, "stdin": True, "tty": True}
+                await rig.node.container_create("p1", ContainerSpec(**given))
+                await rig.node.container_start("p1", "talk")
+                await asyncio.to_thread(attaches, rig)
                 await carries_every_byte(rig)
                 await fifty_at_once(rig)
                 await copies_files(rig)
@@ -143,6 +148,20 @@ def detaches_and_resumes(rig: Rig) -> None:
         second.sendline("again")
         second.expect("got again")
         second.expect("code=5\r\nrestored")
+
+
+def attaches(rig: Rig) -> None:
+    """A container with a terminal: left with the keys, found again, ended by Ctrl-C."""
+    with contextlib.closing(rig.terminal("attach -i p1 talk")) as first:
+        first.sendline("one")
+        first.expect("got one")
+        first.send("\x10\x11")
+        first.expect("detached\r\ncode=0\r\nrestored")
+    with contextlib.closing(rig.terminal("attach -i p1 talk")) as second:
+        second.sendline("two")
+        second.expect("got two")
+        second.send("\x03")
+        second.expect("code=130\r\nrestored")
 
 
 async def carries_every_byte(rig: Rig) -> None:

@@ -33,6 +33,8 @@ async def create(
     cpus: flags.Cpus = None,
     mem_limit: flags.MemLimit = None,
     pids_limit: flags.PidsLimit = None,
+    open_stdin: flags.OpenStdin = False,
+    open_tty: flags.OpenTty = False,
     restart: flags.Restart = None,
     command_id: flags.CommandId = None,
 ) -> None:
@@ -53,6 +55,8 @@ async def create(
         cpus=cpus,
         mem_limit_mib=mem_limit,
         pids_limit=pids_limit,
+        stdin=open_stdin,
+        tty=open_tty,
         restart=restart,
         cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
     )

@@ -76,6 +76,10 @@ Grace = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Also when it is running: stop it first.")]
 Tty = Annotated[bool, typer.Option("--tty", "-t", help="Run it on a terminal, which is ours.")]
+OpenStdin = Annotated[
+    bool, typer.Option("--stdin", help="Keep the main process's input open, for 'vcnode attach -i'.")
+]
+OpenTty = Annotated[bool, typer.Option("--tty", help="Run the main process on a terminal.")]
 Stdin = Annotated[
     bool, typer.Option("--stdin", "-i", help="Pass standard input on (all of it is read first).")
 ]

@@ -50,7 +50,9 @@ async def interact(process: ProcessStream, *, stdin: bool) -> int:
             stack.enter_context(terminal.raw())
             handlers[signal.SIGWINCH] = lambda: process.resize_soon(*terminal.size())
         else:
-            handlers |= {number: _sender(process, number) for number in FORWARDED}
+            # What it is attached to is not ours to end: Ctrl-C leaves it, as everywhere.
+            if process.info.kind == "exec":
+                handlers |= {number: _sender(process, number) for number in FORWARDED}
         stack.enter_context(terminal.signals(handlers))
         if tty:
             process.resize_soon(*terminal.size())
@@ -66,10 +68,9 @@ async def interact(process: ProcessStream, *, stdin: bool) -> int:
             task.uncancel()
             return ended[0]
     if code is None:
-        print(
-            f"\nvcnode: detached; go on with: vcnode session resume {process.session_id}",
-            file=sys.stderr,
-        )
+        resumable = process.info.kind == "exec"
+        how = f"; go on with: vcnode session resume {process.session_id}" if resumable else ""
+        print(f"\nvcnode: detached{how}", file=sys.stderr)
         return 0
     return code
 

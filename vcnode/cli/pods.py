@@ -97,6 +97,8 @@ def _register(name: str, *, run: bool) -> None:
         cpus: flags.Cpus = None,
         mem_limit: flags.MemLimit = None,
         pids_limit: flags.PidsLimit = None,
+        open_stdin: flags.OpenStdin = False,
+        open_tty: flags.OpenTty = False,
         restart: flags.Restart = None,
         restart_pod: flags.RestartPod = None,
         hostname: Hostname = None,
@@ -142,6 +144,8 @@ def _register(name: str, *, run: bool) -> None:
             cpus=cpus,
             mem_limit_mib=mem_limit,
             pids_limit=pids_limit,
+            stdin=open_stdin,
+            tty=open_tty,
             restart=restart,
             cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
         )

@@ -66,6 +66,24 @@ EXEC = {"failure": Exit.EXEC_FAILED, "context_settings": {"allow_interspersed_ar
 command(app, "exec", **EXEC)(exec_)  # type: ignore[arg-type]
 
 
+async def attach(
+    cli: Cli, pod_id: flags.Pod, container_id: flags.Container, stdin: flags.Stdin = False
+) -> int:
+    """Show what a container's main process writes from now on; with -i, type into it.
+
+    Input needs a container made with --stdin. Ctrl-C leaves it running, or Ctrl-P Ctrl-Q where it was made
+    with --tty. Ends with the exit code of the main process.
+
+    \b
+    vcnode attach -i web main
+    vcnode container attach web main
+    """
+    from vcnode.cli import interactive
+
+    async with cli.node() as node, node.attach(pod_id, container_id) as process:
+        return await interactive.interact(process, stdin=stdin)
+
+
 @command(app, "resume", failure=Exit.EXEC_FAILED)
 async def resume(cli: Cli, session_id: SessionIdArgument, stdin: flags.Stdin = False) -> int:
     """Go on with a session that was detached from, or whose client died.
@@ -113,6 +131,8 @@ async def close(cli: Cli, session_id: SessionIdArgument, command_id: flags.Comma
     cli.show(reply, views.session_closed)
 
 
-def register(root: typer.Typer) -> None:
+def register(root: typer.Typer, containers: typer.Typer) -> None:
     """Add the short forms to the ``vcnode`` command."""
+    command(root, "attach", failure=Exit.EXEC_FAILED)(attach)
+    command(containers, "attach", failure=Exit.EXEC_FAILED)(attach)
     command(root, "exec", **EXEC)(exec_)  # type: ignore[arg-type]

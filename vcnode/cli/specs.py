@@ -58,6 +58,8 @@ class ContainerFlags:
     mem_limit_mib: int | None = None
     pids_limit: int | None = None
     restart: str | None = None
+    stdin: bool = False
+    tty: bool = False
     cmd: CmdFlags = CmdFlags()
 
     @property
@@ -85,6 +87,8 @@ class ContainerFlags:
                 "image": self.image,
                 "rootfs": self.rootfs,
                 "readonly_rootfs": self.readonly or None,
+                "stdin": self.stdin or None,
+                "tty": self.tty or None,
                 "writable": None if self.disk_size_mib is None else "disk",
                 "disk_size_mib": self.disk_size_mib,
                 "resources": resources,

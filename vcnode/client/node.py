@@ -99,6 +99,7 @@ from vcnode.models.pod import (
     PodStatus,
 )
 from vcnode.models.sessions import (
+    ContainerAttach,
     ContainerCopyIn,
     ContainerCopyOut,
     PodForward,
@@ -505,6 +506,11 @@ class NodeClient(StreamMethods):
     async def session_exec(self, request: SessionExec, **options: Unpack[Change]) -> Session:
         """Start a command with its streams in a session; `exec_stream` does it all."""
         return await self._send("session.exec", request, Session, options)
+
+    async def container_attach(self, pod_id: str, container_id: str, **options: Unpack[Change]) -> Session:
+        """Open a session with a container's main process; `attach` does it all."""
+        request = _make(ContainerAttach, pod_id=pod_id, container_id=container_id)
+        return await self._send("container.attach", request, Session, options)
 
     async def container_copy_in(self, request: ContainerCopyIn, **options: Unpack[Change]) -> Session:
         """Open a session with a tar stream into a container; `copy_in` does it all."""

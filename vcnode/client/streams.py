@@ -13,6 +13,7 @@ from vcnode.errors import InvalidArgumentError
 from vcnode.models.base import Request
 from vcnode.models.pod import Cmd
 from vcnode.models.sessions import (
+    ContainerAttach,
     ContainerCopyIn,
     ContainerCopyOut,
     PodForward,
@@ -75,6 +76,14 @@ class StreamMethods:
         lost = _lost(options)
         request = _make(SessionExec, pod_id=pod_id, container_id=container_id, cmd=made, tty=tty, **lost)
         return self._process("session.exec", request, options)
+
+    def attach(self, pod_id: str, container_id: str, **options: Unpack[Opening]) -> ProcessStream:
+        """The streams of a container's main process: its output from now on, and its input if it has one.
+
+        Leaving the block detaches. Who does not read meanwhile holds the container up.
+        """
+        request = _make(ContainerAttach, pod_id=pod_id, container_id=container_id)
+        return self._process("container.attach", request, options)
 
     def copy_in(
         self,

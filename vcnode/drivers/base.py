@@ -447,6 +447,22 @@ class GuestSession(Protocol):
         """
         ...
 
+    async def attach(self, container_id: str, *, tty: bool, timeout_s: float) -> RunningProcess:
+        """Attach to the main process of a running container: its output from now on, and its input.
+
+        Its input does something only where the container was made with one; its end ends the input of the
+        process, unless that has a terminal. ``close`` detaches and kills nothing; ``wait`` gives 0 then.
+
+        Args:
+            container_id: The container.
+            tty: Whether it was made with a terminal.
+            timeout_s: Seconds for the answer.
+
+        Raises:
+            NotFoundError, FailedPreconditionError: There is no such container, or it does not run.
+        """
+        ...
+
     async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
         """Connect to a TCP port of the pod's loopback interface, 127.0.0.1 or ::1.
 

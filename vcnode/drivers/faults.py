@@ -28,7 +28,7 @@ OPERATIONS = frozenset(
     for owner, verbs in {
         "hypervisor": "launch recover kill clone save_template held free",
         "vm": "attach_disk detach_disk pause resume stop",
-        "agent": "connect connect_port copy configure set_clock create_container start_container"
+        "agent": "attach connect connect_port copy configure set_clock create_container start_container"
         " signal_container pause_container resume_container list_processes delete_container list_containers"
         " execute ping shutdown",
         "network": "prepare attach open_taps detach recover held free",

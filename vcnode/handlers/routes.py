@@ -46,6 +46,7 @@ from vcnode.handlers.pod import (
 )
 from vcnode.handlers.services import Services
 from vcnode.handlers.session import (
+    container_attach,
     container_copy_in,
     container_copy_out,
     pod_forward,
@@ -87,6 +88,7 @@ ROUTES: dict[str, Handler] = {
     "container.list": container_list,
     "container.logs": container_logs,
     "container.status": container_status,
+    "container.attach": container_attach,
     "container.copy_in": container_copy_in,
     "container.copy_out": container_copy_out,
     "pod.forward": pod_forward,

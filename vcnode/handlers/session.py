@@ -5,6 +5,7 @@ from __future__ import annotations
 from vcnode.handlers.services import Services
 from vcnode.models.call import Call
 from vcnode.models.sessions import (
+    ContainerAttach,
     ContainerCopyIn,
     ContainerCopyOut,
     PodForward,
@@ -51,3 +52,8 @@ async def container_copy_out(node: Services, call: Call, request: ContainerCopyO
 async def pod_forward(node: Services, call: Call, request: PodForward) -> Session:
     """``pod.forward``."""
     return await node.streams.forward(request, call)
+
+
+async def container_attach(node: Services, call: Call, request: ContainerAttach) -> Session:
+    """``container.attach``."""
+    return await node.streams.attach(request, call)

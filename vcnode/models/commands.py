@@ -45,6 +45,7 @@ from vcnode.models.pod import (
     StopOutcome,
 )
 from vcnode.models.sessions import (
+    ContainerAttach,
     ContainerCopyIn,
     ContainerCopyOut,
     PodForward,
@@ -327,6 +328,7 @@ _ALL = (
     Command("container.logs", ContainerLogs, ContainerLogEntries, False, "Show a container's output.", 300.0),
     Command("container.list", ContainerList, ContainerStatuses, False, "List containers."),
     Command("container.status", ContainerName, ContainerStatus, False, "Show one container."),
+    Command("container.attach", ContainerAttach, Session, True, "Attach to a container's main process."),
     Command("container.copy_in", ContainerCopyIn, Session, True, "Unpack a tar stream in a container.", 60.0),
     Command("container.copy_out", ContainerCopyOut, Session, True, "Pack files of a container.", 60.0),
     Command("pod.forward", PodForward, Session, True, "Connect to ports inside a pod."),

@@ -173,6 +173,10 @@ class ContainerSpec(Request):
     """Main process."""
     resources: ContainerResources = ContainerResources()
     """Limits."""
+    stdin: bool = False
+    """Whether ``container.attach`` can write to the main process's input; otherwise that is /dev/null."""
+    tty: bool = False
+    """Whether the main process has a terminal. Then all its output is ``stdout``."""
     stop_signal: Signal | None = None
     """Signal that asks the main process to end, by number or name. Default: the image's, else SIGTERM."""
     stop_timeout_s: float = Field(default=10.0, ge=0, le=3600)

@@ -53,6 +53,14 @@ class SessionExec(SessionOptions):
     """Run it on a terminal of that size. Then all output is ``stdout``."""
 
 
+class ContainerAttach(Request):
+    """``container.attach``."""
+
+    pod_id: PodId
+    container_id: ContainerId
+    """A running container. Input goes to its main process only if it was made with ``stdin``."""
+
+
 class ContainerCopyOut(Request):
     """``container.copy_out``."""
 

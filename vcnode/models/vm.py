@@ -166,6 +166,10 @@ class GuestContainer(Data):
     """Signal that asks it to end when its probes have failed."""
     stop_timeout_s: float = 0.0
     """Seconds between that and SIGKILL."""
+    stdin: bool = False
+    """Whether the input of its main process can be written to."""
+    tty: bool = False
+    """Whether its main process has a terminal."""
 
 
 class GuestConfig(Data):

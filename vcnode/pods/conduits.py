@@ -110,6 +110,14 @@ class ProcessWork:
         await self._process.close()
 
 
+class AttachWork(ProcessWork):
+    """Carries the streams of a container's main process, which is not ours to end."""
+
+    async def _do(self, session: LiveSession, message: dict[str, Any]) -> None:
+        # Without a client there is nothing to keep: what nobody reads would hold the container up.
+        await super()._do(session, {"close": True} if message == {"detach": True} else message)
+
+
 class CopyWork(ProcessWork):
     """Carries a tar stream; what the copying process says on stderr is an error for the client."""
 

@@ -148,6 +148,8 @@ class Containers:
             probes=container.spec.probes,
             stop_signal=stop_signal(container),
             stop_timeout_s=container.spec.stop_timeout_s,
+            stdin=container.spec.stdin,
+            tty=container.spec.tty,
         )
         undo.push(f"container {cid}", lambda: session.delete_container(cid, timeout_s=REQUEST_LIMIT_S))
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from vcnode import aio
 from vcnode.drivers.base import CopyDirection, GuestSession
-from vcnode.errors import UnsupportedError
+from vcnode.errors import NotFoundError, UnsupportedError
 from vcnode.models.call import Call
 from vcnode.models.pod import ContainerState, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.sessions import (
+    ContainerAttach,
     ContainerCopyIn,
     ContainerCopyOut,
     PodForward,
@@ -17,7 +18,7 @@ from vcnode.models.sessions import (
     SessionKind,
     SessionOptions,
 )
-from vcnode.pods.conduits import CopyWork, ProcessWork
+from vcnode.pods.conduits import AttachWork, CopyWork, ProcessWork
 from vcnode.pods.edits import find_container
 from vcnode.pods.forwarding import ForwardWork
 from vcnode.pods.lifecycle import require
@@ -68,6 +69,25 @@ class StreamCommands:
         work = ProcessWork(running, self._parts.tasks, tty=tty is not None)
         return await self._open(
             "exec", request.pod_id, request.container_id, request, work, call, tty=tty is not None
+        )
+
+    async def attach(self, request: ContainerAttach, call: Call) -> Session:
+        """Open a session with the streams of a container's main process; its end leaves that running.
+
+        Raises:
+            FailedPreconditionError: The pod or the container does not run.
+            UnsupportedError: The pod's agent cannot attach.
+        """
+        record, container, guest = self._reach(request.pod_id, request.container_id, call, "attach")
+        if container is None:
+            raise NotFoundError(f"Pod {record.pod_id} has no container {request.container_id}.")
+        name = f"Container {record.pod_id}/{request.container_id}"
+        require(name, container.state, _CONTAINER_RUNNING, call.verb)
+        tty = container.spec.tty
+        running = await guest.attach(request.container_id, tty=tty, timeout_s=REQUEST_LIMIT_S)
+        work = AttachWork(running, self._parts.tasks, tty=tty)
+        return await self._open(
+            "attach", request.pod_id, request.container_id, SessionOptions(), work, call, tty=tty
         )
 
     async def copy_in(self, request: ContainerCopyIn, call: Call) -> Session:

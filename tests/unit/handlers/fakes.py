@@ -39,6 +39,7 @@ from vcnode.models.pod import (
     PodStatus,
 )
 from vcnode.models.sessions import (
+    ContainerAttach,
     ContainerCopyIn,
     ContainerCopyOut,
     PodForward,
@@ -279,6 +280,9 @@ class FakeStreams:
     """One session, whatever its name."""
 
     async def exec(self, request: SessionExec, call: Call) -> Session:
+        return session()
+
+    async def attach(self, request: ContainerAttach, call: Call) -> Session:
         return session()
 
     async def copy_in(self, request: ContainerCopyIn, call: Call) -> Session:

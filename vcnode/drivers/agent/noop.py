@@ -118,6 +118,10 @@ class NoopSession:
         """Refused."""
         self._refuse("copies")
 
+    async def attach(self, container_id: str, *, tty: bool, timeout_s: float) -> RunningProcess:
+        """Refused."""
+        self._refuse("containers")
+
     async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
         """Refused."""
         self._refuse("connections")

@@ -13,6 +13,7 @@ from vcnode.guest.agent.disks import Disks
 from vcnode.guest.agent.execs import Execs
 from vcnode.guest.agent.logs import Feed
 from vcnode.guest.agent.loop import Loop
+from vcnode.guest.agent.mainio import Attachments
 from vcnode.guest.agent.mounts import Mounts
 from vcnode.guest.agent.service import Service
 from vcnode.guest.agent.spawn import Spawner
@@ -82,8 +83,9 @@ class Agent:
         )
         execs = Execs(self.loop, self._port, spawner)
         dialer = Dialer(self.loop, self._port)
+        attachments = Attachments(self.loop, self._port, execs.new_id)
         self._service = Service(
-            self._port, self.containers, execs, dialer, feed, introduction, self._shut_down
+            self._port, self.containers, execs, dialer, attachments, feed, introduction, self._shut_down
         )
         self._port.listener = self._service
 

@@ -26,8 +26,9 @@ from vcnode.guest.agent.cgroups import Cgroup
 from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
 from vcnode.guest.agent.freezer import Freezing
-from vcnode.guest.agent.logs import END, STDERR, STDOUT, Feed, Log, Pipe
+from vcnode.guest.agent.logs import END, Feed, Log
 from vcnode.guest.agent.loop import IN
+from vcnode.guest.agent.mainio import SIZE, MainIo
 from vcnode.guest.agent.probes import Exec, Runner, connect
 from vcnode.guest.agent.processes import Listing
 from vcnode.guest.agent.undo import Undo
@@ -64,8 +65,10 @@ class ContainerSpec:
         "process",
         "readonly",
         "shared_name",
+        "stdin",
         "stop_signal",
         "stop_timeout_s",
+        "tty",
     )
 
     def __init__(
@@ -82,7 +85,11 @@ class ContainerSpec:
         probes: dict[str, ProbeSpec],
         stop_signal: int,
         stop_timeout_s: float,
+        stdin: bool = False,
+        tty: bool = False,
     ) -> None:
+        self.stdin = stdin
+        self.tty = tty
         self.container_id = container_id
         self.shared_name = shared_name
         self.disk_id = disk_id
@@ -123,8 +130,8 @@ class Container:
         self.finished_at_ns: int | None = None
         self.log = log
         """What its main process writes."""
-        self.pipes: list[Pipe] = []
-        """Where it writes that, in its present or last run."""
+        self.io: MainIo | None = None
+        """Of its present run, or its last."""
         self.creating = True
         """Its root is not complete yet."""
         self.stop_waiting: Callable[[], None] | None = None
@@ -300,15 +307,10 @@ class Containers:
     def _spawn_main(self, container: Container) -> Spawned:
         """Fork; afterwards the agent holds the reading ends of the output pipes only."""
         spec = container.spec
+        io = MainIo(self._loop, container.log, stdin=spec.stdin, tty=spec.tty)
         opened: list[int] = []
-        reading: list[int] = []
         try:
-            opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-            for _ in (STDOUT, STDERR):
-                read_end, write_end = os.pipe()
-                reading.append(read_end)
-                opened.append(write_end)
-                os.set_blocking(read_end, False)
+            opened += io.open()
             procs_fd = container.cgroup.open_procs()
             opened.append(procs_fd)
             entry = Entry.main(
@@ -318,19 +320,18 @@ class Containers:
                 cgroup_procs_fd=procs_fd,
             )
             stdio = (opened[0], opened[1], opened[2])
-            plan = process.Plan(spec.process, entry.root, spec.hostname)
+            plan = process.Plan(spec.process, entry.root, spec.hostname, SIZE if spec.tty else None)
             spawned = self._spawner.spawn(plan, stdio, entry)
         except (OSError, Failure) as exc:
-            for fd in reading:
-                os.close(fd)
+            io.close()
             if isinstance(exc, Failure):
                 raise
             raise Failure.of(exc, f"start container {spec.container_id!r}") from exc
         finally:
             for fd in opened:
                 os.close(fd)
-        kinds = zip(reading, (STDOUT, STDERR), strict=True)
-        container.pipes = [Pipe(self._loop, fd, container.log, kind) for fd, kind in kinds]
+        io.begin()
+        container.io = io
         return spawned
 
     def _on_status(self, container: Container) -> None:
@@ -341,6 +342,8 @@ class Containers:
             return
         self._close_status(container)
         if outcome is True:
+            outcome = self._take_terminal(container)
+        if outcome is True:
             container.state = RUNNING
             container.exit_code, container.oom_killed, container.finished_at_ns = None, False, None
             container.ended_by = 0
@@ -350,6 +353,17 @@ class Containers:
             return
         # The child is ending, and until it has, its mounts are in use: `_on_end` tells the request.
         container.start_failure = outcome if isinstance(outcome, Failure) else None
+
+    def _take_terminal(self, container: Container) -> Failure | bool:
+        """Take over the terminal of a main process that runs; one that came without it is ended."""
+        if container.io is None or container.main is None:
+            return True
+        try:
+            container.io.take_terminal()
+        except Failure as failure:
+            _signal_pidfd(container.main.pidfd, signal.SIGKILL)
+            return failure
+        return True
 
     def _answer_start(self, container: Container, outcome: Failure | int) -> None:
         container.on_started, started = None, container.on_started
@@ -383,8 +397,8 @@ class Containers:
         if container.grace is not None:
             container.grace.cancel()
         self._thaw(container, "The container has ended.")
-        for pipe in container.pipes:
-            pipe.drain()
+        if container.io is not None:
+            container.io.drain()
         if container.state == RUNNING:
             container.log.add(END, b"")
             container.exit_code = process.exit_code(status)
@@ -393,9 +407,13 @@ class Containers:
             container.oom_killed = container.cgroup.oom_killed() and container.exit_code != 0
             container.finished_at_ns = time.time_ns()
             container.state = STOPPED
+            if container.io is not None:
+                container.io.ended(container.exit_code)
             self._exited(container)
         else:
             container.state = CREATED if container.exit_code is None else STOPPED
+            if container.io is not None:
+                container.io.close()
             unexplained = Failure(INTERNAL, "The main process ended before it was set up.")
             self._answer_start(container, container.start_failure or unexplained)
         self._finish_delete(container)
@@ -582,6 +600,19 @@ class Containers:
         except OSError as exc:
             raise Failure.of(exc, f"join container {container_id!r}") from exc
         return Entry.join(main.pid, main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
+
+    def main_io(self, container_id: str) -> MainIo:
+        """The streams of a container's main process.
+
+        Raises:
+            Failure: ``not_found``, ``failed_precondition``.
+        """
+        container = self.get(container_id)
+        if container.state != RUNNING or container.io is None:
+            raise Failure(
+                FAILED_PRECONDITION, f"Container {container_id!r} is {container.public_state}, not running."
+            )
+        return container.io
 
     def files_entry(self, container_id: str) -> Entry:
         """How to get at a container's files: inside it while it runs, in its bare root otherwise.

@@ -300,14 +300,18 @@ class Execs:
         finally:
             for fd in theirs:
                 os.close(fd)
-        self._last_id += 1
-        found = Exec(self._last_id, spawned, started=lambda _: None)
+        found = Exec(self.new_id(), spawned, started=lambda _: None)
         if terminal is not None:
             found.terminal = (terminal, streams[0], streams[1])
             found.has_terminal = True
             for stream in opened:
                 self._by_stream[stream] = found
         self._add(found, streams, ours, started)
+
+    def new_id(self) -> int:
+        """A process id that was not used in this session."""
+        self._last_id += 1
+        return self._last_id
 
     def _add(
         self,

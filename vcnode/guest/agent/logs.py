@@ -23,8 +23,21 @@ from vcnode.guest.agent.loop import IN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.port import Port
+
+    class Listeners(Protocol):
+        """Who hears a container besides its log."""
+
+        @property
+        def are_full(self) -> bool:
+            """Whether one of them takes no more for now."""
+
+        def feed(self, kind: int, data: bytes) -> None:
+            """Output of the container."""
+
 
 STDOUT, STDERR, END = 1, 2, 3
 """Kinds of records; see contracts/guest-protocol.md, Logs."""
@@ -223,9 +236,19 @@ class Feed:
 
 
 class Pipe:
-    """The reading end of a container's stdout or stderr. It may outlive the main process."""
+    """The reading end of a container's stdout or stderr. It may outlive the main process.
 
-    def __init__(self, loop: Loop, fd: int, log: Log, kind: int) -> None:
+    Args:
+        loop: Where to wait.
+        fd: A pipe, or the other end of a terminal; closed here.
+        log: Where what comes is kept.
+        kind: Which it is.
+        listeners: They get what comes, too, and can hold the writer up.
+    """
+
+    def __init__(self, loop: Loop, fd: int, log: Log, kind: int, listeners: Listeners | None = None) -> None:
+        self._listeners = listeners
+        self._held_up = False
         self._loop = loop
         self._fd = fd
         self._log = log
@@ -234,6 +257,10 @@ class Pipe:
         loop.watch(fd, IN, self._on_ready)
 
     def _on_ready(self, _events: int) -> None:
+        if self._fd >= 0 and self._listeners is not None and self._listeners.are_full:
+            self._loop.unwatch(self._fd)
+            self._held_up = True
+            return
         if self._fd < 0 or not self._read():
             return
         now = time.monotonic()
@@ -246,18 +273,38 @@ class Pipe:
         if self._fd >= 0:
             self._loop.watch(self._fd, IN, self._on_ready)
 
+    def resume(self) -> None:
+        """Those who held it up have room again."""
+        if self._held_up:
+            self._held_up = False
+            self._go_on()
+
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 when closed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Read no more. Idempotent."""
+        if self._fd >= 0:
+            self._loop.unwatch(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
     def _read(self) -> bool:
         """Keep what is there; whether there was anything."""
         try:
             data = os.read(self._fd, READ_BYTES)
         except BlockingIOError:
             return False
+        except OSError:
+            data = b""  # a terminal that has hung up
         if data:
             self._log.add(self._kind, data)
+            if self._listeners is not None:
+                self._listeners.feed(self._kind, data)
             return True
-        self._loop.unwatch(self._fd)
-        os.close(self._fd)
-        self._fd = -1
+        self.close()
         return False
 
     def drain(self) -> None:

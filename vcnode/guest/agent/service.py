@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.dialing import Dialer
     from vcnode.guest.agent.execs import Execs
     from vcnode.guest.agent.logs import Feed
+    from vcnode.guest.agent.mainio import Attachments
     from vcnode.guest.agent.port import Answer, Port
 
     Method = Callable[[Params, Answer], None]
@@ -82,6 +83,8 @@ def container_spec(params: Params) -> ContainerSpec:
         probes=probes.parse(params.object("probes")),
         stop_signal=params.integer("stop_signal", 1, signal.NSIG - 1, signal.SIGTERM.value),
         stop_timeout_s=params.integer("stop_timeout_ms", 0, 3_600_000, 0) / 1000,
+        stdin=params.flag("stdin", False),
+        tty=params.flag("tty", False),
     )
     params.done()
     return spec
@@ -95,6 +98,7 @@ class Service:
         containers: The containers.
         execs: The processes of ``execute`` and ``copy``.
         dialer: The connections of ``connect``.
+        attachments: Those of ``attach``.
         feed: What containers write.
         power_off: Ends the guest; called after the reply to ``shutdown`` is on its way.
     """
@@ -105,6 +109,7 @@ class Service:
         containers: Containers,
         execs: Execs,
         dialer: Dialer,
+        attachments: Attachments,
         feed: Feed,
         introduction: dict[str, str],
         power_off: Callable[[], None],
@@ -116,6 +121,7 @@ class Service:
         self._feed = feed
         self._power_off = power_off
         self._dialer = dialer
+        self._attachments = attachments
         self._methods: dict[str, Method] = {
             "ping": self._ping,
             "configure": self._configure,
@@ -134,28 +140,30 @@ class Service:
             "resize_process": self._resize_process,
             "copy": self._copy,
             "connect": self._connect,
+            "attach": self._attach,
+            "detach": self._detach,
             "shutdown": self._shutdown,
         }
 
     def data(self, stream: int, data: bytes) -> None:
         """See `port.Listener.data`."""
-        if not self._dialer.data(stream, data):
+        if not (self._dialer.data(stream, data) or self._attachments.data(stream, data)):
             self._execs.data(stream, data)
 
     def eof(self, stream: int) -> None:
         """See `port.Listener.eof`."""
-        if not self._dialer.eof(stream):
+        if not (self._dialer.eof(stream) or self._attachments.eof(stream)):
             self._execs.eof(stream)
 
     def credit(self, stream: int) -> None:
         """See `port.Listener.credit`."""
-        if not self._dialer.credit(stream):
+        if not (self._dialer.credit(stream) or self._attachments.credit(stream)):
             self._execs.credit(stream)
             self._feed.credit(stream)
 
     def reset(self, stream: int) -> None:
         """See `port.Listener.reset`."""
-        if not self._dialer.reset(stream):
+        if not (self._dialer.reset(stream) or self._attachments.reset(stream)):
             self._execs.reset(stream)
             self._feed.reset(stream)
 
@@ -164,12 +172,14 @@ class Service:
         self._execs.resume_all()
         self._dialer.resume_all()
         self._feed.push()
+        self._attachments.resume_all()
 
     def end_session(self) -> None:
         """See `port.Listener.end_session`."""
         self._execs.end_session()
         self._dialer.end_session()
         self._feed.end_session()
+        self._attachments.end_session()
 
     def request(self, answer: Answer, method: str, params: dict[str, Any]) -> None:
         """Carry out one request; whatever happens, it is answered."""
@@ -313,7 +323,31 @@ class Service:
         process_id = params.integer("process_id", 1, 1 << 62)
         rows, columns = params.integer("rows", 1, _MAX_SIZE), params.integer("columns", 1, _MAX_SIZE)
         params.done()
-        self._execs.resize(process_id, rows, columns)
+        if (attached := self._attachments.find(process_id)) is not None:
+            attached.io.resize(rows, columns)
+        else:
+            self._execs.resize(process_id, rows, columns)
+        answer.result({})
+
+    def _attach(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        streams = _streams(params.object("streams"))
+        params.done()
+
+        def signal_main(number: int) -> None:
+            self._containers.signal(container_id, number, everyone=False)
+
+        number = self._attachments.attach(self._containers.main_io(container_id), streams, signal_main)
+        answer.result({"process_id": number})
+        attached = self._attachments.find(number)
+        if attached is not None and attached.input is None and streams[0] is not None:
+            self._port.send_reset(streams[0])
+
+    def _detach(self, params: Params, answer: Answer) -> None:
+        process_id = params.integer("process_id", 1, 1 << 62)
+        params.done()
+        if (attached := self._attachments.find(process_id)) is not None:
+            attached.detach()
         answer.result({})
 
     def _connect(self, params: Params, answer: Answer) -> None:
@@ -327,7 +361,10 @@ class Service:
     def _signal_process(self, params: Params, answer: Answer) -> None:
         process_id, number = params.integer("process_id", 1, 1 << 62), _signal_number(params)
         params.done()
-        self._execs.signal(process_id, number)
+        if (attached := self._attachments.find(process_id)) is not None:
+            attached.signal(number)
+        else:
+            self._execs.signal(process_id, number)
         answer.result({})
 
     def _shutdown(self, params: Params, answer: Answer) -> None:

@@ -55,7 +55,7 @@ class MockAgent:
         return DriverInfo(
             type=AgentType.MOCK,
             version=vcnode.__version__,
-            capabilities=("configure", "containers", "copy", "exec", "forward", "tty"),
+            capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "tty"),
             mock=True,
         )
 
@@ -196,6 +196,13 @@ class MockSession:
         """See `GuestSession.copy`. A mock container keeps the last archive that was copied to a path."""
         async with self._operation("copy", timeout_s):
             running = self._guest.copy(direction, container_id, path)
+            self._processes = {p for p in self._processes if not p.has_ended} | {running}
+            return running
+
+    async def attach(self, container_id: str, *, tty: bool, timeout_s: float) -> RunningProcess:
+        """See `GuestSession.attach`. The main process of a mock container reads and writes nothing."""
+        async with self._operation("attach", timeout_s):
+            running = self._guest.attach(container_id)
             self._processes = {p for p in self._processes if not p.has_ended} | {running}
             return running
 

@@ -9,7 +9,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from vcnode.drivers.agent.mock.logs import MockLog
-from vcnode.drivers.agent.mock.process import HARMLESS_SIGNALS, SIGKILL, MockProcess, MockReceiver
+from vcnode.drivers.agent.mock.process import (
+    HARMLESS_SIGNALS,
+    SIGKILL,
+    MockAttachment,
+    MockProcess,
+    MockReceiver,
+)
 from vcnode.drivers.agent.mock.shell import Program, Sleep, Write, compile_process, find_user
 from vcnode.drivers.base import ContainerExited, ContainerHealth, CopyDirection
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
@@ -31,6 +37,8 @@ class MockContainer:
         self.exit_code: int | None = None
         self.finished_at: datetime | None = None
         self.execs: set[MockProcess] = set()
+        self.attached: set[MockAttachment] = set()
+        """Who is attached to the main process."""
         self.archives: dict[str, bytes] = {}
         """What was copied in, by path."""
         self.timer: asyncio.Handle | None = None
@@ -254,6 +262,17 @@ class MockGuest:
         container.execs = {p for p in container.execs if not p.has_ended} | {running}
         return running
 
+    def attach(self, container_id: str) -> MockAttachment:
+        """See `GuestSession.attach`."""
+        container = self.find(container_id)
+        if not container.is_running:
+            raise FailedPreconditionError.state(
+                f"Container {container_id}", container.state.state, ["running"], "attach"
+            )
+        attached = MockAttachment(lambda number: self.signal(container_id, number, everyone=False))
+        container.attached = {a for a in container.attached if not a.has_ended} | {attached}
+        return attached
+
     def copy(self, direction: CopyDirection, container_id: str, path: str) -> MockProcess:
         """See `GuestSession.copy`."""
         container = self.find(container_id)
@@ -297,6 +316,9 @@ class MockGuest:
         for process in container.execs:
             process.kill(SIGKILL)
         container.execs.clear()
+        for attached in container.attached:
+            attached.main_ended(exit_code)
+        container.attached.clear()
         container.pid, container.exit_code, container.finished_at = None, exit_code, datetime.now(UTC)
         container.paused = False
         container.pending_signals.clear()

@@ -196,6 +196,31 @@ class MockReceiver(MockProcess):
         super()._end(exit_code)
 
 
+class MockAttachment(MockProcess):
+    """Somebody attached to a main process, which takes no time to read and writes nothing."""
+
+    def __init__(self, signal: Callable[[int], None]) -> None:
+        self._signal_main = signal
+        super().__init__(Program((Sleep(math.inf),)))
+
+    def main_ended(self, exit_code: int) -> None:
+        """The main process has ended."""
+        self._end(exit_code)
+
+    async def write_stdin(self, data: bytes) -> None:
+        """See `RunningProcess.write_stdin`."""
+        self._check()
+
+    async def signal(self, number: int) -> None:
+        """See `RunningProcess.signal`."""
+        check_signal(number)
+        self._signal_main(number)
+
+    async def close(self) -> None:
+        """See `GuestSession.attach`: detach."""
+        self._end(0)
+
+
 class MockConnection(MockProcess):
     """A `GuestConnection` to somebody who sends everything back."""
 

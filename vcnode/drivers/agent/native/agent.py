@@ -29,7 +29,7 @@ class NativeAgent:
         return DriverInfo(
             type=AgentType.NATIVE,
             version=vcnode.__version__,
-            capabilities=("containers", "copy", "exec", "configure", "forward", "tty"),
+            capabilities=("attach", "containers", "copy", "exec", "configure", "forward", "tty"),
         )
 
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:

@@ -91,6 +91,7 @@ def create_container_params(container: GuestContainer) -> dict[str, Any]:
         "hostname": container.hostname,
         "process": container.process.model_dump(),
         "resources": container.resources.model_dump(),
+        **{name: True for name in ("stdin", "tty") if getattr(container, name)},
         **_probe_params(container),
     }
 

@@ -48,6 +48,10 @@ class Owner(Protocol):
         """Set the size of a terminal and wait for the answer."""
         ...
 
+    def detach_process(self, process_id: int) -> None:
+        """Detach without waiting for the answer."""
+        ...
+
     def kill_process(self, process_id: int) -> None:
         """Send SIGKILL without waiting for the answer."""
         ...
@@ -194,6 +198,14 @@ class NativeProcess:
         self._owner.send_eof(self._stdin)
         for stream in self._names:
             self._owner.send_reset(stream)
+
+
+class NativeAttachment(NativeProcess):
+    """The main process of a container: closing this lets go of it, and ends nothing in it."""
+
+    def _let_go(self, process_id: int) -> None:
+        if self._exit is None:
+            self._owner.detach_process(process_id)
 
 
 class NativeConnection(NativeProcess):

@@ -13,7 +13,7 @@ from vcnode.drivers.agent.native import messages
 from vcnode.drivers.agent.native.link import Link
 from vcnode.drivers.agent.native.logs import NativeLogFeed
 from vcnode.drivers.agent.native.messages import BadFieldError
-from vcnode.drivers.agent.native.process import SIGKILL, NativeConnection, NativeProcess
+from vcnode.drivers.agent.native.process import SIGKILL, NativeAttachment, NativeConnection, NativeProcess
 from vcnode.drivers.base import CopyDirection, GuestEvent, LogPosition, SessionLost
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
@@ -197,6 +197,17 @@ class NativeSession:
             timeout_s,
         )
 
+    async def attach(self, container_id: str, *, tty: bool, timeout_s: float) -> NativeProcess:
+        """See `GuestSession.attach`."""
+        return await self._run(
+            "attach",
+            container_id,
+            lambda **streams: {"container_id": container_id, "streams": streams},
+            timeout_s,
+            with_stderr=not tty,
+            kind=NativeAttachment,
+        )
+
     async def connect_port(self, port: int, *, timeout_s: float) -> NativeConnection:
         """See `GuestSession.connect_port`."""
         async with self._bounded("connect", timeout_s):
@@ -218,13 +229,14 @@ class NativeSession:
         timeout_s: float,
         *,
         with_stderr: bool = True,
+        kind: type[NativeProcess] = NativeProcess,
     ) -> NativeProcess:
         """Open the streams, for output may come before the reply does, and start a process."""
         async with self._bounded(method, timeout_s):
             await self._ready(container_id)
             stdin, stdout = self._host.new_stream(sending=True), self._host.new_stream(sending=False)
             stderr = self._host.new_stream(sending=False) if with_stderr else None
-            running = NativeProcess(self, stdin=stdin, stdout=stdout, stderr=stderr)
+            running = kind(self, stdin=stdin, stdout=stdout, stderr=stderr)
             self._by_stream |= dict.fromkeys(running.streams, running)
             made = params(stdin=stdin, stdout=stdout, stderr=stderr)
             await self._start(method, made, running, lambda reply: self._on_start(running, reply))
@@ -325,6 +337,10 @@ class NativeSession:
         """Set the size of a terminal and wait for the answer."""
         params = {"process_id": process_id, "rows": rows, "columns": columns}
         await self._call("resize_process", params, SIGNAL_LIMIT_S)
+
+    def detach_process(self, process_id: int) -> None:
+        """Detach without waiting for the answer."""
+        self._send_unasked("detach", {"process_id": process_id})
 
     def kill_process(self, process_id: int) -> None:
         """Send SIGKILL without waiting for the answer."""
