@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 2.0
+SILENCE_S = 12.0
+"""Seconds without so much as a heartbeat after which the server is held to have forgotten the consumer."""
 INACTIVE_S = 30.0
 API_TIMEOUT_S = 5.0
 RETRY_S = 0.5
@@ -64,7 +66,12 @@ class Ready:
     """The snapshot is complete: keys that it did not name have no value."""
 
 
-Change = Put | Gone | Begin | Ready
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Nothing has changed up to now: the server said so."""
+
+
+Change = Put | Gone | Begin | Ready | Heard
 
 
 class BucketWatch:
@@ -128,7 +135,8 @@ class BucketWatch:
             number = 0
             while (msg := await self._next()) is not None:
                 if (msg.headers or {}).get("Status") is not None:
-                    continue  # a heartbeat
+                    yield Heard()  # a heartbeat: it comes after all that was to be delivered
+                    continue
                 number += 1
                 if msg.metadata.sequence.consumer != number:
                     return
@@ -157,7 +165,7 @@ class BucketWatch:
         if self._overrun:
             return None
         try:
-            async with asyncio.timeout(2.5 * HEARTBEAT_S):
+            async with asyncio.timeout(SILENCE_S):
                 return await self._queue.get()
         except TimeoutError:
             return None

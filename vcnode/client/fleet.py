@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from vcnode import aio
 from vcnode.bus.library import uncancelled
 from vcnode.client.client import Client
-from vcnode.client.placement import best_first, rounds
+from vcnode.client.placement import HOLD_S, best_first, rounds
 from vcnode.client.replicas import Replicas
 from vcnode.client.requests import NobodyListensError
 from vcnode.client.view import FleetChange, FleetView, NodeView, PodKey
@@ -44,8 +44,6 @@ from vcnode.models.wire import SERVICE_ERROR
 
 log = logging.getLogger(__name__)
 
-HOLD_S = 2.0
-"""Seconds for which nodes that bid keep what the pod needs: the best is asked within milliseconds."""
 ENOUGH_BIDS = 8
 """Bids after which nobody else is waited for."""
 BID_WAIT_S = 0.5
@@ -120,6 +118,14 @@ class Fleet:
     def pods(self) -> Mapping[PodKey, PodStatus]:
         """The last status of every pod, by node and pod id."""
         return self._entered.pods
+
+    def gone_for_s(self, node: str) -> float | None:
+        """Seconds since a node's lease ran out or was given back; None while it holds.
+
+        Only time in which the server was heard counts. A node that was never seen counts as gone since the
+        fleet was entered: it may have been there until then.
+        """
+        return self._entered.gone_for_s(node)
 
     def watch(self) -> AsyncIterator[FleetChange]:
         """What is known now, then every change: nodes that join, change, are lost or leave, and pods."""
@@ -268,8 +274,9 @@ class Fleet:
             spec: The pod; its id is not used.
             count: How many.
             constraints: Where they may go.
-            fence_s: For pods of which there must never be two: a copy on a lost node is replaced only after
-                so many seconds, by when its node has stopped it by itself (the pod's ``on_disconnect``).
+            fence_s: For pods of which there must never be two: a copy on a node whose lease ran out or was
+                given back is replaced only after so many seconds, by when nothing of it may run there any
+                more; see docs/fleet.md for what that rests on. One scheduler at a time.
 
         Raises:
             UnavailableError: The connection was closed.

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from vcnode.models.fleet import Bid
 from vcnode.models.subjects import SHARES
 
+HOLD_S = 2.0
+"""Seconds for which nodes that bid keep what the pod needs: the best is asked within milliseconds."""
 ASKED = 32
 """Nodes that one round of bids is meant to reach; more would cost more and find little better."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vcnode.client.placement import HOLD_S
 from vcnode.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -28,6 +29,11 @@ LABEL = "vcnode.replicas-of"
 ENDED = frozenset({PodState.STOPPED, PodState.FAILED})
 RETRY_S = 2.0
 """Seconds before what the fleet refused is tried again, if nothing changes in the meantime."""
+LOOK_S = 0.5
+"""Least seconds to wait for time to pass: it passes in steps, whenever the server is heard."""
+TAKE_OVER_S = HOLD_S + 1.0
+"""Seconds before a copy that must be one is first placed: what an earlier scheduler had asked for shows by
+then, or is refused since its reservation has expired."""
 ASK_S = 5.0
 """Seconds for a node to say what became of a pod."""
 
@@ -40,7 +46,7 @@ class Copy:
     node: str
     status: PodStatus
     lost_for_s: float | None = None
-    """Seconds since the node's lease ran out; None while it holds."""
+    """Seconds since the node's lease ran out or was given back; None while it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,8 @@ def decide(copies: Iterable[Copy], count: int, *, fence_s: float | None) -> list
         copies: All pods of the set that are known, on whatever nodes.
         count: How many there shall be: indexes 0 to count - 1, one of each.
         fence_s: None: a copy whose node is lost is replaced at once, and may run twice for a while. Otherwise
-            it is replaced only when its node has been lost for so many seconds: long enough for the node to
-            have stopped it by itself.
+            it is replaced only when its node has been gone for so many seconds: long enough for nothing of it
+            to run there any more.
     """
     by_index: dict[int, list[Copy]] = {index: [] for index in range(count)}
     actions: list[Action] = []
@@ -122,7 +128,7 @@ class Replicas:
         spec: The pod; its id is not used.
         count: How many copies.
         constraints: Where they may go. They are spread over the nodes in any case.
-        fence_s: See `decide`. The pods must then have an ``on_disconnect`` that stops them earlier.
+        fence_s: See `decide`. By then nothing of a copy may run on a node that is gone.
     """
 
     def __init__(
@@ -151,6 +157,8 @@ class Replicas:
         """Place, replace and remove copies as the fleet changes, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
+            if self._fence_s is not None:
+                await asyncio.sleep(TAKE_OVER_S)
             while True:
                 self._changed.clear()
                 wait_s = await self._step()
@@ -164,12 +172,12 @@ class Replicas:
         """All pods of the set that are known now."""
         known = dict(self._fleet.pods)
         for key, status in list(self._placed.items()):
-            if key in known or not self._is_there(key[0]):
+            if key in known or self._is_over(key[0]):
                 del self._placed[key]
             else:
                 known[key] = status
         return [
-            Copy(index, node, status, self._lost_for_s(node))
+            Copy(index, node, status, self._fleet.gone_for_s(node))
             for (node, pod_id), status in known.items()
             if status.labels.get(LABEL) == self._name and (index := self._index(pod_id)) is not None
         ]
@@ -187,7 +195,7 @@ class Replicas:
             try:
                 match action:
                     case Wait(seconds=seconds):
-                        wait_s.append(seconds)
+                        wait_s.append(max(seconds, LOOK_S))
                     case Delete(copy):
                         await self._delete(copy)
                     case Place(index) if index not in self._unknown:
@@ -227,7 +235,7 @@ class Replicas:
         """Ask the nodes whose answers were lost what became of the copies."""
         for index, node in list(self._unknown.items()):
             if not self._is_there(node):
-                if self._fence_s is None or (self._lost_for_s(node) or 0) >= self._fence_s:
+                if self._is_over(node):
                     del self._unknown[index]
                 continue
             pod_id = f"{self._name}-{index}"
@@ -249,10 +257,7 @@ class Replicas:
         known = self._fleet.nodes.get(node)
         return known is not None and known.alive
 
-    def _lost_for_s(self, node: str) -> float | None:
-        known = self._fleet.nodes.get(node)
-        if known is None:
-            return float("inf")  # it gave its lease back, or it was never there
-        if known.lost_at is None:
-            return None
-        return asyncio.get_running_loop().time() - known.lost_at
+    def _is_over(self, node: str) -> bool:
+        """Whether nothing that the node was told to run counts any more."""
+        gone_for_s = self._fleet.gone_for_s(node)
+        return gone_for_s is not None and gone_for_s >= (self._fence_s or 0.0)

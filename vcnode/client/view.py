@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
@@ -33,9 +34,9 @@ class NodeView:
     lease: NodeLease
     """Its newest lease."""
     seen_at: float
-    """Loop time at which that came."""
+    """When that came (monotonic), or when the server was heard again after a silence."""
     lost_at: float | None = None
-    """Loop time at which it had not been renewed in time; None while the node lives."""
+    """When it was found not renewed in time (monotonic); None while the node lives."""
 
     @property
     def alive(self) -> bool:
@@ -66,20 +67,30 @@ class FleetView:
     """A copy of both buckets that keeps itself up to date; made by `Fleet`.
 
     Leases are judged by this process's own clock: a node is lost when no newer lease of it has come for as
-    long as its last one lasts, whatever the clocks of the hosts say.
+    long as its last one lasts, whatever the clocks of the hosts say. Time in which this process itself
+    hears nothing does not count: a node is lost when the server is heard *after* the lease should have been
+    renewed, and once the server is heard again after a silence, every node has the whole time anew.
     """
 
-    def __init__(self, requester: Requester, subjects: Subjects) -> None:
+    def __init__(
+        self, requester: Requester, subjects: Subjects, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._requester = requester
         self._subjects = subjects
         self._nodes: dict[str, NodeView] = {}
         self._pods: dict[PodKey, PodStatus] = {}
         self._unseen: set[PodKey] = set()
+        self._left_at: dict[str, float] = {}
+        self._complete_at: float | None = None
+        self._heard_at = 0.0
+        self._in_snapshot = True
+        self._next_end = 0.0
+        """No lease runs out before."""
         self._tasks = Tasks()
         self._nodes_ready = asyncio.Event()
         self._pods_ready = asyncio.Event()
         self._listeners: set[Callable[[FleetChange], None]] = set()
-        self._leases_changed = asyncio.Event()
 
     @property
     def nodes(self) -> Mapping[str, NodeView]:
@@ -91,11 +102,23 @@ class FleetView:
         """The last status of every pod, by node and pod id; those of lost nodes included."""
         return self._pods
 
+    def gone_for_s(self, node: str) -> float | None:
+        """Seconds for which a node has certainly not held a lease that this view would know of.
+
+        Counted from when the lease ran out or was given back. A node that was never seen may have been there
+        until just before this view began: counted from when it was complete. Time in which nothing was heard
+        of the bucket does not count. None while the lease holds.
+        """
+        known = self._nodes.get(node)
+        if known is not None and known.alive:
+            return None
+        since = known.lost_at if known is not None else self._left_at.get(node, self._complete_at)
+        return 0.0 if since is None else max(0.0, self._heard_at - since)
+
     def start(self) -> None:
         """Begin to watch; `ready` tells when the view is complete."""
         self._tasks.spawn(self._watch(self._subjects.node_bucket, self._on_node), name="watch-nodes")
         self._tasks.spawn(self._watch(self._subjects.pod_bucket, self._on_pod), name="watch-pods")
-        self._tasks.spawn(self._judge(), name="judge-leases")
 
     async def close(self) -> None:
         """Stop watching. Idempotent."""
@@ -163,50 +186,63 @@ class FleetView:
     # ---- nodes ---------------------------------------------------------------------------------------
 
     def _on_node(self, change: Change) -> None:
-        if isinstance(change, Put):
-            try:
-                lease = NodeLease.model_validate_json(change.value)
-            except ValidationError:
-                log.warning("Something that is no lease is in the bucket of nodes, under %s", change.key)
-                return
-            self._renew(lease)
+        if isinstance(change, Begin):
+            self._in_snapshot = True
+        elif isinstance(change, Ready):
+            self._complete()
+        elif isinstance(change, Put):
+            self._put_node(change)
         elif isinstance(change, Gone):
             known = self._nodes.pop(change.key, None)
             if known is not None:
+                self._left_at[change.key] = self._clock()
                 self._tell(FleetChange("node.left", change.key, lease=known.lease))
-        elif isinstance(change, Ready):
-            self._nodes_ready.set()
-        # `Begin`: leases that are not there any more run out by themselves.
+        if not self._in_snapshot:
+            self._heard()
+
+    def _put_node(self, change: Put) -> None:
+        try:
+            lease = NodeLease.model_validate_json(change.value)
+        except ValidationError:
+            log.warning("Something that is no lease is in the bucket of nodes, under %s", change.key)
+            return
+        self._renew(lease)
 
     def _renew(self, lease: NodeLease) -> None:
         known = self._nodes.get(lease.node)
         if known is not None and known.lease.renewed_at == lease.renewed_at:
             return  # a snapshot that was taken anew brings no news
-        self._nodes[lease.node] = NodeView(lease, asyncio.get_running_loop().time())
-        self._leases_changed.set()
+        self._left_at.pop(lease.node, None)
+        now = self._clock()
+        self._nodes[lease.node] = NodeView(lease, now)
+        self._next_end = min(self._next_end, now + lease.lease_s)
         if known is None or not known.alive or known.lease.epoch != lease.epoch:
             self._tell(FleetChange("node.joined", lease.node, lease=lease))
         else:
             self._tell(FleetChange("node.changed", lease.node, lease=lease))
 
-    async def _judge(self) -> None:
-        """Find leases that were not renewed; sleeps until the next one could run out."""
-        while True:
-            now = asyncio.get_running_loop().time()
-            ends = [node.seen_at + node.lease.lease_s for node in self._nodes.values() if node.alive]
-            self._leases_changed.clear()
-            try:
-                async with asyncio.timeout(max(0.0, min(ends) - now) if ends else None):
-                    await self._leases_changed.wait()
-                    continue
-            except TimeoutError:
-                self._expire(asyncio.get_running_loop().time())
-
-    def _expire(self, now: float) -> None:
+    def _heard(self) -> None:
+        """All that the bucket had to say up to now has come: find leases that were not renewed."""
+        now = self._heard_at = self._clock()
+        if now < self._next_end:
+            return
         for name, node in list(self._nodes.items()):
             if node.alive and node.seen_at + node.lease.lease_s <= now:
-                self._nodes[name] = NodeView(node.lease, node.seen_at, lost_at=now)
+                self._nodes[name] = replace(node, lost_at=now)
                 self._tell(FleetChange("node.lost", name, lease=node.lease))
+        ends = (node.seen_at + node.lease.lease_s for node in self._nodes.values() if node.alive)
+        self._next_end = min(ends, default=now)
+
+    def _complete(self) -> None:
+        """A snapshot has come: what was missed meanwhile is nobody's fault."""
+        now = self._heard_at = self._clock()
+        self._in_snapshot = False
+        for name, node in self._nodes.items():
+            if node.alive:
+                self._nodes[name] = replace(node, seen_at=now)
+        if self._complete_at is None:
+            self._complete_at = now
+        self._nodes_ready.set()
 
     # ---- pods ----------------------------------------------------------------------------------------
 
@@ -217,7 +253,7 @@ class FleetView:
             self._put_pod(change)
         elif isinstance(change, Gone):
             self._forget_pod(_pod_key(change.key))
-        else:
+        elif isinstance(change, Ready):
             for key in self._unseen:
                 self._forget_pod(key)
             self._unseen = set()
