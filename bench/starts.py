@@ -59,8 +59,9 @@ async def spares(held: Stage) -> None:
 
 def image_file(held: Stage) -> Path:
     """The image as the node keeps it; the floor attaches the same file."""
-    [found] = (held.root / "state").rglob("sha256-*.erofs")
-    return found
+    # Beside it lies the image with nothing in it that guests rehearse on.
+    found = (held.root / "state").rglob("sha256-*.erofs")
+    return max(found, key=lambda path: path.stat().st_size)
 
 
 def bare_pod(bare: Floor, image: Path) -> BareVm:
