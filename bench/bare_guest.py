@@ -41,11 +41,13 @@ def port():
 
 
 def disk(serial):
-    """Name of the SCSI disk with this serial, or None."""
+    """Name of the SCSI disk with this serial, or None while there is none that can be opened."""
     for name in os.listdir("/sys/block"):
         try:
             with open(f"/sys/block/{name}/device/vpd_pg80", "rb") as f:
                 if f.read()[4:].decode().strip() == serial:
+                    # The kernel shows a disk a moment before it lets anybody open it.
+                    os.close(os.open("/dev/" + name, os.O_RDONLY))
                     return name
         except OSError:
             continue

@@ -45,7 +45,7 @@ async def burst(options: Options) -> Result:
         with floor(options) as bare:
             await asyncio.to_thread(bare.make_template)
             await warm(held)
-            image = image_file(held)
+            image = await image_file(held)
             for _ in range(rounds):
                 for parallel in PARALLEL:
                     took = await asyncio.to_thread(bare_burst, bare, image, count, parallel)
@@ -114,7 +114,7 @@ async def density(options: Options) -> Result:
     """Let many bare clones be idle, then as many pods."""
     count, window_s = (6, 5.0) if options.quick else (60, 30.0)
     async with stage(options, settings=WARM) as held:
-        least_mem, least_cpu = await _bare_crowd(options, image_file(held), count, window_s)
+        least_mem, least_cpu = await _bare_crowd(options, await image_file(held), count, window_s)
         await warm(held)
         pids = []
         for _ in range(count):

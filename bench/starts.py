@@ -57,11 +57,10 @@ async def spares(held: Stage) -> None:
             await asyncio.sleep(0.05)
 
 
-def image_file(held: Stage) -> Path:
+async def image_file(held: Stage) -> Path:
     """The image as the node keeps it; the floor attaches the same file."""
-    # Beside it lies the image with nothing in it that guests rehearse on.
-    found = (held.root / "state").rglob("sha256-*.erofs")
-    return max(found, key=lambda path: path.stat().st_size)
+    digest = (await held.node.image_status(IMAGE)).digest
+    return held.root / "state" / "images" / f"{digest.replace(':', '-')}.erofs"
 
 
 def bare_pod(bare: Floor, image: Path) -> BareVm:
@@ -116,7 +115,7 @@ async def _both(options: Options, settings: str) -> AsyncIterator[tuple[Stage, F
         with floor(options) as bare:
             await asyncio.to_thread(bare.make_template)
             await warm(held)
-            image = image_file(held)
+            image = await image_file(held)
             await asyncio.to_thread(bare_start, bare, image)
             yield held, bare, image
 
