@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -50,6 +51,8 @@ def main() -> int:
     if unknown := set(given.names) - set(BENCHES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     options = Options(quick=given.quick, guest_dir=given.guest_dir.absolute(), accel=given.accel)
+    # A benchmark that is told to end takes its VMs and its node along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results: list[Result] = []
     for name in given.names or BENCHES:
         results.append(asyncio.run(BENCHES[name](options)))

@@ -235,6 +235,8 @@ class Floor:
         self.shell_initrd = work / "shell-initrd"
         bare_initrd(self.full_initrd, SHELL_INIT, self.shell_initrd, keep=shell_needs)
         self.template = work / "template"
+        self.spawned: list[BareVm] = []
+        """All that were started, ended ones as well."""
 
     def _spawn(
         self,
@@ -271,7 +273,8 @@ class Floor:
         ]  # fmt: skip
         with open(directory / "err", "wb") as err:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=err, stderr=err, pass_fds=fds)
-        return BareVm(process, directory)
+        self.spawned.append(BareVm(process, directory))
+        return self.spawned[-1]
 
     def boot(self) -> BareVm:
         """Boot cold and wait for the guest's hello."""
@@ -329,7 +332,11 @@ class Floor:
 def floor(options: Options) -> Iterator[Floor]:
     """A `Floor` in a temporary directory, with the accelerator that works here."""
     work = Path(tempfile.mkdtemp(prefix="vcb-", dir="/var/tmp"))
+    made: Floor | None = None
     try:
-        yield Floor(options.guest_dir, work, accel=options.accel, kernel_params=options.kernel_params)
+        made = Floor(options.guest_dir, work, accel=options.accel, kernel_params=options.kernel_params)
+        yield made
     finally:
+        for vm in made.spawned if made is not None else ():
+            vm.kill()
         shutil.rmtree(work, ignore_errors=True)

@@ -16,7 +16,7 @@ from bench.stage import stage
 from bench.starts import WARM, bare_pod, image_file, run, warm
 
 PARALLEL = (1, 2, 4, 8)
-"""How many clones the script starts at once; the best counts."""
+"""How many clones the script starts at once; the best of the first round counts, and is repeated."""
 SETTLE_S = 5.0
 """Between the last start and the measurement, for what only a start costs."""
 
@@ -46,24 +46,26 @@ async def burst(options: Options) -> Result:
             await asyncio.to_thread(bare.make_template)
             await warm(held)
             image = await image_file(held)
+            candidates = PARALLEL
             for _ in range(rounds):
-                for parallel in PARALLEL:
+                for parallel in candidates:
                     took = await asyncio.to_thread(bare_burst, bare, image, count, parallel)
                     bare_ms[parallel].append(took)
+                candidates = (min(bare_ms, key=lambda p: min(bare_ms[p])),)
                 began = time.perf_counter()
                 pods = await asyncio.gather(*(run(held, "require") for _ in range(count)))
                 ours.append((time.perf_counter() - began) * 1000)
                 for _, status in pods:
                     await held.node.pod_delete(status.pod_id, force=True)
-    scripts = [Series(f"script, {p} at once", "ms", tuple(bare_ms[p])) for p in PARALLEL]
-    best = min(scripts, key=lambda series: series.median)
+    scripts = {p: Series(f"script, {p} at once", "ms", tuple(bare_ms[p])) for p in PARALLEL}
+    best = scripts[candidates[0]]
     node = Series("pod.run", "ms", tuple(ours))
     return Result(
         "burst",
         node.median / best.median,
         of=f"{count} pods asked for at once, against as many bare ones by a script at its best",
         reach=1.5,
-        series=(*scripts, node),
+        series=(*scripts.values(), node),
         facts={"pods": count, "best": best.name},
     )
 

@@ -101,6 +101,7 @@ async def _node_process(
         f'node_name = "{NODE}"\nhypervisor = "{hypervisor}"\nmetrics_address = ""\nlog_format = "text"\n'
         f'state_dir = "{root}/state"\nrun_dir = "{root}/run"\nguest_dir = "{options.guest_dir}"\n'
         f'allowed_roots = ["{root}/roots"]\nstop_grace_s = 0\nnetwork = "noop"\n{settings}\n'
+        f"[capacity]\ncpu_overcommit = 1000\n"  # crowds that do nothing are part of what is measured
         f'[qemu]\naccel = "{options.accel}"\n[nats]\nurl = "{url}"\n'
     )
     argv = (*wrapper, "-m", "vcnode.cli", "node", "run", "--config", str(config))
