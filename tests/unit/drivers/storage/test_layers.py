@@ -1,132 +1,251 @@
-"""Writable disks: formatted once for a size, copied with their holes, whole or not there."""
+"""Layers over each other, and container images as files: what is kept, hidden, confined and refused."""
 
-from __future__ import annotations
-
-import asyncio
+import contextlib
+import gzip
+import json
 import os
 import shutil
+import stat
 import subprocess
-from pathlib import Path
+import tarfile
 
 import pytest
 
-from vcnode.drivers.storage import layers
-from vcnode.drivers.storage.layers import LayerStore
-from vcnode.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, StorageError
+from tests.support.images import Layout, entry, layer, layout
+from vcnode.drivers.storage import unpack
+from vcnode.drivers.storage.images import ImageStore
+from vcnode.errors import InvalidArgumentError
+from vcnode.settings import ImageSettings
 
-A, B = "vm-0123456789ab", "vm-0123456789cd"
-pytestmark = pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="needs e2fsprogs")
+pytestmark = pytest.mark.root
+DIR = tarfile.DIRTYPE
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> LayerStore:
-    made = LayerStore(tmp_path, reserve_bytes=0)
-    made.sweep()
-    return made
+def root(host):
+    path = host.top / "out"
+    path.mkdir(mode=0o700)
+    return path
 
 
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The programs that are run from now on."""
-    ran: list[str] = []
-    real = layers.tools.run
+@pytest.fixture
+def run(host, root):
+    def run(*layers: bytes, **limits) -> None:
+        fds = []
+        for number, data in enumerate(layers):
+            (host.top / f"{number}.tar").write_bytes(data)
+            fds.append(os.open(host.top / f"{number}.tar", os.O_RDONLY))
+        root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            unpack.unpack_layers([(fd, None) for fd in fds], root_fd, reserve_bytes=0, **limits)
+        finally:
+            for fd in [*fds, root_fd]:
+                os.close(fd)
 
-    async def run(argv, **limits):
-        ran.append(argv[0])
-        return await real(argv, **limits)
-
-    monkeypatch.setattr(layers.tools, "run", run)
-    return ran
-
-
-async def test_a_size_is_formatted_once_for_all_disks_of_it(store, monkeypatch, tmp_path):
-    ran = runs(monkeypatch)
-    first, second = await asyncio.gather(*(store.make(name, 64, timeout_s=30) for name in (A, B)))
-    assert (first.is_new, second.is_new) == (True, True)
-    assert first.path.read_bytes() == second.path.read_bytes()
-    assert ran == ["mkfs.ext4"]
-    assert not (await store.make(A, 64, timeout_s=30)).is_new
-    await store.make("vm-0123456789ef", 128, timeout_s=30)
-    assert ran == ["mkfs.ext4"] * 2
-    assert [held.name for held in store.held("vm-01234")] == [
-        str(tmp_path / "layers" / name) for name in (A, B, "vm-0123456789ef")
-    ]
-    assert store.held("vm-other") == []
+    return run
 
 
-async def test_a_disk_is_sound_sparse_and_for_nobody_else(store):
-    made = await store.make(A, 1024, timeout_s=30)
-    stat = made.path.stat()
-    assert stat.st_size == 1024 * 1024 * 1024
-    assert stat.st_blocks * 512 < 2 * 1024 * 1024
-    assert stat.st_mode & 0o777 == 0o600
-    checked = await asyncio.to_thread(
-        subprocess.run, ["e2fsck", "-fn", str(made.path)], capture_output=True, check=False
+def names(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+def test_whiteouts_hide_what_is_below_and_nothing_of_their_own_layer(run, root):
+    run(
+        layer(entry("a/x"), entry("a/y"), entry("b/deep/z"), entry("c"), entry(".wh.ignored")),
+        # The new a/x comes before the mark that hides the old ones.
+        layer(entry("a/x", b"new"), entry("a/.wh..wh..opq"), entry(".wh.b"), entry("no/.wh.thing")),
+        layer(entry(".wh.c"), entry("c/d")),
     )
-    assert checked.returncode == 0, checked.stdout
+    assert names(root) == ["a", "a/x", "c", "c/d"]
+    assert (root / "a/x").read_text() == "new"
 
 
-async def test_what_was_written_stays_until_the_disk_is_removed(store):
-    made = await store.make(A, 64, timeout_s=30)
-    with made.path.open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"kept")
-    assert (await store.make(A, 64, timeout_s=30)).path.read_bytes()[-4:] == b"kept"
-    store.remove(A)
-    store.remove(A)
-    assert (await store.make(A, 64, timeout_s=30)).path.read_bytes()[-4:] == bytes(4)
+def test_a_later_layer_may_turn_a_filled_directory_into_a_file_and_back(run, root):
+    run(layer(entry("p/q/r")), layer(entry("p", b"file")), layer(entry("p", kind=DIR), entry("p/s")))
+    assert names(root) == ["p", "p/s"]
 
 
-async def test_what_a_killed_node_left_incomplete_is_swept_and_does_not_count(store, tmp_path):
-    half = tmp_path / "layers" / f".new-{A}"
-    half.write_bytes(b"half")
-    assert store.held("vm-01234") == []
-    store.sweep()
-    assert not half.exists()
-    assert (await store.make(A, 64, timeout_s=30)).is_new
+def test_owners_modes_links_and_attributes_survive_later_layers(run, root):
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")
+    pax = {"SCHILY.xattr.security.capability": capability.decode("utf-8", "surrogateescape")}
+    run(
+        layer(
+            entry("d", kind=DIR, uid=5, gid=6, mode=0o2775),
+            entry("d/su", b"x", uid=0, gid=7, mode=0o4755),
+            entry("d/ping", b"y", pax_headers=pax),
+            entry("d/hard", kind=tarfile.LNKTYPE, linkname="d/su"),
+        ),
+        layer(entry("d/more", b"z"), entry("again", kind=tarfile.LNKTYPE, linkname="d/su")),
+    )
+    su = (root / "d/su").stat()
+    assert (su.st_gid, stat.S_IMODE(su.st_mode), su.st_nlink) == (7, 0o4755, 3)
+    assert os.getxattr(root / "d/ping", "security.capability") == capability
+    top = (root / "d").stat()
+    # The second layer speaks of a file in it only: all else stays, its time too.
+    assert (top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode)) == (5, 6, 0o2775)
+    assert top.st_mtime == 1_500_000_000
 
 
-async def test_without_space_nothing_is_made(tmp_path):
-    store = LayerStore(tmp_path, reserve_bytes=1 << 60)
-    store.sweep()
-    with pytest.raises(ResourceExhaustedError):
-        await store.make(A, 64, timeout_s=30)
-    assert store.held("vm-") == []
+@pytest.mark.parametrize("name", ["../.wh.keep", "/../precious/.wh.keep", "up/.wh.keep", ".wh.up"])
+def test_whiteouts_remove_nothing_outside(run, root, host, name):
+    link = entry("up", kind=tarfile.SYMTYPE, linkname=str(host.precious))
+    with contextlib.suppress(unpack.RefusedError):
+        run(layer(link, entry("x")), layer(entry(name)))
+    assert (host.precious / "keep").read_text() == "precious"
 
 
-async def test_a_format_that_fails_leaves_nothing_and_is_tried_again(store, monkeypatch, tmp_path):
-    monkeypatch.setattr(layers, "mkfs_argv", lambda target: ["false"])
-    with pytest.raises(StorageError):
-        await store.make(A, 64, timeout_s=30)
-    assert list((tmp_path / "layers").iterdir()) == []
-    monkeypatch.undo()
-    assert (await store.make(A, 64, timeout_s=30)).is_new
+@pytest.mark.parametrize("name", [".wh...", ".wh..", ".wh."])
+def test_whiteouts_of_nothing_are_refused(run, name):
+    with pytest.raises(unpack.RefusedError):
+        run(layer(entry("x")), layer(entry(name)))
 
 
-async def test_a_missing_mkfs_says_what_to_install(store, monkeypatch):
-    monkeypatch.setattr(layers, "mkfs_argv", lambda target: ["no-such-mkfs"])
-    with pytest.raises(StorageError, match="e2fsprogs"):
-        await store.make(A, 64, timeout_s=30)
+def test_entries_never_leave_the_root(run, root, host):
+    run(
+        layer(entry("up", kind=tarfile.SYMTYPE, linkname=str(host.precious))),
+        layer(entry(f"{str(host.precious).lstrip('/')}/in", b"image")),
+        layer(entry("up/keep", b"theirs")),
+    )
+    assert (root / str(host.precious).lstrip("/") / "keep").read_text() == "theirs"
 
 
-async def test_it_does_not_take_for_ever(store, monkeypatch, tmp_path):
-    monkeypatch.setattr(layers, "mkfs_argv", lambda target: ["sleep", "60"])
-    with pytest.raises(DeadlineExceededError):
-        await store.make(A, 64, timeout_s=0.1)
-    assert list((tmp_path / "layers").iterdir()) == []
+def test_device_nodes_stay_in_a_directory_for_root_alone(run, root):
+    run(layer(entry("null", kind=tarfile.CHRTYPE, devmajor=1, devminor=3)))
+    assert stat.S_ISCHR((root / "null").lstat().st_mode)
 
 
-async def test_odd_names_are_refused(store):
+def test_a_giant_file_of_holes_is_refused(run, root):
+    info = tarfile.TarInfo("hole")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 50)}
+    info.pax_headers["GNU.sparse.name"] = "hole"
+    info.size = 512
+    with pytest.raises(unpack.RefusedError, match="larger"):
+        run(layer((info, b"0\n".ljust(512, b"\0"))), max_bytes=8 << 20)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda data: zstd(data)], ids=["gzip", "zstd"])
+def test_layers_are_decompressed(run, root, pack):
+    run(pack(layer(entry("low"))), pack(layer(entry("x", b"y"), entry(".wh.low"))))
+    assert names(root) == ["x"]
+
+
+def zstd(data):
+    return subprocess.run(["zstd", "-cq"], input=data, capture_output=True, check=True).stdout
+
+
+def test_damaged_zstd_is_refused(run):
+    with pytest.raises(unpack.RefusedError):
+        run(zstd(layer(entry("x", os.urandom(100_000))))[:-500])
+
+
+# ---- whole images ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(host):
+    made = ImageStore(host.state, host.allowed, ImageSettings(max_size_mib=64), reserve_bytes=0)
+    yield made
+    assert os.listdir(host.state / "images" / "tmp") == []
+
+
+LAYERS = (layer(entry("bin/app", b"#!"), entry("gone")), layer(entry(".wh.gone"), entry("etc/x", b"y")))
+CONFIG = {"Cmd": ["/bin/app"], "User": "app", "WorkingDir": "srv", "StopSignal": "SIGRTMIN+3"}
+
+
+def docker_archive(path, layers, config):
+    """What ``docker save`` writes."""
+    members = [entry(f"{number}/layer.tar", data) for number, data in enumerate(layers)]
+    manifest = [
+        {"Config": "c.json", "RepoTags": ["a:1"], "Layers": [f"{n}/layer.tar" for n in range(len(layers))]}
+    ]
+    members.append(entry("c.json", json.dumps({"config": config}).encode()))
+    members.append(entry("manifest.json", json.dumps(manifest).encode()))
+    path.write_bytes(layer(*members))
+    return path
+
+
+async def test_one_image_in_four_forms_is_one_file(store, host):
+    directory = layout(host.roots / "layout", *LAYERS, config=CONFIG)
+    zipped = layout(host.roots / "zstd", *map(zstd, LAYERS), config=CONFIG, suffix="+zstd")
+    archive = shutil.make_archive(str(host.roots / "archive"), "tar", directory)
+    saved = docker_archive(host.roots / "saved.tar", LAYERS, CONFIG)
+    made = [await store.build(str(path), timeout_s=60) for path in (directory, zipped, archive, saved)]
+    assert len({image.digest for image in made}) == 1
+    config = made[0].config
+    assert (config.cmd, config.user, config.workdir, config.stop_signal) == (
+        ("/bin/app",),
+        "app",
+        "/srv",
+        37,
+    )
+    assert {image.config for image in made} == {config}
+    assert made[0].manifest_digest == made[2].manifest_digest
+    assert made[3].manifest_digest is None
+
+
+async def test_a_root_filesystem_with_a_manifest_json_is_no_image(store, host):
+    (host.roots / "app" / "manifest.json").write_text("[]x")
+    image = await store.build(str(host.roots / "app"), timeout_s=60)
+    assert image.config is None
+
+
+def break_layer(made: Layout, manifest):
+    for blob in (made.path / "blobs" / "sha256").iterdir():
+        if blob.read_bytes()[:2] == b"\x1f\x8b":
+            blob.write_bytes(gzip.compress(layer(entry("evil"))))
+
+
+def break_manifest(made: Layout, manifest):
+    path = made.path / "blobs" / "sha256" / manifest["digest"].removeprefix("sha256:")
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def link_blobs_out(made: Layout, manifest):
+    shutil.rmtree(made.path / "blobs")
+    (made.path / "blobs").symlink_to("/etc")
+
+
+def climb(made: Layout, manifest):
+    made.index({**manifest, "digest": "sha256:../../../../etc/passwd"})
+
+
+def other_machine(made: Layout, manifest):
+    made.index({**manifest, "platform": {"os": "linux", "architecture": "mips"}})
+
+
+def loop(made: Layout, manifest):
+    made.index(manifest, manifest)
+
+
+def fifo(made: Layout, manifest):
+    (made.path / "index.json").unlink()
+    os.mkfifo(made.path / "index.json")
+
+
+@pytest.mark.parametrize(
+    "harm", [break_layer, break_manifest, link_blobs_out, climb, other_machine, loop, fifo]
+)
+async def test_images_that_are_not_what_they_say_are_refused(store, host, harm):
+    made = Layout(host.roots / "bad")
+    manifest = made.image(LAYERS, CONFIG)
+    made.index(manifest)
+    harm(made, manifest)
     with pytest.raises(InvalidArgumentError):
-        await store.make("../x", 64, timeout_s=30)
+        await store.build(str(made.path), timeout_s=60)
+    assert os.listdir(host.state / "images") == ["tmp"]
 
 
-def test_a_copy_has_the_same_holes_where_blocks_cannot_be_shared(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    with source.open("wb") as file:
-        file.truncate(64 * 1024 * 1024)
-        file.seek(8 * 1024 * 1024)
-        file.write(b"x" * 5000)
-    with source.open("rb") as src, target.open("wb") as dst:
-        layers.clone(src.fileno(), dst.fileno())
-    assert target.read_bytes() == source.read_bytes()
-    assert target.stat().st_blocks <= source.stat().st_blocks
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"Env": ["=x"]},
+        {"Cmd": "text"},
+        {"Cmd": ["a\0b"]},
+        {"StopSignal": "SIGNONE"},
+        {"StopSignal": "65"},
+        {"Env": ["A=1"] * 5000},
+    ],
+)
+async def test_configs_that_make_no_sense_are_refused(store, host, config):
+    with pytest.raises(InvalidArgumentError):
+        await store.build(str(layout(host.roots / "odd", *LAYERS, config=config)), timeout_s=60)
