@@ -32,7 +32,7 @@ from vcnode.models.logs import (
     LogStream,
 )
 from vcnode.models.pod import ContainerState
-from vcnode.models.records import ContainerRecord
+from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.pods.edits import find_container
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.lifecycle import CONTAINER_ALIVE
@@ -173,7 +173,8 @@ class LogPump:
         at = position
         while True:
             bell = self._bell(pod_id).event
-            container = self._find(pod_id, cid)
+            record = self._ledger.get(pod_id)
+            container = find_container(record, cid)
             found = await asyncio.to_thread(self._files.log, pod_id, cid)
             if at is None:
                 at = found.end
@@ -185,7 +186,7 @@ class LogPump:
             if self._ended(pod_id, container, found):
                 return
             if not chunk.more:
-                await self._changed(pod_id, bell)
+                await self._changed(record, bell)
 
     async def read(self, request: ContainerLogs) -> ContainerLogEntries:
         """Carry out ``container.logs``.
@@ -204,13 +205,14 @@ class LogPump:
             async with asyncio.timeout(request.wait_s or None):
                 while True:
                     bell = self._bell(pod_id).event
-                    container = self._find(pod_id, cid)
+                    record = self._ledger.get(pod_id)
+                    container = find_container(record, cid)
                     chunk = await asyncio.to_thread(_read, found, at, request.max_bytes, until_ns)
                     at = chunk.position
                     ended = not chunk.more and self._ended(pod_id, container, found)
                     if chunk.pieces or ended or not request.wait_s or self._stopping:
                         break
-                    await self._changed(pod_id, bell)
+                    await self._changed(record, bell)
         except TimeoutError:
             container = self._find(pod_id, cid)
             chunk, ended = Chunk([], at, at, more=False), self._ended(pod_id, container, found)
@@ -230,14 +232,19 @@ class LogPump:
         for bell in self._bells.values():
             bell.ring()
 
-    async def _changed(self, pod_id: str, bell: asyncio.Event) -> None:
-        """Wait until there is more, or something became of the pod's containers."""
+    async def _changed(self, record: PodRecord, bell: asyncio.Event) -> None:
+        """Wait until there is more, or something became of the pod's containers since *record* was looked at.
+
+        Not for what happened meanwhile: the disk was waited for in between, and nobody listened.
+        """
+        pod_id = record.pod_id
         if self._stopping:
             raise UnavailableError("The node is stopping; ask again when it is back.")
         self.followers += 1
         try:
             with self._ledger.listening(pod_id, lambda: self._ring(pod_id)):
-                await bell.wait()
+                if self._ledger.find(pod_id) is record:
+                    await bell.wait()
         finally:
             self.followers -= 1
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.pods.world import ROOT, World
+from vcnode.drivers.logfiles import Chunk
 from vcnode.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
+from vcnode.pods import logs as pump
 
 TALK = "echo one; echo two >&2; sleep infinity"
 
@@ -143,3 +147,31 @@ async def test_a_subscriber_gets_all_from_its_position_on(tmp_path: Path) -> Non
             piece async for batch in world.pods.logs.subscribe("p1", "c1", position=0) for piece in batch
         ]
         assert b"".join(piece.data for piece in pieces) == b"one\ntwo\n"
+
+
+async def test_an_end_that_is_recorded_while_the_log_is_read_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world_with(tmp_path, "echo one; sleep infinity") as world:
+        await until(world, b"one\n")
+        loop = asyncio.get_running_loop()
+        read, ended = pump._read, list[bool]()
+
+        def slow(*args: Any) -> Chunk:
+            """Read; the container ends, and that is recorded, before anybody listens."""
+            chunk = read(*args)
+            if not ended:
+                ended.append(True)
+                killed = world.pods.kill_container("p1", "c1", 9, False, world.call("container.kill"))
+                asyncio.run_coroutine_threadsafe(killed, loop).result()
+                gone = world.pods.wait_container("p1", "c1", "exited")
+                asyncio.run_coroutine_threadsafe(gone, loop).result()
+                while not args[0].at_rest:
+                    time.sleep(0.001)
+            return chunk
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pump, "_read", slow)
+            patch.setattr(world.pods.logs, "_ring", lambda pod_id: None)
+            async with asyncio.timeout(10):
+                assert (await logs(world, cursor="4", wait_s=60)).ended
