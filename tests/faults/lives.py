@@ -26,6 +26,8 @@ from vcnode.settings import Settings
 
 WAIT_S = 30.0
 """Longest wait for something that must happen."""
+PING_S = 1.0
+"""Seconds for one sign of life."""
 POLL_S = 0.02
 SAFE = {"failed_precondition", "not_found", "already_exists", "internal", "aborted"}
 """What a command may end with when the node agent died under it or before it."""
@@ -121,12 +123,15 @@ class Host:
             Died: It ended first.
         """
         self.pid, self.ended = await self.zygote.fork({**self.settings, "faults": faults}, self.log)
-        while True:
-            try:
-                await self._request("node.ping", {}, {}, timeout_s=WAIT_S)
-                return
-            except nats.errors.NoRespondersError:
-                await asyncio.sleep(POLL_S)  # nobody listens yet, and nothing tells when
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    await self._request("node.ping", {}, {}, timeout_s=PING_S)
+                    return
+                except nats.errors.NoRespondersError:
+                    await asyncio.sleep(POLL_S)  # nobody listens yet, and nothing tells when
+                except nats.errors.TimeoutError:
+                    continue  # it went to the life before, whose death the server had not noticed yet
 
     async def kill(self) -> None:
         """End this life now."""
