@@ -14,6 +14,7 @@ from bench.boot import guest_boot
 from bench.commands import commands
 from bench.crowd import burst, density
 from bench.execs import execute
+from bench.fleet import fleet
 from bench.netsetup import netsetup
 from bench.network import network
 from bench.options import Options
@@ -34,6 +35,7 @@ BENCHES: dict[str, Callable[[Options], Coroutine[Any, Any, Result]]] = {
     "netsetup": netsetup,
     "network": network,
     "stream": stream,
+    "fleet": fleet,
 }
 
 

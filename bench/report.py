@@ -42,6 +42,14 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """How something grows: points of x and y."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """Outcome of one benchmark.
 
@@ -51,6 +59,8 @@ class Result:
         reach: The bound that the ratio should keep, and whether it is an upper one.
         series: Everything that was sampled.
         facts: Further figures for the JSON line.
+        besides: Whether what else is demanded holds; *facts* have the figures.
+        curves: Drawn below the bars, over the number of nodes, in milliseconds.
     """
 
     bench: str
@@ -60,11 +70,14 @@ class Result:
     at_most: bool = True
     series: Sequence[Series] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    besides: bool = True
+    curves: Sequence[Curve] = ()
 
     @property
     def reached(self) -> bool:
-        """Whether the ratio keeps its bound."""
-        return self.ratio <= self.reach if self.at_most else self.ratio >= self.reach
+        """Whether the ratio keeps its bound, and what else is demanded holds."""
+        kept = self.ratio <= self.reach if self.at_most else self.ratio >= self.reach
+        return kept and self.besides
 
     def print(self) -> None:
         """Print machine, figures and the JSON line."""

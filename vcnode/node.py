@@ -284,6 +284,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             tasks,
             stack,
         )
+        fleet.on_change(bus.lease.look)
         connection = bus.connection
         pods.sessions.use(
             SessionTraffic(
@@ -334,6 +335,7 @@ class _Bus:
     connection: Connection
     commands: CommandService
     durable: DurableCommands
+    lease: Lease
 
     async def drain(self, *, timeout_s: float) -> None:
         """Take no more commands; let those that run finish, at most *timeout_s* seconds in all."""
@@ -370,13 +372,13 @@ def _join_bus(
     tasks.spawn(lease.run(), name="lease")
     mirror = PodMirror(
         connection,
-        lambda: {p.pod_id: p.model_dump_json().encode() for p in services.pods.list({}, ()).pods},
+        lambda: {p.pod_id: p.encoded for p in services.pods.list({}, ()).pods},
         store.changed,
         node_name=settings.node_name,
         subjects=subjects,
         settings=settings.nats,
     )
-    tasks.spawn(mirror.run(), name="pod-mirror")
+    mirroring = tasks.spawn(mirror.run(), name="pod-mirror")
     dispatcher = Dispatcher(
         services,
         journal,
@@ -398,9 +400,11 @@ def _join_bus(
 
     async def flush() -> None:
         publishing.cancel()
-        await asyncio.wait({publishing})
+        mirroring.cancel()
+        await asyncio.wait({publishing, mirroring})
         if connection.connected:
             await publisher.flush(timeout_s=FLUSH_TIMEOUT_S)
+            await mirror.flush(timeout_s=FLUSH_TIMEOUT_S)
 
     stack.push_async_callback(flush)
     commands = CommandService(connection, dispatcher, node_name=settings.node_name, subjects=subjects)
@@ -420,7 +424,7 @@ def _join_bus(
     )
     stack.push_async_callback(durable.close)
     tasks.spawn(durable.run(), name="durable-commands")
-    return _Bus(connection, commands, durable)
+    return _Bus(connection, commands, durable, lease)
 
 
 async def _drain_pods(fleet: FleetService, timeout_s: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from vcnode.client import Client
 from vcnode.models.node import NodeLease
 from vcnode.models.pod import PodSpec, PodStatus
 from vcnode.node import running
-from vcnode.settings import Settings
+from vcnode.settings import LimitSettings, Settings
 
 pytestmark = pytest.mark.nats
 
@@ -115,6 +117,72 @@ async def test_a_lease_is_renewed(nats_server: NatsServer, js: Any, short_dir: P
                     revisions.append(entry.revision)
         assert sorted(set(revisions)) == revisions
         await watcher.stop()
+
+
+async def leases(js: Any, fresh: asyncio.Queue[NodeLease]) -> None:
+    """Every lease that is written from now on."""
+    watcher = await (await js.key_value("vcnode-nodes")).watch("n1", include_history=False)
+    while True:
+        if (entry := await watcher.updates(timeout=WAIT_S)) is not None:
+            fresh.put_nowait(NodeLease.model_validate_json(entry.value))
+
+
+async def test_a_lease_says_at_once_what_became_different_and_not_every_step_of_it(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    settings = with_lease(mock_settings(short_dir / "n1", nats_server.url), 600.0)
+    fresh: asyncio.Queue[NodeLease] = asyncio.Queue()
+    async with running(settings) as node, await Client.connect(nats_server.url) as client:
+        await node.connection.wait_connected()
+        watching = asyncio.create_task(leases(js, fresh))
+
+        async def until_lease(good: Callable[[NodeLease], bool]) -> int:
+            """How many leases it took."""
+            async with asyncio.timeout(WAIT_S):
+                for count in itertools.count(1):
+                    if good(await fresh.get()):
+                        return count
+            raise AssertionError
+
+        n1 = client.node("n1")
+        await n1.node_cordon("kernel")
+        await until_lease(lambda lease: lease.state == "cordoned")
+        for number in range(20):
+            await n1.node_label(set={"odd/key_.x": f"wert-{number} \u00e4"})
+        assert await until_lease(lambda lease: lease.labels.get("odd/key_.x") == "wert-19 \u00e4") < 10
+        await n1.node_uncordon()
+        await until_lease(lambda lease: lease.state == "ready")
+        await n1.pod_create(PodSpec(id="p1"))  # no news for everybody at once
+        node.service.drain()
+        await until_lease(lambda lease: lease.state == "draining")
+        watching.cancel()
+
+
+async def test_a_lease_waits_neither_for_commands_nor_for_the_disk(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    given = mock_settings(short_dir / "n1", nats_server.url, faults="hypervisor.launch:*=hang")
+    settings = with_lease(given, 1.0).model_copy(update={"limits": LimitSettings(concurrent_commands=2)})
+    disk = threading.Event()
+    fresh: asyncio.Queue[NodeLease] = asyncio.Queue()
+    async with running(settings) as node, await Client.connect(nats_server.url) as client:
+        await node.connection.wait_connected()
+        hanging = [
+            asyncio.create_task(client.node("n1").pod_run(PodSpec(id=f"p{number}"), deadline_s=5))
+            for number in range(2)
+        ]
+        await until(js, "vcnode-pods", "n1.p1", in_state("starting"))
+        blocked = asyncio.create_task(node.pods._ledger._store.write(lambda _: disk.wait(WAIT_S)))
+        watching = asyncio.create_task(leases(js, fresh))
+        async with asyncio.timeout(WAIT_S):
+            for _ in range(4):  # longer than a lease
+                await fresh.get()
+        assert not blocked.done()
+        disk.set()
+        await blocked
+        watching.cancel()
+        for task in hanging:
+            task.cancel()
 
 
 async def test_a_second_node_of_the_same_name_is_not_let_in_until_the_first_has_gone(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -40,6 +41,13 @@ INACTIVE_S = 5.0
 """After so long without its reader the server forgets a consumer."""
 RENEWALS = 3
 """Renewals of a lease within its time."""
+EARLIER = 0.2
+"""Renewals come up to this share of their interval early, at random: nodes that a restart of the server has
+put in step get out of it."""
+LOOK_S = 0.5
+"""Least seconds between two looks whether the lease says something else; a tenth of short leases."""
+GATHER_S = 0.05
+"""Seconds between two looks for changed pods: a start makes half a dozen changes, and the last one counts."""
 
 
 class _ConnectionLost(Exception):  # noqa: N818 -- a signal, not a failure
@@ -108,14 +116,26 @@ class PodMirror:
         self._subjects = subjects
         self._settings = settings
         self._session = aio.Interruptible()
+        self._known: tuple[KeyValue, dict[str, bytes]] | None = None
+        """The bucket, and what it has of this node; None while that is not known."""
         self._last_complaint = ""
         connection.on_change(self._on_change)
+
+    async def flush(self, *, timeout_s: float) -> None:
+        """Put the bucket right once more, at most *timeout_s* seconds; `run` must have ended."""
+        if self._known is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._put_right(*self._known)
+        except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
+            log.warning("The last changes of pods are mirrored after the next start", exc_info=exc)
 
     async def run(self) -> None:
         """Mirror for ever; ends by cancellation only."""
         while True:
             await self._connection.wait_connected()
-            self._session = aio.Interruptible()
+            self._session, self._known = aio.Interruptible(), None
             try:
                 async with self._session:
                     await self._mirror()
@@ -130,11 +150,12 @@ class PodMirror:
         bucket = await open_bucket(
             js, self._subjects.pod_bucket, "Last status of every pod, by node and pod", self._settings
         )
-        there = await self._read(js)
+        self._known = bucket, await self._read(js)
         while True:
             self._changed.clear()
-            await self._put_right(bucket, there)
+            await self._put_right(*self._known)
             self._last_complaint = ""
+            await asyncio.sleep(GATHER_S)
             await self._changed.wait()
 
     async def _read(self, js: JetStreamContext) -> dict[str, bytes]:
@@ -191,6 +212,10 @@ class PodMirror:
 class Lease:
     """Keeps this node's entry in the bucket of nodes, and sees to it that a name is used once.
 
+    It is renewed in time, and published anew at once when `look` finds that the node has become another one:
+    its state, labels, taints, and what pods may have in all. What pods have of it waits for the next renewal,
+    or every start would be written here as well.
+
     A node that finds its name taken by another state directory is not let in: its connection does not come up
     until the other has gone (it releases the lease when it stops, and loses it ``lease_s`` after it was
     last heard of). Without JetStream there are no leases, and nothing is refused.
@@ -215,15 +240,27 @@ class Lease:
         self._subjects = subjects
         self._settings = settings
         self._revision: int | None = None
+        self._published: NodeLease | None = None
+        self._changed = asyncio.Event()
+        self._look_at = 0.0
+        """Loop time before which no change is looked at."""
         self._rival: tuple[int, float] | None = None
         """Revision of somebody else's lease, and when it was first seen (monotonic)."""
         self._last_complaint = ""
         connection.on_client(self._set_up)
 
+    def look(self) -> None:
+        """Something that the lease says may have changed."""
+        self._changed.set()
+
     async def run(self) -> None:
         """Renew for ever; ends by cancellation only."""
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self._settings.lease_s / RENEWALS)
+            interval_s = self._settings.lease_s / RENEWALS * random.uniform(1 - EARLIER, 1)  # noqa: S311
+            renew_at = loop.time() + interval_s
+            while loop.time() < renew_at and not await self._became_another(renew_at):
+                pass
             if not self._connection.connected:
                 continue
             try:
@@ -231,6 +268,22 @@ class Lease:
                 self._last_complaint = ""
             except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
                 self._last_complaint = _complain("The lease is not renewed", exc, self._last_complaint)
+
+    async def _became_another(self, until: float) -> bool:
+        """Wait for a change that is to be published at once; False: it was none, or it is time to renew."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._changed.wait()
+                await asyncio.sleep(self._look_at - loop.time())
+        except TimeoutError:
+            return False
+        self._changed.clear()
+        self._look_at = loop.time() + min(LOOK_S, self._settings.lease_s / 10)
+        try:
+            return self._published is None or _essence(self._published) != _essence(self._describe())
+        except VcnodeError:
+            return True  # whoever publishes it complains
 
     async def release(self) -> None:
         """Give the name back, so that another may use it at once."""
@@ -275,6 +328,7 @@ class Lease:
         if self._revision is not None:
             try:
                 self._revision = int(await uncancelled(bucket.update(lease.node, body, last=self._revision)))
+                self._published = lease
                 return
             except nats.js.errors.KeyWrongLastSequenceError:
                 self._revision = None  # it ran out, or somebody else has taken it
@@ -291,9 +345,11 @@ class Lease:
 
     async def _write(self, write: object, lease: NodeLease) -> int:
         try:
-            return int(await uncancelled(write))  # type: ignore[arg-type]
+            revision = int(await uncancelled(write))  # type: ignore[arg-type]
         except nats.js.errors.KeyWrongLastSequenceError as exc:
             raise NameTakenError(f"Another node called {lease.node} was quicker to take the name.") from exc
+        self._published = lease
+        return revision
 
     def _respect(self, holder: NodeLease, revision: int) -> None:
         """Refuse, unless the holder has not renewed its lease for as long as it lasts (by our clock)."""
@@ -309,6 +365,11 @@ class Lease:
                 host=holder.host,
             )
         log.warning("Taking over the name of a node that is gone", extra={"host": holder.host})
+
+
+def _essence(lease: NodeLease) -> tuple[object, ...]:
+    """What schedulers are to know at once."""
+    return lease.state, lease.labels, lease.taints, lease.capacity, lease.allocatable
 
 
 def _parse(body: bytes) -> NodeLease | None:

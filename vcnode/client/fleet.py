@@ -15,9 +15,9 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import nats.errors
 import nats.js.errors
@@ -42,15 +42,19 @@ from vcnode.models.fleet import Bid, Constraints, PodBid, PodRelease
 from vcnode.models.pod import PodSpec, PodStatus
 from vcnode.models.wire import SERVICE_ERROR
 
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+
 log = logging.getLogger(__name__)
 
-ENOUGH_BIDS = 8
+ENOUGH_BIDS = 6
 """Bids after which nobody else is waited for."""
 BID_WAIT_S = 0.5
 """Seconds for which the first bid is waited for."""
 SETTLE_S = 0.03
 """Seconds after the first bid for others to come: who answers later is busy, and no better choice."""
 EXPLAIN_WAIT_S = 1.0
+PATIENCE_S = 2.0
 ASK_AGAIN_S = (0.02, 0.1)
 """Least and most seconds before nodes are asked again whose room is promised to others."""
 ANOTHER_NODE = (ResourceExhaustedError, FailedPreconditionError, NotFoundError, AlreadyExistsError)
@@ -155,13 +159,21 @@ class Fleet:
             hold_s: Seconds for which each node that can keeps what the pod needs.
             explain: Whether nodes that cannot say why; their bids come last.
         """
-        request = _request(spec, constraints, hold_s=hold_s, explain=explain)
-        found = await self._collect(request, None, timeout_s=EXPLAIN_WAIT_S, enough=await self._size())
+        body = _request(spec, constraints, hold_s=hold_s, explain=explain)
+        enough = await self._size()
+        found = _bids(
+            await self._requester.scatter(self._asked(None), body, timeout_s=EXPLAIN_WAIT_S, enough=enough)
+        )
         able = best_first(found, self._dice)
         return (*able, *sorted((bid for bid in found if not bid.able), key=lambda bid: bid.node))
 
     async def place(
-        self, spec: PodSpec, constraints: Constraints | None = None, *, deadline_s: float | None = None
+        self,
+        spec: PodSpec,
+        constraints: Constraints | None = None,
+        *,
+        deadline_s: float | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> Placement:
         """Run a pod on the node that bids best; when that one refuses, on the next.
 
@@ -172,6 +184,7 @@ class Fleet:
             spec: The pod.
             constraints: Where it may go, and where it had better go.
             deadline_s: Limit of each ``pod.run``; None: the verb's own.
+            patience_s: Seconds for which nodes are asked that say nothing or have promised their room.
 
         Raises:
             ResourceExhaustedError: No node can take it; ``details["refused"]`` has what nodes said. `bids`
@@ -182,24 +195,32 @@ class Fleet:
         """
         if spec.id is None:
             spec = spec.model_copy(update={"id": f"pod-{secrets.token_hex(6)}"})
-        request = _request(spec, constraints, hold_s=HOLD_S, explain=False)
+        body = _request(spec, constraints, hold_s=HOLD_S, explain=False)
         refused: dict[str, str] = {}
-        give_up_at = asyncio.get_running_loop().time() + HOLD_S
-        while True:
-            again = True
-            for shares in rounds(await self._size(), self._dice):
-                found = await self._collect(
-                    request, shares, timeout_s=BID_WAIT_S, enough=ENOUGH_BIDS, settle_s=SETTLE_S
-                )
-                bids = [bid for bid in best_first(found, self._dice) if bid.node not in refused]
-                if (placed := await self._run(spec, bids, refused, deadline_s)) is not None:
-                    return placed
-                # Silence is "no", or "busy"; who is out of room for what others were promised says so.
-                again = again and (not found or any(bid.held_s is not None for bid in found))
-            if not again or asyncio.get_running_loop().time() >= give_up_at:
-                break
-            # What others were promised and do not take is given back within milliseconds.
-            await asyncio.sleep(self._dice.uniform(*ASK_AGAIN_S))
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + patience_s
+        wait_s = BID_WAIT_S
+        # One poll for all rounds: whoever answers late is heard in a later round, so a fleet that is busy is
+        # not asked ever more.
+        with self._requester.poll(body) as poll:
+            while True:
+                again = True
+                for shares in rounds(await self._size(), self._dice):
+                    await poll.ask(self._asked(shares))
+                    replies = await poll.collect(timeout_s=wait_s, enough=ENOUGH_BIDS, settle_s=SETTLE_S)
+                    found = _bids(replies)
+                    bids = [bid for bid in best_first(found, self._dice) if bid.node not in refused]
+                    late: set[str] = set()
+                    if (placed := await self._run(spec, bids, refused, late, deadline_s)) is not None:
+                        return placed
+                    # Silence is "no", or "busy"; who is out of room for what others were promised says so.
+                    held = any(bid.held_s is not None for bid in found)
+                    again = again and (not found or held or bool(late))
+                if not again or loop.time() >= give_up_at:
+                    break
+                # What others were promised and do not take is given back within milliseconds.
+                await asyncio.sleep(self._dice.uniform(*ASK_AGAIN_S))
+                wait_s *= 2
         raise ResourceExhaustedError(
             f"No node can take pod {spec.id}{'; ' + str(len(refused)) + ' refused' if refused else ''}.",
             pod_id=spec.id,
@@ -207,9 +228,18 @@ class Fleet:
         )
 
     async def _run(
-        self, spec: PodSpec, bids: Sequence[Bid], refused: dict[str, str], deadline_s: float | None
+        self,
+        spec: PodSpec,
+        bids: Sequence[Bid],
+        refused: dict[str, str],
+        late: set[str],
+        deadline_s: float | None,
     ) -> Placement | None:
-        """Run the pod on the first node that takes it; what the others kept is given back."""
+        """Run the pod on the first node that takes it; what the others kept is given back.
+
+        Nodes that do not take it are added to *refused*, with what they say; those whose reservation had
+        expired when they were told, because they or we are busy, to *late*: they may be asked again.
+        """
         todo = list(bids)
         try:
             while todo:
@@ -220,7 +250,10 @@ class Fleet:
                     if not _is_refusal(exc):
                         exc.details.setdefault("node", bid.node)
                         raise
-                    refused[bid.node] = exc.message
+                    if isinstance(exc, FailedPreconditionError) and "reservation" in exc.details:
+                        late.add(bid.node)
+                    else:
+                        refused[bid.node] = exc.message
                 else:
                     return Placement(bid.node, status, bid, refused)
             return None
@@ -283,34 +316,11 @@ class Fleet:
         """
         await Replicas(self, name, spec, count, constraints, fence_s=fence_s).run()
 
-    async def _collect(
-        self,
-        request: PodBid,
-        shares: tuple[int, ...] | None,
-        *,
-        timeout_s: float,
-        enough: int,
-        settle_s: float | None = None,
-    ) -> list[Bid]:
-        """Ask some shares of the fleet, or everybody (None)."""
-        subjects = (
-            [self._subjects.everyone("pod.bid")]
-            if shares is None
-            else [self._subjects.some("pod.bid", share) for share in shares]
-        )
-        body = request.model_dump_json(exclude_unset=True).encode()
-        bids: list[Bid] = []
-        replies = await self._requester.scatter(
-            subjects, body, timeout_s=timeout_s, enough=enough, settle_s=settle_s
-        )
-        for msg in replies:
-            if SERVICE_ERROR in (msg.headers or {}):
-                continue  # a node too busy to bid
-            try:
-                bids.append(Bid.model_validate_json(msg.data))
-            except ValidationError:
-                log.warning("Something that is no node answered a call for bids")
-        return bids
+    def _asked(self, shares: tuple[int, ...] | None) -> list[str]:
+        """Where some shares of the fleet are asked, or everybody (None)."""
+        if shares is None:
+            return [self._subjects.everyone("pod.bid")]
+        return [self._subjects.some("pod.bid", share) for share in shares]
 
     async def _size(self) -> int:
         """About how many nodes there are: the leases in the bucket."""
@@ -324,11 +334,24 @@ class Fleet:
         return max(1, info.state.messages)
 
 
-def _request(spec: PodSpec, constraints: Constraints | None, *, hold_s: float, explain: bool) -> PodBid:
+def _request(spec: PodSpec, constraints: Constraints | None, *, hold_s: float, explain: bool) -> bytes:
     fields = {"pod": spec, "hold_s": hold_s, "explain": explain}
     if constraints is not None:
         fields["constraints"] = constraints
-    return PodBid.model_validate(fields)
+    return PodBid.model_validate(fields).model_dump_json(exclude_unset=True).encode()
+
+
+def _bids(replies: Iterable[Msg]) -> list[Bid]:
+    """What nodes have answered to a call for bids."""
+    bids: list[Bid] = []
+    for msg in replies:
+        if SERVICE_ERROR in (msg.headers or {}):
+            continue  # a node too busy to bid
+        try:
+            bids.append(Bid.model_validate_json(msg.data))
+        except ValidationError:
+            log.warning("Something that is no node answered a call for bids")
+    return bids
 
 
 def _is_refusal(exc: VcnodeError) -> bool:

@@ -10,7 +10,7 @@ from vcnode.models.subjects import SHARES
 
 HOLD_S = 2.0
 """Seconds for which nodes that bid keep what the pod needs: the best is asked within milliseconds."""
-ASKED = 32
+ASKED = 12
 """Nodes that one round of bids is meant to reach; more would cost more and find little better."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -58,6 +59,56 @@ class _Waiting:
 
 class NobodyListensError(UnavailableError):
     """No subscriber on the subject of a request."""
+
+
+class Poll:
+    """One question to many; made by `Requester.poll`.
+
+    Args:
+        put: Sends the question to a subject.
+        changes: What comes in.
+    """
+
+    def __init__(self, put: Callable[[str], Awaitable[None]], changes: asyncio.Queue[Msg | _Change]) -> None:
+        self._put = put
+        self._changes = changes
+        self._asked = 0
+        self._silent = 0
+
+    async def ask(self, subjects: Sequence[str]) -> None:
+        """Put the question on these too.
+
+        Raises:
+            UnavailableError: It could not be handed to NATS.
+        """
+        self._asked += len(subjects)
+        for subject in subjects:
+            await self._put(subject)
+
+    async def collect(self, *, timeout_s: float, enough: int, settle_s: float | None = None) -> list[Msg]:
+        """The replies that have come since the last call, and those that come now.
+
+        Args:
+            timeout_s: Seconds for which they are awaited; not at all where nobody listens.
+            enough: Stop early once so many have come.
+            settle_s: Stop so many seconds after the first one; None: wait for the others as long.
+        """
+        found: list[Msg] = []
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                while len(found) < enough and (self._silent < self._asked or not self._changes.empty()):
+                    change = await self._changes.get()
+                    if isinstance(change, _Change):
+                        continue
+                    if _nobody_listens(change):
+                        self._silent += 1
+                        continue
+                    if not found and settle_s is not None:
+                        limit.reschedule(asyncio.get_running_loop().time() + settle_s)
+                    found.append(change)
+        except TimeoutError:
+            pass  # that is how asking everybody ends
+        return found
 
 
 class Requester:
@@ -214,7 +265,6 @@ class Requester:
         *,
         timeout_s: float,
         enough: int,
-        settle_s: float | None = None,
     ) -> list[Msg]:
         """Ask everybody on *subjects* and collect the replies.
 
@@ -223,34 +273,25 @@ class Requester:
             body: The question.
             timeout_s: Seconds for which replies are collected.
             enough: Stop early once so many have come.
-            settle_s: Stop so many seconds after the first reply; None: wait for the others as long.
         """
+        with self.poll(body) as poll:
+            await poll.ask(subjects)
+            return await poll.collect(timeout_s=timeout_s, enough=enough)
+
+    @contextlib.contextmanager
+    def poll(self, body: bytes) -> Iterator[Poll]:
+        """A question that can be put to more and more, while the replies of all come in."""
         token = secrets.token_hex(12)
         changes: asyncio.Queue[Msg | _Change] = asyncio.Queue()
         self._waiting[token] = changes
-        silent = 0
-        found: list[Msg] = []
+
+        async def put(subject: str) -> None:
+            await self._publish(_Message(subject, body, {}, token))
+
         try:
-            async with asyncio.timeout(timeout_s) as limit:
-                for subject in subjects:
-                    await self._publish(_Message(subject, body, {}, token))
-                while len(found) < enough:
-                    change = await changes.get()
-                    if isinstance(change, _Change):
-                        continue
-                    if not _nobody_listens(change):
-                        if not found and settle_s is not None:
-                            limit.reschedule(asyncio.get_running_loop().time() + settle_s)
-                        found.append(change)
-                        continue
-                    silent += 1
-                    if silent == len(subjects):
-                        break
-        except TimeoutError:
-            pass  # that is how asking everybody ends
+            yield Poll(put, changes)
         finally:
             del self._waiting[token]
-        return found
 
     async def _publish(self, message: _Message) -> None:
         try:

@@ -23,8 +23,8 @@ class Situation:
 
     standing: NodeStanding
     """Its labels, taints and state."""
-    records: tuple[PodRecord, ...]
-    """Its pods."""
+    records: Mapping[str, PodRecord]
+    """Its pods, by id."""
     total: Amount
     """What pods may have in all."""
     left: Amount
@@ -50,10 +50,10 @@ def obstacles(spec: PodSpec, constraints: Constraints, now: Situation) -> list[s
         if taint not in constraints.tolerations
     ]
     if wanted := constraints.anti_affinity:
-        rivals = [r.pod_id for r in now.records if wanted.items() <= r.spec.labels.items()]
+        rivals = [r.pod_id for r in now.records.values() if wanted.items() <= r.spec.labels.items()]
         if rivals:
             found.append(f"Pod {rivals[0]} has the labels that the pod keeps away from.")
-    if spec.id is not None and any(record.pod_id == spec.id for record in now.records):
+    if spec.id in now.records:
         found.append(f"There is a pod {spec.id} already.")
     absent = sorted({c.image for c in spec.containers if c.image is not None} - now.images)
     found += [f"There is no image {name}." for name in absent]
@@ -68,7 +68,7 @@ def parts(spec: PodSpec, need: Amount, constraints: Constraints, now: Situation)
         "cpu": _rate(after.vcpu_count, now.total.vcpu_count),
         "disk": _rate(after.disk_mib, now.total.disk_mib),
         "start": GOOD_START_MS / (GOOD_START_MS + now.start_ms),
-        "spread": 1 / (1 + _alike(spec, constraints, now.records)),
+        "spread": 1 / (1 + _alike(spec, constraints, now.records.values())),
     }
     return {name: round(WEIGHTS[name] * rate, 4) for name, rate in rates.items()}
 

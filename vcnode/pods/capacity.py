@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vcnode.errors import FailedPreconditionError, ResourceExhaustedError
@@ -40,6 +40,15 @@ def minus(one: Amount, other: Amount) -> Amount:
         mem_mib=max(0, one.mem_mib - other.mem_mib),
         disk_mib=max(0, one.disk_mib - other.disk_mib),
         pods=max(0, one.pods - other.pods),
+    )
+
+
+def _sum(amounts: Sequence[Amount]) -> Amount:
+    return Amount(
+        vcpu_count=sum(amount.vcpu_count for amount in amounts),
+        mem_mib=sum(amount.mem_mib for amount in amounts),
+        disk_mib=sum(amount.disk_mib for amount in amounts),
+        pods=sum(amount.pods for amount in amounts),
     )
 
 
@@ -161,11 +170,7 @@ class Reservations:
         with self._lock:
             self._expire()
             held = [*self._open.values(), *self._claimed.values()]
-        total = NOTHING
-        for one in held:
-            if one.id != but:
-                total = plus(total, one.need)
-        return total
+        return _sum([one.need for one in held if one.id != but])
 
     def _expire(self) -> None:
         now = self._clock()
@@ -187,6 +192,7 @@ class Capacity:
     ) -> None:
         self._total = total
         self._overhead_mib = overhead_mib
+        self._counted: tuple[Mapping[str, PodRecord], Amount] = ({}, NOTHING)
         self.reservations = reservations or Reservations()
         """Open promises."""
 
@@ -201,10 +207,15 @@ class Capacity:
 
     def taken(self, records: Iterable[PodRecord]) -> Amount:
         """What pods take, containers that were added later included, promises not."""
-        total = NOTHING
-        for record in records:
-            total = plus(total, self._taken(record))
-        return total
+        return _sum([self._taken(record) for record in records])
+
+    def taken_now(self, snapshot: Mapping[str, PodRecord]) -> Amount:
+        """The same of a whole snapshot of the records, added up once: bids come far oftener than pods."""
+        counted, amount = self._counted
+        if counted is not snapshot:
+            amount = self.taken(snapshot.values())
+            self._counted = snapshot, amount
+        return amount
 
     def _taken(self, record: PodRecord) -> Amount:
         specs = (container.spec for container in record.containers)

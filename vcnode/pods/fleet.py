@@ -15,7 +15,7 @@ from vcnode.models.fleet import Bid, DrainProgress, DrainReport, NodeLabel, Node
 from vcnode.models.pod import PodState
 from vcnode.models.records import PodRecord
 from vcnode.pods import bids
-from vcnode.pods.capacity import Capacity, minus, sentence, shortage
+from vcnode.pods.capacity import Capacity, minus, plus, sentence, shortage
 from vcnode.pods.service import PodService
 from vcnode.pods.standing import Standing
 
@@ -49,13 +49,14 @@ class FleetService:
 
     def bid(self, request: PodBid) -> Bid:
         """Say how well a pod would be here, and keep what it needs for ``hold_s`` seconds."""
-        need = self._capacity.need(request.pod)
-        records = tuple(self._pods.records)
+        capacity = self._capacity
+        need, total, records = capacity.need(request.pod), capacity.total, self._pods.snapshot
+        taken = capacity.taken_now(records)
         now = bids.Situation(
             standing=self._standing.status(),
             records=records,
-            total=self._capacity.total,
-            left=self._capacity.left(records),
+            total=total,
+            left=minus(total, plus(taken, capacity.reservations.total())),
             images=self._pods.image_names,
             start_ms=self._pods.expected_start_ms(request.pod),
         )
@@ -64,9 +65,8 @@ class FleetService:
         held_s = None
         if short := shortage(need, now.left):
             reasons.append(sentence("The pod", need, now.left, short))
-            unheld = minus(now.total, self._capacity.taken(records))
-            if len(reasons) == 1 and not shortage(need, unheld):
-                held_s = self._capacity.reservations.longest_s()
+            if len(reasons) == 1 and not shortage(need, minus(total, taken)):
+                held_s = capacity.reservations.longest_s()
         if reasons:
             told = tuple(reasons) if request.explain else ()
             return Bid(node=name, epoch=epoch, able=False, reasons=told, held_s=held_s)
@@ -82,7 +82,7 @@ class FleetService:
         if not request.hold_s:
             return made
         try:
-            reservation = self._capacity.reservations.hold(need, request.hold_s)
+            reservation = capacity.reservations.hold(need, request.hold_s)
         except ResourceExhaustedError as exc:
             told = (exc.message,) if request.explain else ()
             return Bid(node=name, epoch=epoch, able=False, reasons=told)
@@ -98,6 +98,10 @@ class FleetService:
     def standing(self) -> NodeStanding:
         """Labels, taints, and whether new pods may come."""
         return self._standing.status()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have *listener* called whenever `standing` may say something else."""
+        self._standing.on_change(listener)
 
     def stop(self) -> None:
         """The process is about to end: from now on the node is ``draining``."""

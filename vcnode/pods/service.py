@@ -324,6 +324,11 @@ class PodService:
         return self._status(self._ledger.get(pod_id))
 
     @property
+    def snapshot(self) -> Mapping[str, PodRecord]:
+        """All records by pod id; another mapping once anything has changed."""
+        return self._ledger.records
+
+    @property
     def records(self) -> Collection[PodRecord]:
         """All records, in the order of creation. A snapshot."""
         return self._ledger.records.values()
@@ -343,7 +348,7 @@ class PodService:
         """How long a start of such a pod would take now, from what starts took lately, the queue included."""
         parts, settings = self._parts, self._parts.settings
         hypervisor = spec.hypervisor_type or settings.hypervisor
-        record = PodRecord(
+        record = PodRecord.model_construct(  # all of it was validated before, and bids are many
             pod_id=spec.id or "new",
             spec=spec,
             hypervisor_type=hypervisor,

@@ -61,8 +61,8 @@ class Standing:
         self._mock = mock
         self._changes = _Changes()
         self._lock = asyncio.Lock()
-        self.draining = False
-        """Whether pods are being stopped, or the process is about to end."""
+        self._draining = False
+        self._listeners: list[Callable[[], None]] = []
 
     @classmethod
     async def open(
@@ -78,6 +78,24 @@ class Standing:
         if (text := await store.read(read)) is not None:
             standing._changes = _Changes.decoded(text)
         return standing
+
+    @property
+    def draining(self) -> bool:
+        """Whether pods are being stopped, or the process is about to end."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        self._tell()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have *listener* called whenever `status` may say something else."""
+        self._listeners.append(listener)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def status(self) -> NodeStanding:
         """Labels, taints, and whether new pods may come."""
@@ -149,6 +167,7 @@ class Standing:
             if after != self._changes:
                 await self._store.write(save)
                 self._changes = after
+                self._tell()
             return status
 
     def _emit(self, tx: Tx, kind: EventKind, data: JsonObject) -> None:
