@@ -1,6 +1,6 @@
 """``fleet``: placements among many simulated nodes on one server.
 
-A placement of `Fleet.place` needs, in a fleet of any size above 64 nodes:
+A placement of `Fleet.place` needs, in a fleet of any size above 24 nodes:
 
 - a call for bids to so many shares that about 12 nodes hear it, and their bids;
 - ``pod.run`` with the reservation of the best, and its reply; ``pod.release`` to others, without replies;

@@ -47,12 +47,16 @@ def settings(root: Path, url: str, number: int, lease_s: float) -> Settings:
     )
 
 
+def _keep_nothing(host: MockHost, operation: str = "") -> None:
+    pass
+
+
 async def main(url: str, root: Path, first: int, count: int, lease_s: float) -> None:
     """Start the nodes, say so, and wait for the end of standard input."""
     turns = asyncio.Semaphore(AT_ONCE)
     async with contextlib.AsyncExitStack() as stack:
         # The file in which a mock host outlives its node agent is no part of a node agent.
-        stack.enter_context(mock.patch.object(MockHost, "save"))
+        stack.enter_context(mock.patch.object(MockHost, "save", _keep_nothing))
 
         async def start(number: int) -> None:
             async with turns:

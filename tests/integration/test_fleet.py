@@ -16,8 +16,8 @@ from tests.support.nats import NatsServer
 from vcnode.client import Client, Fleet
 from vcnode.client.replicas import LABEL
 from vcnode.errors import ResourceExhaustedError
-from vcnode.models.fleet import Constraints
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState, Resources
+from vcnode.models.fleet import Bid, Constraints
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState, PodStatus, Resources
 from vcnode.node import Node, running
 from vcnode.settings import CapacitySettings, NatsSettings, Settings
 
@@ -124,6 +124,23 @@ async def test_many_placements_at_once_never_overbook(fleet: Fleet) -> None:
     # What bids had promised and nobody took is free again: the fleet can be filled.
     for number in range(10, 16 - sum(taken.values())):
         await fleet.place(spec(f"p{number}", mem=500))
+
+
+async def test_a_reservation_that_expired_on_the_way_is_asked_for_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler or a node that is slow is no reason to say that there is no room."""
+    monkeypatch.setattr("vcnode.client.fleet.HOLD_S", 0.2)
+    run_on, delays = fleet._run_on, iter([0.3])
+
+    async def slow(spec: PodSpec, bid: Bid, deadline_s: float | None) -> PodStatus:
+        await asyncio.sleep(next(delays, 0))
+        return await run_on(spec, bid, deadline_s)
+
+    monkeypatch.setattr(fleet, "_run_on", slow)
+    placed = await fleet.place(spec("web"), patience_s=WAIT_S)
+    assert placed.refused == {}
+    assert placed.pod.state is PodState.RUNNING
 
 
 async def test_a_node_that_stops_leaves_and_one_that_dies_is_lost(fleet: Fleet, nodes: Nodes) -> None:

@@ -36,6 +36,8 @@ TAKE_OVER_S = HOLD_S + 1.0
 then, or is refused since its reservation has expired."""
 ASK_S = 5.0
 """Seconds for a node to say what became of a pod."""
+SHOWN_S = 3.0
+"""Seconds after which the node is asked for a copy that was placed and that the buckets do not show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ class Replicas:
         self._fence_s = fence_s
         self._placed: dict[tuple[str, str], PodStatus] = {}
         """Copies that were placed and that the buckets do not show yet."""
+        self._placed_at: dict[tuple[str, str], float] = {}
+        """When (loop time), or when the node last said that it has it."""
         self._unknown: dict[int, str] = {}
         """Copies of which the answer was lost, and the node that may run them."""
         self._changed = asyncio.Event()
@@ -173,7 +177,7 @@ class Replicas:
         known = dict(self._fleet.pods)
         for key, status in list(self._placed.items()):
             if key in known or self._is_over(key[0]):
-                del self._placed[key]
+                self._forget(*key)
             else:
                 known[key] = status
         return [
@@ -190,7 +194,8 @@ class Replicas:
     async def _step(self) -> float | None:
         """Do what is to be done now; returns after how many seconds to look again (None: at a change)."""
         await self._find_out()
-        wait_s: list[float] = [RETRY_S] if self._unknown else []
+        await self._look_after()
+        wait_s: list[float] = []
         for action in decide(self.copies(), self._count, fence_s=self._fence_s):
             try:
                 match action:
@@ -203,6 +208,8 @@ class Replicas:
             except VcnodeError as exc:
                 log.info("Replicas of %s: %s", self._name, exc.message)
                 wait_s.append(RETRY_S)
+        if self._unknown or self._placed:
+            wait_s.append(RETRY_S)
         return min(wait_s, default=None)
 
     async def _place(self, index: int) -> None:
@@ -220,7 +227,7 @@ class Replicas:
             if (node := exc.details.get("node")) is not None:
                 self._unknown[index] = str(node)
             raise
-        self._placed[placed.node, placed.pod.pod_id] = placed.pod
+        self._remember(placed.node, placed.pod)
 
     async def _delete(self, copy: Copy) -> None:
         try:
@@ -229,7 +236,30 @@ class Replicas:
             )
         except (NotFoundError, FailedPreconditionError):
             self._changed.set()  # it is not any more what was seen: look again
-        self._placed.pop((copy.node, copy.status.pod_id), None)
+        self._forget(copy.node, copy.status.pod_id)
+
+    def _remember(self, node: str, status: PodStatus) -> None:
+        self._placed[node, status.pod_id] = status
+        self._placed_at[node, status.pod_id] = asyncio.get_running_loop().time()
+
+    def _forget(self, node: str, pod_id: str) -> None:
+        self._placed.pop((node, pod_id), None)
+        self._placed_at.pop((node, pod_id), None)
+
+    async def _look_after(self) -> None:
+        """Ask for copies that should show by now: one that was removed at once never shows at all."""
+        now = asyncio.get_running_loop().time()
+        for (node, pod_id), since in list(self._placed_at.items()):
+            if now - since < SHOWN_S or (node, pod_id) in self._fleet.pods or not self._is_there(node):
+                continue
+            try:
+                status = await self._fleet.client.node(node).pod_status(pod_id, deadline_s=ASK_S)
+            except NotFoundError:
+                self._forget(node, pod_id)
+            except VcnodeError as exc:
+                log.info("Node %s does not say what became of %s: %s", node, pod_id, exc.message)
+            else:
+                self._remember(node, status)
 
     async def _find_out(self) -> None:
         """Ask the nodes whose answers were lost what became of the copies."""
@@ -247,7 +277,7 @@ class Replicas:
                 log.info("Node %s does not say what became of %s: %s", node, pod_id, exc.message)
             else:
                 del self._unknown[index]
-                self._placed[node, pod_id] = status
+                self._remember(node, status)
 
     def _index(self, pod_id: str) -> int | None:
         text = pod_id.removeprefix(f"{self._name}-")

@@ -33,11 +33,17 @@ def watched(driver: T, owner: str, *, before: Hook, after: Hook) -> T:
     """
     calls = {
         name: _call(f"{owner}.{name}", name, before, after)
-        for name, _ in inspect.getmembers_static(type(driver), inspect.iscoroutinefunction)
-        if f"{owner}.{name}" in OPERATIONS
+        for name in _operations(cast(type, type(driver)), owner)
     }
     made = type(f"Watched{type(driver).__name__}", (_Watched,), calls)
     return cast(T, made(driver))
+
+
+@functools.cache
+def _operations(kind: type, owner: str) -> tuple[str, ...]:
+    """The calls of a driver that a fault plan can name; looked up once, since every VM has handles."""
+    found = inspect.getmembers_static(kind, inspect.iscoroutinefunction)
+    return tuple(name for name, _ in found if f"{owner}.{name}" in OPERATIONS)
 
 
 class _Watched:

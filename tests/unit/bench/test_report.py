@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from xml.etree import ElementTree
 
 import pytest
 
 from bench.plot import SPAN, share, svg
-from bench.report import Result, Series
+from bench.report import Curve, Result, Series
 
 
 def result(ratio: float, *, reach: float = 1.5, at_most: bool = True) -> Result:
@@ -67,3 +68,19 @@ def test_the_picture_has_a_bar_for_each_result_and_stays_inside() -> None:
     assert len(bars) == 2
     assert bars[1] / bars[0] == pytest.approx(SPAN / (0.1 / 1.5), rel=0.01)
     assert bars[1] < float(root.attrib["width"])
+
+
+def test_curves_are_drawn_below_the_bars() -> None:
+    with_curves = dataclasses.replace(
+        result(1.0),
+        curves=(Curve("ours", ((100, 4.0), (5000, 6.0))), Curve("floor", ((100, 2.0), (5000, 2.0)))),
+    )
+    picture = ElementTree.fromstring(svg([with_curves], "machine"))
+    lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
+    assert [len(line.attrib["points"].split()) for line in lines] == [2, 2]
+    heights = [float(point.split(",")[1]) for point in lines[0].attrib["points"].split()]
+    assert heights[1] < heights[0]  # more is further up
+
+
+def test_what_else_is_demanded_counts() -> None:
+    assert not dataclasses.replace(result(1.0), besides=False).reached
