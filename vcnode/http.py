@@ -11,7 +11,7 @@ import contextlib
 import gzip
 import http
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -101,6 +101,7 @@ class HttpServer:
     Args:
         registry: Metrics to show.
         ready: Asked at each ``/readyz``.
+        prepare: Awaited before metrics are put together; bounds its own time.
         max_connections: Connections at once; more are closed unheard.
         timeout_s: Seconds for one whole exchange.
     """
@@ -110,11 +111,13 @@ class HttpServer:
         registry: CollectorRegistry,
         ready: Ready,
         *,
+        prepare: Callable[[], Awaitable[None]] | None = None,
         max_connections: int = MAX_CONNECTIONS,
         timeout_s: float = EXCHANGE_TIMEOUT_S,
     ) -> None:
         self._registry = registry
         self._ready = ready
+        self._prepare = prepare
         self._max_connections = max_connections
         self._timeout_s = timeout_s
         self._tasks = Tasks()
@@ -177,17 +180,19 @@ class HttpServer:
             status = http.HTTPStatus.BAD_REQUEST
             return Response.text(status, "This is not an HTTP request.").encode(with_body=True)
         try:
-            response = self._respond(request)
+            response = await self._respond(request)
         except Exception:
             log.exception("Answering %s failed", request.path)
             response = Response.text(http.HTTPStatus.INTERNAL_SERVER_ERROR, "Failed; see the node's log.")
         return response.encode(with_body=request.method != "HEAD")
 
-    def _respond(self, request: Request) -> Response:
+    async def _respond(self, request: Request) -> Response:
         if request.method not in ("GET", "HEAD"):
             return Response(http.HTTPStatus.METHOD_NOT_ALLOWED, b"", {"Allow": "GET, HEAD"})
         match request.path:
             case "/metrics":
+                if self._prepare is not None:
+                    await self._prepare()
                 return self._metrics(request)
             case "/healthz":
                 # That it answers is the answer: the event loop turns.

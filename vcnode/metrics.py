@@ -1,18 +1,20 @@
 """What the node measures, as Prometheus metrics. Methods are named after what happened.
 
 Names and units follow https://prometheus.io/docs/practices/naming/. Every label has few values: verbs are
-those of the API (anything else counts as ``unknown``), codes those of ``errors.py``, never an id.
+those of the API (anything else counts as ``unknown``), codes those of ``errors.py``, never an id. What each
+pod uses is in `pod_metrics`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vcnode.pod_metrics import PodMetrics, PodSample
 from vcnode.tally import Tally
 
 _COMMAND_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -170,6 +172,43 @@ class Metrics:
             registry=self._registry,
         ).set_function(damaged)
 
+    def watch_pods(self, samples: Callable[[], Sequence[PodSample]], *, overhead_bytes: int) -> None:
+        """Show what each pod uses at every scrape.
+
+        Args:
+            samples: The last samples.
+            overhead_bytes: What admission reckons for each VM besides its guest's memory.
+        """
+        self._registry.register(PodMetrics(samples))
+        Gauge(
+            "vcnode_vm_overhead_budget_bytes",
+            "Memory that admission reckons for a VM besides its guest's (capacity.vm_overhead_mib).",
+            registry=self._registry,
+        ).set(overhead_bytes)
+
+    def watch_streams(
+        self,
+        *,
+        sessions: Counts,
+        limit: int,
+        received: Callable[[], int],
+        sent: Callable[[], int],
+        lost_output: Callable[[], int],
+    ) -> None:
+        """Read these at every scrape.
+
+        Args:
+            sessions: Open sessions by kind.
+            limit: Most that may be open.
+            received: Bytes that their clients have sent.
+            sent: Bytes that were sent to their clients.
+            lost_output: Bytes of containers' output that no log has.
+        """
+        self._registry.register(_Streams(sessions, received, sent, lost_output))
+        Gauge(
+            "vcnode_sessions_limit", "Sessions that may be open (limits.sessions).", registry=self._registry
+        ).set(limit)
+
     def watch(self, *, pods: Counts, containers: Counts, unpublished: Callable[[], int]) -> None:
         """Read these at every scrape.
 
@@ -179,6 +218,37 @@ class Metrics:
             unpublished: Events that wait to be published.
         """
         self._registry.register(_Watched(pods, containers, unpublished))
+
+
+class _Streams(Collector):
+    """Sessions and logs, counted by those who carry them."""
+
+    def __init__(
+        self, sessions: Counts, received: Callable[[], int], sent: Callable[[], int], lost: Callable[[], int]
+    ) -> None:
+        self._sessions = sessions
+        self._bytes = {"received": received, "sent": sent}
+        self._lost = lost
+
+    def collect(self) -> Iterator[Metric]:
+        """Count now."""
+        open_ = GaugeMetricFamily("vcnode_sessions", "Open sessions, by kind.", labels=("kind",))
+        for kind, number in self._sessions().items():
+            open_.add_metric((kind,), number)
+        yield open_
+        moved = CounterMetricFamily(
+            "vcnode_session_bytes",
+            "Bytes of the messages of sessions, by direction as the node sees it.",
+            labels=("direction",),
+        )
+        for direction, count in self._bytes.items():
+            moved.add_metric((direction,), count())
+        yield moved
+        yield CounterMetricFamily(
+            "vcnode_log_lost_bytes",
+            "Bytes of containers' output that were lost: written faster than taken, or for want of disk.",
+            value=self._lost(),
+        )
 
 
 class _Watched(Collector):

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry
 
@@ -60,6 +60,7 @@ from vcnode.models.events import EventKind
 from vcnode.models.network import NetworkModel
 from vcnode.models.node import NodeLease
 from vcnode.models.pod import AgentType, ContainerState, HypervisorType, PodState
+from vcnode.models.sessions import SessionKind
 from vcnode.models.subjects import Subjects
 from vcnode.pods.fleet import FleetService
 from vcnode.pods.images import ImageService
@@ -294,7 +295,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
                 subjects=Subjects(settings.nats.prefix),
             )
         )
-        address = await _serve_http(settings, registry, connection, service, stack)
+        address = await _serve_http(settings, registry, connection, service, pods, stack)
         await pods.announce(EventKind.NODE_STARTED, service.info().model_dump(mode="json"))
         connection.start()
         pods.templates.warm()
@@ -487,6 +488,14 @@ def _describe(
         ),
         unpublished=lambda: outbox.unpublished_count,
     )
+    metrics.watch_pods(pods.samples.latest, overhead_bytes=pods.capacity.overhead_mib << 20)
+    metrics.watch_streams(
+        sessions=lambda: {kind: pods.sessions.counts.get(kind, 0) for kind in get_args(SessionKind)},
+        limit=settings.limits.sessions,
+        received=lambda: pods.sessions.received_bytes,
+        sent=lambda: pods.sessions.sent_bytes,
+        lost_output=lambda: pods.logs.lost_bytes,
+    )
     metrics.watch_database(lambda: len(damaged_files(database_of(settings))))
 
 
@@ -504,6 +513,7 @@ async def _serve_http(
     registry: CollectorRegistry,
     connection: Connection,
     service: NodeService,
+    pods: PodService,
     stack: contextlib.AsyncExitStack,
 ) -> str | None:
     if not settings.metrics_address:
@@ -516,7 +526,7 @@ async def _serve_http(
             return False, f"No connection to NATS at {connection.url}."
         return True, "ready"
 
-    server = HttpServer(registry, ready)
+    server = HttpServer(registry, ready, prepare=pods.samples.refresh)
     stack.push_async_callback(server.close)
     host, port = await server.start(settings.metrics_address)
     return f"{host}:{port}"

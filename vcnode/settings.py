@@ -256,6 +256,17 @@ class LimitSettings(Group):
     """Seconds for which published events stay in the local outbox."""
 
 
+class StatsSettings(Group):
+    """What is told of each pod as metrics; ``pod.stats`` tells it at any time."""
+
+    pod_series: bool = True
+    """Whether there are metrics of each pod: at most 40 series, of which the host's kernel counts 12. They
+    are read when somebody scrapes; no guest is woken."""
+    guest_interval_s: float = Field(default=0.0, ge=0)
+    """Seconds between two questions to a guest for the metrics of its containers, as long as somebody
+    scrapes; each wakes the guest. 0: no such metrics."""
+
+
 class CapacitySettings(Group):
     """What pods may have of the host. Unset: what the host has, or, on a mock node, more than enough."""
 
@@ -341,6 +352,7 @@ class Settings(BaseSettings):
     cni: CniSettings = CniSettings()
     cnm: CnmSettings = CnmSettings()
     logs: LogSettings = LogSettings()
+    stats: StatsSettings = StatsSettings()
     limits: LimitSettings = LimitSettings()
     capacity: CapacitySettings = CapacitySettings()
 

@@ -449,6 +449,19 @@ async def test_the_processes_of_a_container_are_told(rig: Rig, session: GuestSes
         await session.list_processes("absent", limit=5, timeout_s=LIMIT_S)
 
 
+async def test_guest_and_containers_tell_what_they_use(rig: Rig, session: GuestSession) -> None:
+    container_id = await rig.running(session)
+    guest, containers = await session.read_stats(timeout_s=LIMIT_S)
+    (found,) = [each for each in containers if each.container_id == container_id]
+    assert found.pid_count == 1
+    assert found.memory.used_bytes > 0
+    assert (found.memory.limit_bytes, found.pid_limit) == (None, None)
+    assert guest.cpu.usage_us >= found.cpu.usage_us
+    await session.delete_container(container_id, timeout_s=LIMIT_S)
+    _, containers = await session.read_stats(timeout_s=LIMIT_S)
+    assert container_id not in {each.container_id for each in containers}
+
+
 async def logged(session: GuestSession, known: dict[str, LogPosition], container_id: str) -> list[LogRecord]:
     """What the feed gives of a container, until the end of a run that has written something."""
     feed = await session.follow_logs(known, timeout_s=LIMIT_S)

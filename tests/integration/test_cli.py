@@ -15,6 +15,8 @@ from tests.integration.conftest import mock_settings
 from tests.support.cli import Result, vcnode
 from tests.support.nats import NatsServer
 from vcnode.cli.complete import complete_container, complete_pod
+from vcnode.models.call import Call
+from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.node import Node, running
 
 pytestmark = pytest.mark.nats
@@ -94,6 +96,31 @@ async def test_containers_are_paused_watched_and_waited_for(sh: Shell, image: st
     assert (waited.code, waited.out) == (143, "143\n")
     assert "143 (SIGTERM)" in (await ok(sh("container", "list"))).out
     assert (await sh("container", "wait", "p1", "main", "--for", "dead")).code == 2
+
+
+async def test_stats_are_shown_once_or_followed(
+    sh: Shell, image: str, mock_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ok(sh("pod", "run", "--id", "p1", "--image", image, "--", "sleep", "infinity"))
+    table = (await ok(sh("pod", "stats", "p1"))).out.splitlines()
+    assert [line.split()[0] for line in table[2:]] == ["vm", "guest", "main"]
+    found = (await ok(sh("pod", "stats", "p1", "--no-guest", "-o", "json"))).json
+    assert (found["mock"], found["guest"], found["containers"]) == (True, None, [])
+    asked: asyncio.Queue[PodStatsOf] = asyncio.Queue()
+    stats = mock_node.pods.stats
+
+    def noted(request: PodStatsOf, call: Call) -> Awaitable[PodStats]:
+        asked.put_nowait(request)
+        return stats(request, call)
+
+    monkeypatch.setattr(mock_node.pods, "stats", noted)
+    follow = asyncio.ensure_future(sh("pod", "stats", "p1", "-f", "--interval", "0.1", "-o", "json"))
+    assert [(await asked.get()).after is None for _ in range(3)] == [True, False, False]
+    await mock_node.pods.stop("p1", 0, Call("stop-1", "pod.stop"))
+    samples = [json.loads(line) for line in (await ok(follow)).out.splitlines()]
+    assert len(samples) >= 2
+    assert [s["time"] for s in samples] == sorted({s["time"] for s in samples})
+    assert (await sh("pod", "stats", "p1")).code == 4
 
 
 async def test_restart_policies_are_flags(sh: Shell, image: str) -> None:

@@ -18,6 +18,7 @@ from vcnode.models.commands import ExecOptions
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
 from vcnode.models.probes import Probe, Probes
 from vcnode.models.signals import signal_number
+from vcnode.models.stats import PodStatsOf
 from vcnode.node import Node, running
 from vcnode.settings import NatsSettings, QemuSettings, Settings
 
@@ -95,6 +96,7 @@ async def test_a_life(guest_image: Path, short_dir: Path) -> None:
             await freeze(rig)
             await signals_and_waits(rig)
             await list_processes(rig)
+            await stats(rig)
             await readiness(rig)
             await liveness(rig)
             await go_away(rig)
@@ -149,6 +151,39 @@ async def signals_and_waits(rig: Rig) -> None:
     assert reply.container is not None
     assert reply.container.exit_code == 7
     await rig.node.pods.delete_container("p1", "sig", False, rig.call())
+
+
+async def stats(rig: Rig) -> None:
+    """Each container is told with its own use and limits, by the guest, and the VM by the host."""
+    limits = {"mem_limit_mib": 32, "pids_limit": 9}
+    script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=4; while true; do true; done"
+    await rig.start("busy", "sh", "-c", script, resources=limits)
+    first = await rig.node.pods.stats(PodStatsOf(pod_id="p1"), rig.call())
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            request = PodStatsOf(pod_id="p1", after=first.time, interval_s=0.2)
+            found = await rig.node.pods.stats(request, rig.call())
+            busy = next(each for each in found.containers if each.container_id == "busy")
+            if busy.cpu.usage_us > 200_000 and busy.memory.used_bytes > 4 << 20:
+                break
+    assert (found.time - first.time).total_seconds() >= 0.2
+    assert (busy.memory.limit_bytes, busy.pid_limit, busy.pid_count) == (32 << 20, 9, 1)
+    assert busy.block is not None
+    main = next(each for each in found.containers if each.container_id == "main")
+    assert main.cpu.usage_us < busy.cpu.usage_us
+    assert found.guest is not None
+    assert found.guest.mem_total_bytes < 256 << 20
+    assert (
+        found.guest.cpu.usage_us > busy.cpu.usage_us / 2
+    )  # by ticks of 10 ms, which are lost when it is busy
+    vm = found.vm
+    assert vm is not None
+    assert vm.cpu.usage_us > busy.cpu.usage_us / 2
+    # All that this guest has touched is its own, for it was booted; QEMU has some more for itself.
+    assert 30 << 20 < (vm.guest_pss_bytes or 0) <= 256 << 20
+    assert 5 << 20 < (vm.overhead_bytes or 0) < 256 << 20
+    await rig.node.pods.stop_container("p1", "busy", 0, rig.call())
+    await rig.node.pods.delete_container("p1", "busy", False, rig.call())
 
 
 async def list_processes(rig: Rig) -> None:

@@ -22,6 +22,7 @@ from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
 from vcnode.models.network import DnsConfig, NetworkConfig, NetworkModel, PortMapping
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodStatus
+from vcnode.models.stats import PodStatsOf
 from vcnode.node import Node, running
 from vcnode.pods.marks import mark_of
 from vcnode.settings import BridgeSettings, NatsSettings, PoolSettings, QemuSettings, Settings
@@ -213,6 +214,7 @@ async def test_pods_on_a_bridge(settings: Settings, own_network: str):
         assert (await pods.sh("lone", "ls /sys/class/net")).split() == ["lo"]
         await host_and_pod(pods, web)
         await large_frames(pods, web)
+        await counted(pods)
         await names(pods, web)
         await among_pods(pods, web, blue, friend)
         await outside(pods, web, own_network)
@@ -239,6 +241,23 @@ async def host_and_pod(pods: Pods, web: PodStatus) -> None:
     endpoint = web.network.endpoints[0]
     assert await pods.sh("web", "cat /sys/class/net/eth0/address") == f"{endpoint.mac}\n"
     assert await pods.sh("web", "cat /sys/class/net/eth0/mtu") == f"{endpoint.mtu}\n"
+
+
+async def counted(pods: Pods) -> None:
+    """The host counts what goes through the pod's interface, the same way round as the guest."""
+    script = f"""import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(100): sock.sendto(bytes(1000), ("{GATEWAY4}", 9))"""
+    request = PodStatsOf(pod_id="web")
+    before = await pods.node.pods.stats(request, call("pod.stats"))
+    await pods.sh("web", python(script))
+    after = await pods.node.pods.stats(request, call("pod.stats"))
+    for part in ("vm", "guest"):
+        (then,), (now,) = getattr(before, part).interfaces, getattr(after, part).interfaces
+        assert then.name == now.name == "eth0"
+        assert now.sent_bytes - then.sent_bytes >= 100_000, part
+        assert now.received_bytes - then.received_bytes < 100_000, part
+        assert now.sent_packets - then.sent_packets >= 100, part
 
 
 async def large_frames(pods: Pods, web: PodStatus) -> None:

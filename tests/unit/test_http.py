@@ -4,7 +4,7 @@ import gzip
 import socket
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from vcnode.errors import InvalidArgumentError, UnavailableError
 from vcnode.http import MAX_HEAD_BYTES, HttpServer, parse_address, parse_head
@@ -72,6 +72,21 @@ async def test_metrics_are_served_as_text(address):
     assert (status, fields["content-type"].split(";")[0]) == (200, "text/plain")
     assert b"things_total 42.0" in body
     assert int(fields["content-length"]) == len(body)
+
+
+async def test_what_is_shown_is_brought_up_to_date_before(node, start):
+    gauge = Gauge("fresh", "Set when somebody asks.", registry=node.registry)
+    asked = []
+
+    async def prepare():
+        asked.append("prepare")
+        gauge.set(len(asked))
+
+    address = await start(prepare=prepare)
+    await get(address, "/healthz")
+    for number in (1, 2):
+        _, _, body = await get(address, "/metrics")
+        assert f"fresh {number}.0".encode() in body
 
 
 async def test_metrics_are_served_in_the_format_that_was_asked_for(address):

@@ -5,6 +5,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from prometheus_client.parser import text_string_to_metric_families
 
 from vcnode.metrics import Metrics
+from vcnode.pod_metrics import PodSample
 
 
 @pytest.fixture
@@ -76,6 +77,30 @@ def test_watched_numbers_are_read_at_each_scrape(metrics, registry):
     assert value(registry, "vcnode_pods", state="running") == 7
     assert value(registry, "vcnode_containers", state="stopped") == 2
     assert value(registry, "vcnode_events_unpublished") == 0
+
+
+def test_sessions_and_lost_output_are_read_at_each_scrape(metrics, registry):
+    sessions, moved = {"exec": 1, "forward": 0}, [10]
+    metrics.watch_streams(
+        sessions=lambda: sessions,
+        limit=256,
+        received=lambda: moved[0],
+        sent=lambda: 2 * moved[0],
+        lost_output=lambda: 3 * moved[0],
+    )
+    sessions["exec"], moved[0] = 4, 100
+    assert value(registry, "vcnode_sessions", kind="exec") == 4
+    assert value(registry, "vcnode_sessions", kind="forward") == 0
+    assert value(registry, "vcnode_sessions_limit") == 256
+    assert value(registry, "vcnode_session_bytes_total", direction="received") == 100
+    assert value(registry, "vcnode_session_bytes_total", direction="sent") == 200
+    assert value(registry, "vcnode_log_lost_bytes_total") == 300
+
+
+def test_pods_are_shown_beside_what_is_reckoned_for_them(metrics, registry):
+    metrics.watch_pods(lambda: [PodSample("p1", {"overhead_bytes": 5.0})], overhead_bytes=7)
+    assert value(registry, "vcnode_pod_overhead_memory_bytes", pod="p1") == 5
+    assert value(registry, "vcnode_vm_overhead_budget_bytes") == 7
 
 
 def test_build_says_what_runs(metrics, registry):

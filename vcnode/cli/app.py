@@ -23,6 +23,7 @@ from vcnode.cli import (
     pods,
     ports,
     sessions,
+    stats,
 )
 from vcnode.cli.command import Config, DeadlineS, Options, Output
 
@@ -45,6 +46,7 @@ app.add_typer(sessions.app, name="session")
 sessions.register(app, containers.app)
 files.register(app, containers.app)
 ports.register(app, pods.app)
+stats.register(pods.app)
 events.register(app)
 fleet.register(app, pods.app)
 logs.register(app)

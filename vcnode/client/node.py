@@ -29,8 +29,10 @@ from vcnode.client.requests import NobodyListensError, Requester
 from vcnode.client.streams import Opening, StreamMethods
 from vcnode.errors import (
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     NodeError,
+    NotFoundError,
     UnavailableError,
     VcnodeError,
 )
@@ -111,6 +113,7 @@ from vcnode.models.sessions import (
     SessionResume,
     Sessions,
 )
+from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.models.subjects import Subjects
 from vcnode.models.violations import violations_of
 
@@ -413,6 +416,43 @@ class NodeClient(StreamMethods):
         """List the processes of a container, the oldest first."""
         request = _make(ContainerProcessesOf, pod_id=pod_id, container_id=container_id, limit=limit)
         return await self._send("container.processes", request, ContainerProcesses, options)
+
+    async def pod_stats(
+        self,
+        pod_id: str,
+        *,
+        guest: bool = True,
+        after: datetime | None = None,
+        interval_s: float = 1.0,
+        **options: Unpack[Read],
+    ) -> PodStats:
+        """What a pod uses now, or *interval_s* after the sample of the time *after*.
+
+        Without *guest* the guest is not woken, and the reply has its VM only. `follow_stats` goes on asking.
+        """
+        request = _make(PodStatsOf, pod_id=pod_id, guest=guest, after=after, interval_s=interval_s)
+        return await self._send("pod.stats", request, PodStats, options)
+
+    async def follow_stats(
+        self, pod_id: str, *, guest: bool = True, interval_s: float = 1.0
+    ) -> AsyncIterator[PodStats]:
+        """A sample now and then one every *interval_s* seconds, until the pod stops.
+
+        Who takes longer than that misses samples; nothing waits for him.
+
+        Raises:
+            VcnodeError: As `pod_stats`, but for the end of a pod that was there: that ends the iteration.
+        """
+        after: datetime | None = None
+        while True:
+            try:
+                sample = await self.pod_stats(pod_id, guest=guest, after=after, interval_s=interval_s)
+            except (FailedPreconditionError, NotFoundError):
+                if after is None:
+                    raise
+                return
+            after = sample.time
+            yield sample
 
     async def container_logs(
         self,

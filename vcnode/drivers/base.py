@@ -21,6 +21,7 @@ from vcnode.models.living import ContainerProcess
 from vcnode.models.network import NetworkConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import StopOutcome
+from vcnode.models.stats import ContainerStats, GuestStats, VmStats
 from vcnode.models.vm import (
     Disk,
     GuestConfig,
@@ -98,6 +99,26 @@ class Vm(Protocol):
 
     async def close(self) -> None:
         """Let go of the VM without ending it (the node agent is going down). Idempotent."""
+        ...
+
+
+class Measurable(Protocol):
+    """A `Vm` that tells what it takes of its host; its hypervisor declares the capability ``stats``."""
+
+    async def read_stats(
+        self, *, mem_size_mib: int, interfaces: Mapping[str, str], memory: bool, timeout_s: float
+    ) -> VmStats:
+        """What the VM has used so far, by the host's own counting; the guest is not woken.
+
+        Args:
+            mem_size_mib: The guest's memory, by which its part of QEMU's is told from the rest.
+            interfaces: The pod's interfaces in the VM's network namespace, and their names in the guest.
+            memory: Whether proportional shares and overhead are wanted, for which every page is looked at.
+            timeout_s: Limit of all of it.
+
+        Raises:
+            HypervisorError: The VM is gone.
+        """
         ...
 
 
@@ -386,6 +407,14 @@ class GuestSession(Protocol):
         """The oldest *limit* processes of a container, and how many there are. Raises NotFoundError."""
         ...
 
+    async def read_stats(self, *, timeout_s: float) -> tuple[GuestStats, Sequence[ContainerStats]]:
+        """What the guest and its containers use, those that do not run included; one question and one answer.
+
+        Raises:
+            UnsupportedError: The guest's agent cannot tell.
+        """
+        ...
+
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """Kill what is left of it, unmount, remove its cgroup. Succeeds when there is no such container."""
         ...
@@ -496,7 +525,7 @@ class GuestAgent(Protocol):
 
     @property
     def info(self) -> DriverInfo:
-        """Capabilities; ``containers`` and ``exec`` among them where it has those."""
+        """Capabilities; ``containers``, ``exec`` and ``stats`` among them where it has those."""
         ...
 
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:

@@ -13,8 +13,8 @@ ENDING = frozenset(
 )
 """Verbs that end things; a node full of hanging commands must still take these."""
 
-WAITING = frozenset({"container.wait", "container.logs"})
-"""Verbs that do nothing but wait; many may, and none may keep others out."""
+WAITING = frozenset({"container.wait", "container.logs", "pod.stats"})
+"""Verbs that wait, or may be asked to; many may, and none may keep others out."""
 
 
 class Lane(Enum):

@@ -16,6 +16,7 @@ from vcnode.models.commands import (
 )
 from vcnode.models.fleet import Bid, PodBid, PodRelease, PodReleased
 from vcnode.models.pod import PodStatus
+from vcnode.models.stats import PodStats, PodStatsOf
 
 
 async def pod_create(node: Services, call: Call, request: PodCreate) -> PodStatus:
@@ -61,6 +62,11 @@ def pod_list(node: Services, call: Call, request: PodList) -> PodStatuses:
 def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:
     """``pod.status``."""
     return node.pods.status(request.pod_id)
+
+
+async def pod_stats(node: Services, call: Call, request: PodStatsOf) -> PodStats:
+    """``pod.stats``."""
+    return await node.pods.stats(request, call)
 
 
 def pod_bid(node: Services, call: Call, request: PodBid) -> Bid:

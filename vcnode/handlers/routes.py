@@ -41,6 +41,7 @@ from vcnode.handlers.pod import (
     pod_resume,
     pod_run,
     pod_start,
+    pod_stats,
     pod_status,
     pod_stop,
 )
@@ -74,6 +75,7 @@ ROUTES: dict[str, Handler] = {
     "pod.delete": pod_delete,
     "pod.list": pod_list,
     "pod.status": pod_status,
+    "pod.stats": pod_stats,
     "pod.exec": pod_exec,
     "container.create": container_create,
     "container.start": container_start,

@@ -58,6 +58,7 @@ from vcnode.models.sessions import (
     Sessions,
 )
 from vcnode.models.signals import Signal
+from vcnode.models.stats import PodStats, PodStatsOf
 
 
 class Empty(Request):
@@ -308,6 +309,7 @@ _ALL = (
     Command("pod.delete", PodDelete, PodDeleted, True, "Free and forget a pod that is not running.", 120.0),
     Command("pod.list", PodList, PodStatuses, False, "List pods."),
     Command("pod.status", PodName, PodStatus, False, "Show one pod."),
+    Command("pod.stats", PodStatsOf, PodStats, False, "Show what a pod and its containers use.", 300.0),
     Command("pod.exec", PodExec, ExecResult, True, "Run a command in a pod's guest.", 600.0),
     Command("container.create", ContainerCreate, ContainerStatus, True, "Add a container to a pod."),
     Command("container.start", ContainerName, ContainerStatus, True, "Start a container.", 60.0),

@@ -197,6 +197,11 @@ class Capacity:
         """Open promises."""
 
     @property
+    def overhead_mib(self) -> int:
+        """What a VM is reckoned to take besides its guest's memory."""
+        return self._overhead_mib
+
+    @property
     def total(self) -> Amount:
         """What pods may have in all."""
         return self._total()

@@ -74,6 +74,9 @@ class LogPump:
         self._bells: dict[str, _Bell] = {}
         self._pumping: dict[str, int] = {}
         self._stopping = False
+        self.lost_bytes = 0
+        """Bytes of output that were lost since this process began: dropped by a guest whose ring was full, or
+        for want of room on the disk."""
         self.followers = 0
         """How many wait for more."""
 
@@ -107,21 +110,27 @@ class LogPump:
                 for record in records:
                     by_container.setdefault(record.container_id, []).append(record)
                 there = {container_id(c) for c in self._ledger.get(pod_id).containers}
-                await asyncio.to_thread(self._keep, pod_id, by_container, there)
+                self.lost_bytes += await asyncio.to_thread(self._keep, pod_id, by_container, there)
                 self._ring(pod_id)
                 size = sum(len(record.data) for record in records)
                 await asyncio.sleep(max(_PAUSE_S, size / self._rate))
         finally:
             await feed.close()
 
-    def _keep(self, pod_id: str, records: dict[str, list[LogRecord]], there: Collection[str]) -> None:
+    def _keep(self, pod_id: str, records: dict[str, list[LogRecord]], there: Collection[str]) -> int:
+        """Write records to the logs of the containers that are *there*; the bytes that were lost."""
+        lost = 0
         for cid, found in records.items():
             if cid not in there:
                 continue  # it was deleted meanwhile, or never was
             try:
-                self._files.log(pod_id, cid).append(found)
+                kept = self._files.log(pod_id, cid)
+                before = kept.lost_bytes
+                kept.append(found)
+                lost += kept.lost_bytes - before
             except StorageError as exc:
                 log.warning("Pod %s: %s", pod_id, exc.message)
+        return lost
 
     async def drained(self, pod_id: str, ids: Collection[str]) -> None:
         """Wait for the last output of containers that have ended, `DRAIN_LIMIT_S` at most."""

@@ -44,6 +44,7 @@ from vcnode.models.pod import (
     PodStatus,
 )
 from vcnode.models.records import PodRecord
+from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.models.subjects import Subjects
 from vcnode.pods import host
 from vcnode.pods.admission import Admission, agent_type_of, new_id
@@ -67,8 +68,10 @@ from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.release import remove_layers
 from vcnode.pods.restarts import Restarter
+from vcnode.pods.samples import PodSamples
 from vcnode.pods.sessions import SessionRegistry
 from vcnode.pods.start import Starter
+from vcnode.pods.stats import StatsCommands
 from vcnode.pods.stop import Stopper
 from vcnode.pods.store import Store
 from vcnode.pods.streaming import StreamCommands
@@ -200,6 +203,9 @@ class PodService:
         self._stopper = Stopper(parts, containers)
         self._pauser = Pauser(parts, self._watcher)
         self._life = LifeCommands(parts)
+        self._stats = StatsCommands(parts, node_name)
+        self.samples = PodSamples(parts)
+        """What pods use, for metrics."""
         self.sessions = SessionRegistry(
             node_name=node_name,
             subjects=Subjects(settings.nats.prefix),
@@ -439,6 +445,10 @@ class PodService:
         """The processes of a container."""
         return await self._life.processes(pod_id, container_id, limit, call)
 
+    async def stats(self, request: PodStatsOf, call: Call) -> PodStats:
+        """What a pod uses."""
+        return await self._stats.read(request, call)
+
     def start_restarts(self) -> None:
         """Let restart policies act from now on; to be called once, after `recover`."""
         self._restarter.start()
@@ -447,6 +457,7 @@ class PodService:
         """Let go of all who wait for containers, and restart nothing any more: the node stops. Idempotent."""
         self._life.end_waits()
         self.logs.end_waits()
+        self._stats.end_waits()
         await self._restarter.close()
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Protocol
 
@@ -139,6 +139,15 @@ class SessionRegistry:
         self._all: dict[str, LiveSession] = {}
         self._over: OrderedDict[str, str] = OrderedDict()
         self._transport: Transport | None = None
+        self.received_bytes = 0
+        """Bytes of all frames that have come from clients, and that some session took."""
+        self.sent_bytes = 0
+        """Bytes of all frames that were sent to clients, those that were sent again included."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many there are of each kind."""
+        return Counter(session.kind for session in self._all.values())
 
     @property
     def count(self) -> int:
@@ -168,6 +177,7 @@ class SessionRegistry:
         async def publish(channel: Channel, raw: bytes) -> None:
             if self._transport is not None:
                 await self._transport.publish_frame(session_id, channel, raw)
+                self.sent_bytes += len(raw)
 
         session.carrier = Carrier(endpoint, publish)
         streams = (CONTROL_UP, CONTROL_DOWN, *session.work.streams)
@@ -236,6 +246,7 @@ class SessionRegistry:
         """Take a frame; never raises. Who speaks of a session that is over is told so."""
         session = self._all.get(session_id)
         if session is not None:
+            self.received_bytes += len(raw)
             stale = _epoch_of(raw)
             session.carrier.receive(raw)
             if stale is None or stale >= session.carrier.endpoint.epoch:

@@ -49,6 +49,7 @@ from vcnode.models.sessions import (
     Sessions,
     SessionSubjects,
 )
+from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.pods.journal import Stored
 from vcnode.settings import Settings
 
@@ -225,6 +226,10 @@ class FakePods:
     async def processes(self, pod_id: str, container_id: str, limit: int, call: Call) -> ContainerProcesses:
         await self._note("processes", call, pod_id, container_id, limit)
         return ContainerProcesses(pod_id=pod_id, container_id=container_id, processes=(), total=0)
+
+    async def stats(self, request: PodStatsOf, call: Call) -> PodStats:
+        await self._note("stats", call, request)
+        return PodStats(pod_id=request.pod_id, node="n1", time=NOW)
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
         self.calls.append(("list_containers", (pod_id, states)))

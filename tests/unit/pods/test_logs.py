@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.unit.pods.world import ROOT, World
+from vcnode.drivers.base import GuestSession, LogRecord
 from vcnode.drivers.logfiles import Chunk
 from vcnode.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from vcnode.models.logs import ContainerLogEntries, ContainerLogs
@@ -175,3 +176,28 @@ async def test_an_end_that_is_recorded_while_the_log_is_read_is_not_waited_for(
             patch.setattr(world.pods.logs, "_ring", lambda pod_id: None)
             async with asyncio.timeout(10):
                 assert (await logs(world, cursor="4", wait_s=60)).ended
+
+
+class GappyFeed:
+    """A feed whose guest has dropped 100 bytes of one container, and names one that is not the pod's."""
+
+    async def records(self) -> AsyncIterator[list[LogRecord]]:
+        yield [LogRecord("c1", 7, "stdout", 100, time.time_ns(), b"late\n")]
+        yield [LogRecord("other", 7, "stdout", 999, time.time_ns(), b"late\n")]
+
+    async def close(self) -> None:
+        pass
+
+
+class GappySession:
+    """A session with nothing but logs."""
+
+    async def follow_logs(self, *_: object, **__: object) -> GappyFeed:
+        return GappyFeed()
+
+
+async def test_lost_output_is_counted(tmp_path: Path) -> None:
+    async with world_with(tmp_path, "sleep infinity") as world:
+        assert world.pods.logs.lost_bytes == 0
+        await world.pods.logs.pump("p1", cast(GuestSession, GappySession()))
+        assert world.pods.logs.lost_bytes == 100

@@ -21,6 +21,7 @@ from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType
+from vcnode.models.stats import ContainerStats, GuestStats
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 
@@ -87,6 +88,10 @@ class NoopSession:
     ) -> tuple[Sequence[ContainerProcess], int]:
         """Refused."""
         self._refuse("containers")
+
+    async def read_stats(self, *, timeout_s: float) -> tuple[GuestStats, Sequence[ContainerStats]]:
+        """Refused."""
+        self._refuse("statistics")
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """There is none, so it is gone."""

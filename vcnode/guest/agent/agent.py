@@ -85,7 +85,15 @@ class Agent:
         dialer = Dialer(self.loop, self._port)
         attachments = Attachments(self.loop, self._port, execs.new_id)
         self._service = Service(
-            self._port, self.containers, execs, dialer, attachments, feed, introduction, self._shut_down
+            self.loop,
+            self._port,
+            self.containers,
+            execs,
+            dialer,
+            attachments,
+            feed,
+            introduction,
+            self._shut_down,
         )
         self._port.listener = self._service
 

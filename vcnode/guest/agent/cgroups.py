@@ -7,7 +7,8 @@ import os
 from vcnode.guest.agent.params import Params
 
 ROOT = "/sys/fs/cgroup"
-CONTROLLERS = ("cpu", "memory", "pids")
+CONTROLLERS = ("cpu", "io", "memory", "pids")
+"""``io`` is there to count."""
 PARENT = "containers"
 """The group that holds those of all containers."""
 _UNLIMITED = (1 << 62) - 1

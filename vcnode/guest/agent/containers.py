@@ -525,6 +525,10 @@ class Containers:
                 lambda: self.signal(container_id, signal.SIGKILL, everyone=True),
             )
 
+    def groups(self) -> dict[str, Cgroup]:
+        """The cgroup of each container, by its id."""
+        return {cid: container.cgroup for cid, container in self._all.items() if not container.creating}
+
     # -- processes ---------------------------------------------------------------------------------
 
     def list_processes(self, container_id: str, limit: int, done: Callable[[dict[str, Any]], None]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 
-from vcnode.guest.agent import cgroups, identity, probes, process, processes
+from vcnode.guest.agent import cgroups, identity, probes, process, processes, stats
 from vcnode.guest.agent.containers import ContainerSpec
 from vcnode.guest.agent.entries import JOIN, Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.dialing import Dialer
     from vcnode.guest.agent.execs import Execs
     from vcnode.guest.agent.logs import Feed
+    from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.mainio import Attachments
     from vcnode.guest.agent.port import Answer, Port
 
@@ -94,6 +95,7 @@ class Service:
     """Carries out what comes over the port; a `port.Listener`.
 
     Args:
+        loop: Where what takes longer goes on.
         port: For events.
         containers: The containers.
         execs: The processes of ``execute`` and ``copy``.
@@ -105,6 +107,7 @@ class Service:
 
     def __init__(
         self,
+        loop: Loop,
         port: Port,
         containers: Containers,
         execs: Execs,
@@ -114,6 +117,7 @@ class Service:
         introduction: dict[str, str],
         power_off: Callable[[], None],
     ) -> None:
+        self._loop = loop
         self._port = port
         self._introduction = introduction
         self._containers = containers
@@ -143,6 +147,7 @@ class Service:
             "attach": self._attach,
             "detach": self._detach,
             "shutdown": self._shutdown,
+            "stats": self._stats,
         }
 
     def data(self, stream: int, data: bytes) -> None:
@@ -371,6 +376,10 @@ class Service:
         params.done()
         answer.result({})
         self._power_off()
+
+    def _stats(self, params: Params, answer: Answer) -> None:
+        params.done()
+        stats.Sample(self._loop, self._containers.groups(), answer.result)
 
 
 def _streams(named: Params) -> tuple[int | None, int | None, int | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vcnode.drivers.hypervisor.qemu.cgroup import BASE, Cgroup, Cgroups, Usage, cgroup2_mount
+from vcnode.models.stats import CpuStats
 
 V1 = "32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n"
 V2 = "41 31 0:38 / {} rw,relatime - cgroup2 cgroup2 rw\n"
@@ -54,10 +55,11 @@ def test_only_groups_of_the_mark_are_listed(tmp_path: Path) -> None:
 def test_usage_has_memory_where_it_is_counted(tmp_path: Path) -> None:
     group = Cgroup(tmp_path)
     assert group.usage() is None
-    (tmp_path / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
-    assert group.usage() == Usage(2.5, None)
+    (tmp_path / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\nsystem_usec 2499999\n")
+    cpu = CpuStats(usage_us=2_500_000, user_us=1, system_us=2_499_999)
+    assert group.usage() == Usage(cpu, None)
     (tmp_path / "memory.current").write_text("4096\n")
-    assert group.usage() == Usage(2.5, 4096)
+    assert group.usage() == Usage(cpu, 4096)
 
 
 def test_without_a_hierarchy_nothing_happens() -> None:

@@ -12,6 +12,7 @@ from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.mock.guest import MockGuest, MockGuests
 from vcnode.drivers.agent.mock.logs import MockLogFeed
 from vcnode.drivers.agent.mock.process import ECHO_PORT, MockConnection, MockProcess, check_signal
+from vcnode.drivers.agent.mock.stats import stats_of
 from vcnode.drivers.base import (
     ContainerExited,
     ContainerHealth,
@@ -29,6 +30,7 @@ from vcnode.errors import AgentError, DeadlineExceededError, FailedPreconditionE
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType
+from vcnode.models.stats import ContainerStats, GuestStats
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 
@@ -55,7 +57,7 @@ class MockAgent:
         return DriverInfo(
             type=AgentType.MOCK,
             version=vcnode.__version__,
-            capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "tty"),
+            capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "stats", "tty"),
             mock=True,
         )
 
@@ -156,6 +158,11 @@ class MockSession:
         async with self._operation("list_processes", timeout_s):
             found = self._guest.processes(container_id)
             return found[:limit], len(found)
+
+    async def read_stats(self, *, timeout_s: float) -> tuple[GuestStats, Sequence[ContainerStats]]:
+        """See `GuestSession.read_stats`. Made up; see `stats_of`."""
+        async with self._operation("read_stats", timeout_s):
+            return stats_of(self._guest)
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """See `GuestSession.delete_container`."""

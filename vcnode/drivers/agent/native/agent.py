@@ -29,7 +29,7 @@ class NativeAgent:
         return DriverInfo(
             type=AgentType.NATIVE,
             version=vcnode.__version__,
-            capabilities=("attach", "containers", "copy", "exec", "configure", "forward", "tty"),
+            capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "stats", "tty"),
         )
 
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from vcnode.aio import deadline_as
 from vcnode.drivers.agent.events import EventQueue
-from vcnode.drivers.agent.native import messages
+from vcnode.drivers.agent.native import messages, stats
 from vcnode.drivers.agent.native.link import Link
 from vcnode.drivers.agent.native.logs import NativeLogFeed
 from vcnode.drivers.agent.native.messages import BadFieldError
@@ -18,6 +18,7 @@ from vcnode.drivers.base import CopyDirection, GuestEvent, LogPosition, SessionL
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
 from vcnode.models.living import ContainerProcess
+from vcnode.models.stats import ContainerStats, GuestStats
 from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
 
 T = TypeVar("T")
@@ -135,6 +136,11 @@ class NativeSession:
         params = {"container_id": container_id, "limit": limit}
         result = await self._call("list_processes", params, timeout_s, container_id)
         return self._checked(lambda: messages.processes(result, limit))
+
+    async def read_stats(self, *, timeout_s: float) -> tuple[GuestStats, Sequence[ContainerStats]]:
+        """See `GuestSession.read_stats`."""
+        result = await self._call("stats", {}, timeout_s)
+        return self._checked(lambda: (stats.guest(result), stats.containers(result)))
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """See `GuestSession.delete_container`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from vcnode.aio import deadline_as
@@ -15,6 +15,7 @@ from vcnode.drivers.hypervisor.mock.world import MockMachine, MockWorld
 from vcnode.errors import HypervisorError, NotFoundError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, StopOutcome
+from vcnode.models.stats import CpuStats, VmStats, idle_interface
 from vcnode.models.vm import Disk, VmExit, VmRecord, VmShape, VmSpec
 
 STOP_LIMIT_S = 5.0
@@ -79,6 +80,24 @@ class MockVm:
             self._need_alive("resume")
             self._machine.running = True
 
+    async def read_stats(
+        self, *, mem_size_mib: int, interfaces: Mapping[str, str], memory: bool, timeout_s: float
+    ) -> VmStats:
+        """See Protocol Measurable. A VM that only pretends takes nothing, but has what was asked for."""
+        async with self._operation("read_stats", timeout_s):
+            self._need_alive("read_stats")
+            return VmStats(
+                cpu=CpuStats(usage_us=0, user_us=0, system_us=0),
+                thread_count=0,
+                resident_bytes=0,
+                pss_bytes=0 if memory else None,
+                guest_pss_bytes=0 if memory else None,
+                overhead_bytes=0 if memory else None,
+                read_bytes=0,
+                written_bytes=0,
+                interfaces=tuple(idle_interface(name) for name in interfaces.values()),
+            )
+
     async def stop(self, *, grace_s: float) -> StopOutcome:
         """See Protocol Vm. The pretended guest powers off within any grace but 0, unless it is paused."""
         if not self._machine.alive:
@@ -137,7 +156,7 @@ class MockHypervisor:
         """Marked as a mock."""
         return DriverInfo(
             type=HypervisorType.MOCK,
-            capabilities=("disks", "pause", "share", *(("templates",) if self._templates else ())),
+            capabilities=("disks", "pause", "share", "stats", *(("templates",) if self._templates else ())),
             mock=True,
             notes=("No VM runs here: the mock hypervisor only pretends.",),
         )

@@ -20,6 +20,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vcnode.models.stats import CpuStats
+
 log = logging.getLogger(__name__)
 
 BASE = "vcnode"
@@ -41,8 +43,8 @@ def cgroup2_mount(mountinfo: str) -> Path | None:
 class Usage:
     """What a VM has used of its host."""
 
-    cpu_s: float
-    """CPU seconds of its processes, ended ones included."""
+    cpu: CpuStats
+    """CPU time of its processes, ended ones included."""
     memory_bytes: int | None
     """Memory charged to it now; None without the memory controller."""
 
@@ -95,14 +97,19 @@ class Cgroup:
             return None
         try:
             stat = dict(line.split() for line in (self.path / "cpu.stat").read_text().splitlines())
-            cpu_s = int(stat["usage_usec"]) / 1e6
+            cpu = CpuStats(
+                usage_us=int(stat["usage_usec"]),
+                user_us=int(stat["user_usec"]),
+                system_us=int(stat["system_usec"]),
+                throttled_us=int(stat["throttled_usec"]) if "throttled_usec" in stat else None,
+            )
         except (OSError, KeyError, ValueError):
             return None
         try:
             memory = int((self.path / "memory.current").read_text())
         except (OSError, ValueError):
-            return Usage(cpu_s, None)
-        return Usage(cpu_s, memory)
+            return Usage(cpu, None)
+        return Usage(cpu, memory)
 
 
 class Cgroups:

@@ -81,7 +81,7 @@ class QemuHypervisor:
         return DriverInfo(
             type=HypervisorType.QEMU,
             version=self._build.version if self._build else None,
-            capabilities=("disks", "pause", "recover", "share", "templates"),
+            capabilities=("disks", "pause", "recover", "share", "stats", "templates"),
             notes=self._notes,
         )
 

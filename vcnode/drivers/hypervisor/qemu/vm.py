@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vcnode.aio import Spawner, deadline_as, finish
+from vcnode.drivers.hypervisor.qemu import usage
 from vcnode.drivers.hypervisor.qemu.disks import Disks
 from vcnode.drivers.hypervisor.qemu.explain import Evidence, explain
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
@@ -20,6 +22,7 @@ from vcnode.drivers.hypervisor.qemu.process import Process
 from vcnode.drivers.hypervisor.qemu.qmp import QmpSession
 from vcnode.errors import HypervisorError, NotFoundError, UnavailableError
 from vcnode.models.pod import StopOutcome
+from vcnode.models.stats import VmStats
 from vcnode.models.vm import Disk, VmExit, VmRecord
 
 log = logging.getLogger(__name__)
@@ -124,6 +127,28 @@ class QemuVm:
         """Learn from QEMU whether the vCPUs are stopped, after a restart of the node agent."""
         status = await self.qmp.execute("query-status", timeout_s=timeout_s)
         self._paused = status.get("status") == "paused"
+
+    async def read_stats(
+        self, *, mem_size_mib: int, interfaces: Mapping[str, str], memory: bool, timeout_s: float
+    ) -> VmStats:
+        """See `vcnode.drivers.base.Measurable`."""
+        gone = HypervisorError(f"VM {self._record.vm_id} has ended; there is nothing to measure.")
+        if not self._process.alive:
+            raise gone
+        read = functools.partial(
+            usage.read,
+            self._process.pid,
+            self._process.start_ticks,
+            self._files.group,
+            mem_size_mib=mem_size_mib,
+            interfaces=interfaces,
+            memory=memory,
+        )
+        try:
+            async with deadline_as(timeout_s, lambda: self._late("read_stats", timeout_s)):
+                return await asyncio.to_thread(read)
+        except usage.GoneError:
+            raise gone from None
 
     # -- the end -------------------------------------------------------------------------------------------
 
