@@ -22,13 +22,14 @@ from tests.support.nats import NatsServer
 from vcnode.client import Client
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 from vcnode.node import Node, running
-from vcnode.settings import NatsSettings
+from vcnode.settings import NatsSettings, StatsSettings
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy/helm/vcnode"
 RULES = CHART / "rules/vcnode.yaml"
 WAIT_S = 50
 POLL_S = 0.1
+EVERY_SECOND = StatsSettings(guest_interval_s=1)
 
 
 def tool(name: str) -> str:
@@ -118,7 +119,9 @@ async def node(short_dir: Path, nats_server: NatsServer) -> AsyncIterator[Node]:
     """A node that has run and deleted a pod, and holds another."""
     settings = mock_settings(short_dir / "node", nats_server.url)
     async with (
-        running(settings.model_copy(update={"metrics_address": "127.0.0.1:0"})) as node,
+        running(
+            settings.model_copy(update={"metrics_address": "127.0.0.1:0", "stats": EVERY_SECOND})
+        ) as node,
         await Client.connect(NatsSettings(url=nats_server.url)) as client,
     ):
         handle = client.node(settings.node_name)
@@ -196,6 +199,8 @@ async def test_every_query_finds_what_the_node_tells(node: Node, prometheus: Pro
         ('vcnode_pods{state="running"}', "state", "running"),
         ("sum by (verb) (vcnode_commands_total)", "verb", "pod.run"),
         ('vcnode_pod_start_phase_seconds_count{phase="total"}', "phase", "total"),
+        ("vcnode_pod_memory_size_bytes", "pod", "kept"),
+        ('vcnode_container_pids{pod="kept"}', "container", "main"),
     ):
         found = await asyncio.to_thread(prometheus.query, shown)
         assert value in {series["metric"][label] for series in found}
