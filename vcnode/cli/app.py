@@ -24,6 +24,7 @@ from vcnode.cli import (
     ports,
     sessions,
     stats,
+    top,
 )
 from vcnode.cli.command import Config, DeadlineS, Options, Output
 
@@ -47,6 +48,7 @@ sessions.register(app, containers.app)
 files.register(app, containers.app)
 ports.register(app, pods.app)
 stats.register(pods.app)
+top.register(app)
 events.register(app)
 fleet.register(app, pods.app)
 logs.register(app)

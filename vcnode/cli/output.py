@@ -63,12 +63,17 @@ def state(value: str) -> Text:
 
 def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print *rows* below *heads*."""
+    _print(make_table(heads, rows))
+
+
+def make_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """*rows* below *heads*, to be printed."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for head in heads:
         table.add_column(head, overflow="fold", no_wrap=head in ("POD", "CONTAINER", "STATE", "NODE"))
     for row in rows:
         table.add_row(*(value if isinstance(value, Text) else cell(value) for value in row))
-    _print(table)
+    return table
 
 
 def show_facts(facts: Iterable[tuple[str, object]]) -> None:

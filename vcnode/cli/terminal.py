@@ -51,6 +51,18 @@ def raw() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cbreak() -> Iterator[None]:
+    """Get keys as they are typed, without showing them; Ctrl-C stays a signal. Until the block ends."""
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setcbreak(fd, termios.TCSADRAIN)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
 def signals(handlers: dict[signal.Signals, Callable[[], object]]) -> Iterator[None]:
     """Call these when signals come, until the block ends."""
     loop = asyncio.get_running_loop()
