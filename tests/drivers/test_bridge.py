@@ -77,22 +77,30 @@ class Host:
 
     async def pod(self, **config: object) -> Guest:
         """A new pod."""
-        number = len(self.held) + 1
-        request = NetworkRequest(
-            pod_id=f"p{number}",
-            vm_id=f"{self.mark}{number:07x}",
-            config=NetworkConfig(**config),  # type: ignore[arg-type]
-        )
-        planned = self.network.plan(request, self.held)
+        planned = self.plan(**config)
         self.held.append(planned)
         attached = await self.network.attach(planned, timeout_s=LIMIT_S)
         taps = await self.network.open_taps(attached)
         self._taps += taps
         return Guest(attached, taps[0])
 
+    def plan(self, **config: object) -> NetworkAttachment:
+        """What the next pod would get."""
+        number = len(self.held) + 1
+        request = NetworkRequest(
+            pod_id=f"p{number}",
+            vm_id=f"{self.mark}{number:07x}",
+            config=NetworkConfig(**config),  # type: ignore[arg-type]
+        )
+        return self.network.plan(request, self.held)
+
+    def close_taps(self) -> None:
+        """As the end of their VMs would."""
+        while self._taps:
+            os.close(self._taps.pop())
+
     async def close(self) -> None:
-        for tap in self._taps:
-            os.close(tap)
+        self.close_taps()
         for attachment in self.held:
             await self.network.detach(attachment, timeout_s=LIMIT_S)
         assert [h for h in await self.network.held(self.mark) if h.vm_id is not None] == []

@@ -13,10 +13,17 @@ _SHORT_OF = {
     errno.EAGAIN: "The host has no processes left for the node agent; raise its limit (TasksMax, ulimit -u).",
     errno.ENOSPC: "The host has no space left for this.",
     errno.EDQUOT: "The node agent's disk quota is used up.",
+    errno.ENOBUFS: "The kernel has no memory left for what it was sent over netlink.",
+    errno.EXFULL: "The bridge has all ports that a kernel allows (1,023); put pods into named networks.",
 }
 
 
 def exhausted(exc: OSError) -> ResourceExhaustedError | None:
     """The error to raise in the place of *exc* when the host is short of something; None for any other."""
-    message = _SHORT_OF.get(exc.errno or 0)
+    return exhausted_by(exc.errno or 0)
+
+
+def exhausted_by(number: int) -> ResourceExhaustedError | None:
+    """As `exhausted`, of an errno that did not come with an OSError."""
+    message = _SHORT_OF.get(number)
     return None if message is None else ResourceExhaustedError(message)

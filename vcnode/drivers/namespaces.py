@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vcnode import aio
-from vcnode.drivers.exhaustion import exhausted
-from vcnode.errors import NetworkError
+from vcnode.drivers.exhaustion import exhausted, exhausted_by
+from vcnode.errors import NetworkError, ResourceExhaustedError
 
 T = TypeVar("T")
 
@@ -53,9 +53,10 @@ def call(netns_path: str | None, work: Callable[[], T]) -> T:
 
     Raises:
         NetworkError: There is no such namespace, or it may not be entered.
+        ResourceExhaustedError: The host, or the node agent's limits, have no room for it.
     """
     thread = _Thread(netns_path, work)
-    thread.start()
+    thread.begin()
     thread.join()
     outcome: T = thread.outcome()
     return outcome
@@ -67,7 +68,7 @@ async def run(netns_path: str | None, work: Callable[[], Coroutine[Any, Any, T]]
     Sockets that it opens are of that namespace. A cancellation is held back until it has ended: a thread
     cannot be stopped, and whoever undoes what it makes must not come before it. Raises as `call`.
     """
-    return await run_blocking(netns_path, lambda: asyncio.run(work()))
+    return await run_blocking(netns_path, lambda: here(work))
 
 
 async def run_blocking(netns_path: str | None, work: Callable[[], T]) -> T:
@@ -75,7 +76,7 @@ async def run_blocking(netns_path: str | None, work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     thread = _Thread(netns_path, work, lambda: loop.call_soon_threadsafe(_settle, ended))
-    thread.start()
+    thread.begin()
 
     async def wait() -> None:
         await ended
@@ -85,16 +86,26 @@ async def run_blocking(netns_path: str | None, work: Callable[[], T]) -> T:
     return outcome
 
 
+def here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in an event loop of the calling thread, which has none.
+
+    Unlike `asyncio.run` it makes the coroutine after the loop, whose descriptors there may not be.
+    """
+    with asyncio.Runner() as runner:
+        runner.get_loop()
+        return runner.run(work())
+
+
 async def run_in_new(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """As `run`, in a new namespace that ends with it. Raises NetworkError where none can be made."""
 
     def enter_new() -> T:
         try:
-            if _libc.unshare(_CLONE_NEWNET):
-                raise _failed("unshare")
+            _unshare()
         except OSError as exc:
-            raise NetworkError(f"No network namespace can be made: {exc.strerror}.") from exc
-        return asyncio.run(work())
+            refused = NetworkError(f"No network namespace can be made: {exc.strerror}.")
+            raise exhausted(exc) or refused from exc
+        return here(work)
 
     return await run_blocking(None, enter_new)
 
@@ -123,12 +134,23 @@ class _Thread(threading.Thread):
             if self._netns_path is not None:
                 enter(self._netns_path)
             self._result = self._work()
+        except OSError as exc:  # of the event loop and its sockets, say
+            self._error = short = exhausted(exc) or exc
+            if short is not exc:
+                short.__cause__ = exc
         except BaseException as exc:  # it is raised in the thread that waits
             self._error = exc
         finally:
             if self._on_end is not None:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                     self._on_end()
+
+    def begin(self) -> None:
+        """Start it. Raises ResourceExhaustedError when the host has no thread for it."""
+        try:
+            self.start()
+        except RuntimeError as exc:  # all that Python tells of EAGAIN
+            raise exhausted_by(errno.EAGAIN) or exc from exc
 
     def outcome(self) -> Any:
         """What the work has returned, or raised."""
@@ -165,6 +187,7 @@ def create(name: str, set_up: Callable[[], T]) -> T:
 
     Raises:
         NetworkError: It could not be made, or the name is taken.
+        ResourceExhaustedError: The host, or the node agent's limits, have no room for it.
     """
     path = path_of(name)
     try:
@@ -173,8 +196,7 @@ def create(name: str, set_up: Callable[[], T]) -> T:
     except OSError as exc:
         raise exhausted(exc) or NetworkError(f"{path} cannot be made: {exc.strerror}.") from exc
     try:
-        if _libc.unshare(_CLONE_NEWNET):
-            raise _failed("unshare")
+        _unshare()
         own = f"/proc/self/task/{threading.get_native_id()}/ns/net"
         _mount(own, path, _MS_BIND)
         return set_up()
@@ -183,6 +205,17 @@ def create(name: str, set_up: Callable[[], T]) -> T:
         if isinstance(exc, OSError):
             raise exhausted(exc) or NetworkError(f"{path} cannot be made: {exc.strerror}.") from exc
         raise
+
+
+def _unshare() -> None:
+    """Move the calling thread into a new namespace. Raises OSError, and ResourceExhaustedError."""
+    if _libc.unshare(_CLONE_NEWNET):
+        failed = _failed("unshare")
+        if failed.errno == errno.ENOSPC:  # no disk is meant. Source: user_namespaces(7), namespaces(7)
+            raise ResourceExhaustedError(
+                "The host has as many network namespaces as it allows; raise user.max_net_namespaces."
+            ) from failed
+        raise failed
 
 
 def remove(name: str) -> None:

@@ -13,6 +13,7 @@ from vcnode.aio import Tasks
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.mock.guest import MockGuests
 from vcnode.drivers.agent.noop import NoopAgent
+from vcnode.drivers.base import Network
 from vcnode.drivers.faults import FaultPlan, Rule
 from vcnode.drivers.hypervisor.mock import MockHypervisor, MockWorld
 from vcnode.drivers.network.mock import MockNetwork
@@ -182,11 +183,21 @@ class World:
         path: Directory of the database.
         faults: Plan of the first node's drivers; a restart gets an empty one unless told otherwise.
         templates: Whether the hypervisor has templates; the network is then one without taps.
+        networks: The node's networks, made with each start; those of mocks if None.
         settings: Changes to the node's settings.
     """
 
-    def __init__(self, path: Path, faults: str = "", *, templates: bool = False, **settings: object) -> None:
+    def __init__(
+        self,
+        path: Path,
+        faults: str = "",
+        *,
+        templates: bool = False,
+        networks: Callable[[Settings], Mapping[NetworkModel, Network]] | None = None,
+        **settings: object,
+    ) -> None:
         self._templates = templates
+        self._networks = networks
         self.path = path
         self.settings = Settings(
             node_name="n1",
@@ -238,13 +249,19 @@ class World:
         self.hypervisor = MockHypervisor(plan, world=self.vms, templates=self._templates)
         self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)
         self.network = MockNetwork(plan, made=self.taps)
+        self.networks: Mapping[NetworkModel, Network] = {
+            NetworkModel.BRIDGE: self.network,
+            NetworkModel.NOOP: NoopNetwork(plan),
+        }
+        if self._networks is not None:
+            self.networks = self._networks(self.settings)
         self.pods = PodService(
             node_name="n1",
             epoch=self.store.epoch,
             store=self.store,
             hypervisors={HypervisorType.MOCK: self.hypervisor},
             agents={AgentType.MOCK: self.agent, AgentType.NOOP: NoopAgent()},
-            networks={NetworkModel.BRIDGE: self.network, NetworkModel.NOOP: NoopNetwork(plan)},
+            networks=self.networks,
             storage=self.storage,
             images=self.images,
             settings=self.settings,
@@ -267,6 +284,13 @@ class World:
         self.plan.dead = True
         await self.tasks.close()
         await self.store.close()
+
+    async def reboot(self) -> None:
+        """End the node and all that lives on the host; only what is on its disks remains."""
+        await self.crash()
+        self.vms, self.guests = MockWorld(), MockGuests()
+        self.host = StorageWorld(images=self.host.images, layers=self.host.layers)
+        self.taps.clear()
 
     async def restart(self, faults: str = "") -> World:
         """Close and start again."""

@@ -31,6 +31,8 @@ from vcnode.models.network import Interworking, NetworkInterface, NetworkInterfa
 CLSACT_INGRESS, CLSACT_EGRESS, INGRESS = 0xFFFFFFF2, 0xFFFFFFF3, 0xFFFF0000
 """Where filters are hung; ``clsact`` is an ``ingress`` qdisc that has an egress as well."""
 ETH_P_ALL = 0x0003
+TAP_KIND = "tun"
+"""What the kernel calls a tap."""
 _ROOT_TARGET = 0x10000
 """What pyroute2 0.9 wants as ``target`` of an u32 filter that leads to no class."""
 EVERYTHING = ("0x0/0x0+0",)
@@ -162,6 +164,8 @@ async def make_tap(netlink: AsyncIPRoute, index: int, mtu: int, mac: str) -> Lin
     if (tap := await links.find(netlink, name)) is None:
         taps.make(name)
         tap = await links.get(netlink, name)
+    elif tap.kind != TAP_KIND:
+        raise NetworkError(f"Interface {name} is there already and no tap; the VM needs that name.")
     wanted = tap_mac(mac)
     if not tap.up or tap.mtu != mtu or tap.mac != wanted:
         with doing(f"set up tap {name}"):

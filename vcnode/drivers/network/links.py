@@ -22,7 +22,7 @@ from typing import Any
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from vcnode.drivers.exhaustion import exhausted
+from vcnode.drivers.exhaustion import exhausted, exhausted_by
 from vcnode.errors import NetworkError
 
 GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.EADDRNOTAVAIL, errno.ESRCH})
@@ -74,7 +74,8 @@ def doing(what: str) -> Iterator[None]:
     try:
         yield
     except NetlinkError as exc:
-        raise NetworkError(f"The kernel would not {what}: {os.strerror(exc.code)}.", errno=exc.code) from exc
+        refused = NetworkError(f"The kernel would not {what}: {os.strerror(exc.code)}.", errno=exc.code)
+        raise exhausted_by(exc.code) or refused from exc
     except OSError as exc:
         failed = NetworkError(f"The kernel would not {what}: {exc.strerror}.", errno=exc.errno)
         raise exhausted(exc) or failed from exc
@@ -87,7 +88,8 @@ async def find(netlink: AsyncIPRoute, name: str) -> Link | None:
     except NetlinkError as exc:
         if exc.code in GONE:
             return None
-        raise NetworkError(f"Interface {name} cannot be looked at: {os.strerror(exc.code)}.") from exc
+        refused = NetworkError(f"Interface {name} cannot be looked at: {os.strerror(exc.code)}.")
+        raise exhausted_by(exc.code) or refused from exc
     return _link(found[0]) if found else None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pyroute2 import AsyncIPRoute
 
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.network import links
 from vcnode.drivers.network.links import Link, doing
 from vcnode.errors import NetworkError
@@ -28,7 +29,7 @@ async def make(netlink: AsyncIPRoute, lower: Link, name: str) -> Link:
 
     A tap that is there under that name (a spare's) makes room.
     """
-    if (old := await links.find(netlink, name)) is not None and old.kind != "macvtap":
+    if (old := await links.find(netlink, name)) is not None and old.kind == "tun":
         await links.delete(netlink, name)
     with doing(f"make macvtap {name} on {lower.name}"):
         await netlink.link(
@@ -50,7 +51,8 @@ def open_for_qemu(name: str) -> int:
     try:
         return _open(name)
     except OSError as exc:
-        raise NetworkError(f"Macvtap {name} cannot be opened: {exc.strerror}.", errno=exc.errno) from exc
+        refused = NetworkError(f"Macvtap {name} cannot be opened: {exc.strerror}.", errno=exc.errno)
+        raise exhausted(exc) or refused from exc
 
 
 def _open(name: str) -> int:

@@ -6,6 +6,7 @@ QEMU has it, and found again. Source: Documentation/networking/tuntap.rst, linux
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -28,9 +29,7 @@ def make(name: str) -> None:
         finally:
             os.close(fd)
     except OSError as exc:
-        raise exhausted(exc) or NetworkError(
-            f"Tap {name} cannot be made: {exc.strerror}.", errno=exc.errno
-        ) from exc
+        raise exhausted(exc) or _refused(name, "made", exc) from exc
 
 
 def open_for_qemu(name: str) -> int:
@@ -44,9 +43,18 @@ def open_for_qemu(name: str) -> int:
     try:
         return _attach(name)
     except OSError as exc:
-        raise exhausted(exc) or NetworkError(
-            f"Tap {name} cannot be opened: {exc.strerror}.", errno=exc.errno
-        ) from exc
+        raise exhausted(exc) or _refused(name, "opened", exc) from exc
+
+
+def _refused(name: str, what: str, exc: OSError) -> NetworkError:
+    """What TUNSETIFF refuses, in words. Source: linux drivers/net/tun.c, tun_set_iff()."""
+    words = {
+        errno.EBUSY: "another process has it; end that, or delete its pod",
+        errno.EINVAL: "an interface of another kind has that name",
+        errno.ENOENT: f"there is no {TUN_DEVICE}; load the module tun",
+    }
+    why = words.get(exc.errno or 0, exc.strerror)
+    return NetworkError(f"Tap {name} cannot be {what}: {why}.", errno=exc.errno)
 
 
 def close(descriptors: Iterable[int]) -> None:

@@ -26,7 +26,7 @@ from vcnode.drivers.network import interworking, ipam, links, resolver
 from vcnode.drivers.network.bridge import firewall, host, names
 from vcnode.drivers.network.bridge.firewall import Nft
 from vcnode.drivers.network.ipam import Slice, Subnets
-from vcnode.errors import InvalidArgumentError, NetworkError, UnsupportedError
+from vcnode.errors import InvalidArgumentError, NetworkError, ResourceExhaustedError, UnsupportedError
 from vcnode.models.network import (
     Endpoint,
     Interworking,
@@ -108,6 +108,8 @@ class BridgeNetwork:
         try:
             await namespaces.run_in_new(lambda: host.try_out(self._plan))
             overlap, mtu = await namespaces.run(None, look)
+        except ResourceExhaustedError as exc:
+            return exc.message
         except NetworkError as exc:
             return f"{exc.message} Load the kernel's modules for it, or set network = 'noop'."
         if self._settings.mtu is None and mtu is not None:
@@ -212,7 +214,7 @@ class BridgeNetwork:
 
         def set_up() -> None:
             host.quieten_namespace()
-            asyncio.run(make_taps())
+            namespaces.here(make_taps)
 
         async with _limit(timeout_s, f"taps of VM {vm_id}"):
             await namespaces.run_blocking(None, lambda: namespaces.create(vm_id, set_up))
@@ -272,7 +274,7 @@ class BridgeNetwork:
                 os.close(fd)
 
         def inside() -> tuple[Endpoint, ...]:
-            return asyncio.run(work())
+            return namespaces.here(work)
 
         def in_new() -> tuple[Endpoint, ...]:
             host.quieten_namespace()
@@ -324,7 +326,7 @@ class BridgeNetwork:
             async with links.here() as netlink:
                 return await host.detach(netlink, self._plan, attachment.vm_id, attachment.endpoints)
 
-        bridges = asyncio.run(work())
+        bridges = namespaces.here(work)
         namespaces.remove(attachment.vm_id)
         return bridges
 

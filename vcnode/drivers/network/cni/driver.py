@@ -27,7 +27,13 @@ from vcnode.drivers.network.cni import config
 from vcnode.drivers.network.cni.results import Result
 from vcnode.drivers.network.cni.runtime import Attachment, Runtime
 from vcnode.drivers.network.kept import Kept
-from vcnode.errors import FailedPreconditionError, InvalidArgumentError, NetworkError, UnsupportedError
+from vcnode.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NetworkError,
+    UnsupportedError,
+    VcnodeError,
+)
 from vcnode.models.network import (
     DnsConfig,
     Endpoint,
@@ -196,17 +202,17 @@ class CniNetwork:
             kept = await asyncio.to_thread(self._kept.find, f"{vm_id}.")
             path = namespaces.path_of(vm_id)
             exists = await asyncio.to_thread(namespaces.exists, path)
-            failed: NetworkError | None = None
+            failed: VcnodeError | None = None
             if kept and exists:
                 try:
                     await namespaces.run(path, _unwire)
-                except NetworkError as exc:  # a DEL that is owed comes all the same
+                except VcnodeError as exc:  # a DEL that is owed comes all the same
                     failed = exc
             for name, added in reversed(kept.items()):
                 try:
                     await self._runtime.delete(added, netns_exists=exists)
                     await asyncio.to_thread(self._kept.remove, name)
-                except NetworkError as exc:
+                except VcnodeError as exc:
                     log.warning("VM %s: %s", vm_id, exc.message, exc_info=exc)
                     failed = failed or exc
             if failed is not None:
@@ -333,7 +339,7 @@ def _make_namespace(vm_id: str) -> None:
                 path = Path("/proc/sys/net/ipv6/conf", which, name)
                 if path.exists():
                     path.write_text(value)
-        asyncio.run(raise_loopback())
+        namespaces.here(raise_loopback)
 
     if namespaces.exists(namespaces.path_of(vm_id)):
         namespaces.enter(namespaces.path_of(vm_id))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vcnode import aio
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import NetworkError
 
 MAX_OUTPUT_BYTES = 1024 * 1024
@@ -45,9 +46,16 @@ async def run(program: Path, env: Mapping[str, str], conf: bytes, *, timeout_s: 
 
     Raises:
         NetworkError: It cannot be executed, took longer than *timeout_s* seconds, or wrote too much.
+        ResourceExhaustedError: The host, or the node agent's limits, have no room for it.
     """
     started: list[asyncio.subprocess.Process] = []
-    with _file(conf) as stdin, _room() as stdout, _room() as stderr:
+    with contextlib.ExitStack() as files:
+        try:
+            stdin = files.enter_context(_file(conf))
+            stdout, stderr = files.enter_context(_room()), files.enter_context(_room())
+        except OSError as exc:
+            refused = NetworkError(f"CNI plugin {program} cannot be given files: {exc.strerror}.")
+            raise exhausted(exc) or refused from exc
 
         async def start() -> None:
             started.append(
@@ -68,7 +76,8 @@ async def run(program: Path, env: Mapping[str, str], conf: bytes, *, timeout_s: 
                 await aio.finish(start(), timeout_s=START_LIMIT_S)
                 code = await started[0].wait()
         except OSError as exc:
-            raise NetworkError(f"CNI plugin {program} cannot be executed: {exc.strerror}.") from exc
+            refused = NetworkError(f"CNI plugin {program} cannot be executed: {exc.strerror}.")
+            raise exhausted(exc) or refused from exc
         finally:
             for process in started:
                 with contextlib.suppress(ProcessLookupError):
