@@ -11,9 +11,9 @@ import re
 import socket
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -159,21 +159,43 @@ class ImageSettings(Group):
     """Images that were made or used within so many seconds stay."""
 
 
+MIN_MTU, MIN_MTU_IPV6 = 576, 1280
+"""Bytes that any host takes, and any link must carry. Source: RFC 791, 3.1; RFC 8200, 5."""
+MIN_SUBNET_BITS = 4
+"""Half of it is the node's own network, with places for five pods then."""
+
+
 class BridgeSettings(Group):
     """How network model ``bridge`` connects pods."""
 
     subnet4: IPv4Network | None = IPv4Network("10.119.0.0/16")
-    """Subnet from which pods get their IPv4 addresses; its first one is the host's. None: no IPv4."""
+    """Subnet from which pods get their IPv4 addresses; its first one is the host's. Empty: no IPv4."""
     subnet6: IPv6Network | None = IPv6Network("fd76:636e:6f64::/64")
     """The same for IPv6."""
-    mtu: int | None = Field(default=None, ge=1280, le=65521)
-    """Maximum transmission unit in bytes. Default: that of the interface that leads to the outside."""
+    mtu: int | None = Field(default=None, ge=MIN_MTU, le=65521)
+    """Maximum transmission unit in bytes; with IPv6 at least 1280. Default: that of the interface that leads
+    to the outside."""
     masquerade: bool = True
     """Whether pods reach the outside, with the host's address; turns the host's forwarding on."""
     dns_servers: tuple[IpAddress, ...] = ()
     """Name servers of pods that bring none. Default: the host's, but for those on its loopback."""
     nft_timeout_s: float = Field(default=10.0, gt=0)
     """Limit of one change of the nftables table."""
+
+    @field_validator("subnet4", "subnet6", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        """Neither TOML nor an environment has a word for None."""
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        for subnet in (self.subnet4, self.subnet6):
+            if subnet is not None and subnet.max_prefixlen - subnet.prefixlen < MIN_SUBNET_BITS:
+                raise ValueError(f"{subnet} is too small for pods: give it {1 << MIN_SUBNET_BITS} addresses")
+        if self.mtu is not None and self.mtu < MIN_MTU_IPV6 and self.subnet6 is not None:
+            raise ValueError("mtu must be at least 1280 with IPv6; set subnet6 to '' for none")
+        return self
 
 
 class RestartSettings(Group):

@@ -121,3 +121,25 @@ def test_node_name_is_made_from_the_hosts(monkeypatch, host, name):
 def test_host_name_cut_at_a_dash_still_makes_a_node_name(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "a" * 63 + "-b")
     assert Settings.load().node_name == "a" * 63
+
+
+def test_a_family_of_pods_addresses_can_be_left_out(tmp_path: Path, monkeypatch):
+    path = tmp_path / "node.toml"
+    path.write_text('[bridge]\nsubnet6 = ""\nmtu = 576\n')
+    assert Settings.load(path).bridge.subnet6 is None
+    monkeypatch.setenv("VCNODE_BRIDGE_SUBNET4", "")
+    assert Settings.load().bridge.subnet4 is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"mtu": 1279}, "at least 1280 with IPv6"),
+        ({"mtu": 575, "subnet6": ""}, "greater than or equal to 576"),
+        ({"subnet4": "10.0.0.0/29"}, "too small for pods"),
+        ({"subnet6": "fd00::/125"}, "too small for pods"),
+    ],
+)
+def test_what_no_pod_could_be_connected_with_is_refused(values, words):
+    with pytest.raises(ValidationError, match=words):
+        Settings.load(bridge=values)

@@ -76,9 +76,9 @@ class PortMapping(Request):
 class RateMbit(Request):
     """Limits of one pod's traffic, for each of its interfaces, in 10^6 bits per second."""
 
-    ingress: float | None = Field(default=None, gt=0, le=30_000)
+    ingress: float | None = Field(default=None, ge=0.01, le=30_000)
     """What the pod receives. Default: no limit."""
-    egress: float | None = Field(default=None, gt=0, le=30_000)
+    egress: float | None = Field(default=None, ge=0.01, le=30_000)
     """What the pod sends. Default: no limit."""
 
 

@@ -22,7 +22,7 @@ from functools import partial
 from vcnode.aio import deadline_as
 from vcnode.drivers import namespaces
 from vcnode.drivers.audit import Held
-from vcnode.drivers.network import interworking, ipam, links, resolver
+from vcnode.drivers.network import interworking, ipam, links, listeners, resolver
 from vcnode.drivers.network.bridge import firewall, host, names
 from vcnode.drivers.network.bridge.firewall import Nft
 from vcnode.drivers.network.ipam import Slice, Subnets
@@ -38,7 +38,7 @@ from vcnode.models.network import (
 )
 from vcnode.models.node import DriverInfo
 from vcnode.models.vm import NetworkAttachment, NetworkRequest
-from vcnode.settings import BridgeSettings
+from vcnode.settings import MIN_MTU, MIN_MTU_IPV6, BridgeSettings
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +113,11 @@ class BridgeNetwork:
         except NetworkError as exc:
             return f"{exc.message} Load the kernel's modules for it, or set network = 'noop'."
         if self._settings.mtu is None and mtu is not None:
-            self._plan = host.Plan(self._mark, self._plan.subnets, mtu)
+            # What is too large for the way out is told so, or sent in pieces.
+            least = MIN_MTU if self._plan.subnets.v6 is None else MIN_MTU_IPV6
+            self._plan = host.Plan(self._mark, self._plan.subnets, max(mtu, least))
         if overlap is not None:
-            return f"its subnet lies across {overlap} of the host; set subnet4 and subnet6 under [bridge]."
+            return f"its subnet lies across {overlap} of the host; {host.SET_SUBNETS}."
         return None
 
     async def close(self) -> None:
@@ -166,6 +168,7 @@ class BridgeNetwork:
         config = request.config
         self.check(config)
         ipam.check_ports(config, held)
+        names.check_networks(self._mark, config.networks, held)
         return NetworkAttachment(
             model=NetworkModel.BRIDGE,
             vm_id=request.vm_id,
@@ -241,11 +244,24 @@ class BridgeNetwork:
             async with self._bridges:
                 endpoints = await namespaces.run_blocking(None, lambda: self._make(planned))
             if planned.config.ports and self._nft is not None:
+                await self._check_ports(planned.config, self._nft)
                 commands = firewall.publish(self._table, planned)
                 await self._nft.load(commands, timeout_s=self._settings.nft_timeout_s)
         return (
             planned if endpoints == planned.endpoints else planned.model_copy(update={"endpoints": endpoints})
         )
+
+    async def _check_ports(self, config: NetworkConfig, nft: Nft) -> None:
+        """See that no program of the host has one of the ports, and no other node agent has published it.
+
+        Raises:
+            FailedPreconditionError: One has.
+        """
+        await namespaces.run_blocking(None, lambda: listeners.check(config.ports))
+        limit_s = self._settings.nft_timeout_s
+        for table in await nft.tables(names.TABLE_PREFIX, timeout_s=limit_s):
+            if table != self._table:
+                firewall.check_published(config, await nft.published(table, timeout_s=limit_s), table)
 
     def _make(self, planned: NetworkAttachment) -> tuple[Endpoint, ...]:
         """Everything that netlink does for one pod, in one thread: it is at home in both namespaces."""

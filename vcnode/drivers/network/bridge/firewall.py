@@ -17,7 +17,8 @@ from typing import Any
 from vcnode import aio
 from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.network.ipam import Subnets
-from vcnode.errors import NetworkError
+from vcnode.errors import FailedPreconditionError, NetworkError
+from vcnode.models.network import NetworkConfig
 from vcnode.models.vm import NetworkAttachment
 
 MAPS = {("tcp", 4): "tcp4", ("tcp", 6): "tcp6", ("udp", 4): "udp4", ("udp", 6): "udp6"}
@@ -104,6 +105,23 @@ def _elements(attachment: NetworkAttachment) -> Iterable[tuple[str, int, str, in
             yield MAPS[mapping.protocol, address.version], mapping.host, str(address), mapping.container
 
 
+def check_published(config: NetworkConfig, published: Iterable[Published], table: str) -> None:
+    """See that none of the ports is one of those that another node agent's *table* has published.
+
+    Raises:
+        FailedPreconditionError: One is.
+    """
+    taken = {(p.port, p.map[:3]) for p in published}
+    for index, mapping in enumerate(config.ports):
+        if (mapping.host, mapping.protocol) in taken:
+            field = f"pod.network.ports[{index}].host"
+            raise FailedPreconditionError(
+                f"{field}: {mapping.protocol} port {mapping.host} is published by another node agent of this "
+                f"host (nftables table {table}); publish another port.",
+                field=field,
+            )
+
+
 def parse(listing: str) -> list[Published]:
     """The published ports in what ``nft -j list table`` says."""
     maps = [entry["map"] for entry in json.loads(listing).get("nftables", ()) if "map" in entry]
@@ -139,10 +157,15 @@ class Nft:
 
     async def published(self, table: str, *, timeout_s: float) -> list[Published]:
         """The published ports of a table; none when there is no such table. Raises NetworkError."""
-        tables = json.loads(await self._run(["-j", "list", "tables"], "", timeout_s=timeout_s))
-        if not any(entry.get("table", {}).get("name") == table for entry in tables["nftables"]):
+        if table not in await self.tables(table, timeout_s=timeout_s):
             return []
         return parse(await self._run(["-j", "list", "table", "inet", table], "", timeout_s=timeout_s))
+
+    async def tables(self, prefix: str, *, timeout_s: float) -> list[str]:
+        """Names of the tables that begin so. Raises NetworkError."""
+        listing = json.loads(await self._run(["-j", "list", "tables"], "", timeout_s=timeout_s))
+        names = [entry["table"]["name"] for entry in listing["nftables"] if "table" in entry]
+        return [name for name in names if name.startswith(prefix)]
 
     async def drop(self, table: str, *, timeout_s: float) -> None:
         """Remove a table. Idempotent. Raises NetworkError."""

@@ -18,6 +18,7 @@ from vcnode.drivers.network.links import Link, doing
 from vcnode.errors import NetworkError
 from vcnode.models.network import Endpoint, Interworking, RateMbit
 
+SET_SUBNETS = "set subnet4 and subnet6 under [bridge] in the settings"
 _EGRESS_PRIO = 1
 _IFA_F_NODAD = 2
 _BURST_S = 0.01
@@ -52,6 +53,9 @@ async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, endpoint: Endpoint) -
     name = names.bridge(plan.mark, endpoint.network)
     if (link := await links.find(netlink, name)) is not None and link.up:
         return link
+    if link is None and (route := await overlapping(netlink, plan)) is not None:
+        # It was not there when the driver was opened: another node agent's, say.
+        raise NetworkError(f"The node's subnet lies across {route} of the host; {SET_SUBNETS}.")
     mac = names.bridge_mac(name)
     try:
         with doing(f"make bridge {name}"):

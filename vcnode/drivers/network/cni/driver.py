@@ -22,7 +22,7 @@ from typing import Any
 from vcnode.aio import deadline_as
 from vcnode.drivers import namespaces
 from vcnode.drivers.audit import Held
-from vcnode.drivers.network import interworking, ipam, links, resolver, scan
+from vcnode.drivers.network import interworking, ipam, links, listeners, resolver, scan
 from vcnode.drivers.network.cni import config
 from vcnode.drivers.network.cni.results import Result
 from vcnode.drivers.network.cni.runtime import Attachment, Runtime
@@ -153,6 +153,8 @@ class CniNetwork:
         """See Protocol Network."""
         async with _limit(timeout_s, f"network of VM {planned.vm_id}"):
             wanted = await self._choose(planned)
+            if planned.config.ports:
+                await namespaces.run_blocking(None, lambda: listeners.check(planned.config.ports))
             await namespaces.run_blocking(None, lambda: _make_namespace(planned.vm_id))
             answers = [await self._add(attachment) for attachment in wanted]
             endpoints = await namespaces.run(

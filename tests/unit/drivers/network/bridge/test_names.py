@@ -1,4 +1,9 @@
+import pytest
+
 from vcnode.drivers.network.bridge import names
+from vcnode.errors import FailedPreconditionError
+from vcnode.models.network import Endpoint, NetworkModel
+from vcnode.models.vm import NetworkAttachment
 
 MARK = "vm-abcde"
 
@@ -21,3 +26,24 @@ def test_what_is_not_for_a_vm_of_the_node_is_told():
 
 def test_a_bridge_keeps_its_mac():
     assert names.bridge_mac("vb-abcde") == names.bridge_mac("vb-abcde") != names.bridge_mac("vb-abcdf")
+
+
+def test_networks_whose_bridges_would_be_one_are_refused():
+    """Otherwise who chooses a name chooses whose pods are reached."""
+    mark = "vm-01234"
+    found: dict[str, str] = {}
+    pair: tuple[str, str] | None = None
+    for number in range(1 << 16):
+        name = f"n{number}"
+        if (other := found.setdefault(names.bridge(mark, name), name)) != name:
+            pair = (other, name)
+            break
+    assert pair is not None
+    one, two = pair
+    endpoint = Endpoint(id="x-0", name="eth0", mac="", network=one)
+    held = [NetworkAttachment(model=NetworkModel.BRIDGE, vm_id="vm-1", endpoints=(endpoint,))]
+    for wanted, others in (((two,), held), ((one, two), [])):
+        with pytest.raises(FailedPreconditionError, match="choose another name"):
+            names.check_networks(mark, wanted, others)
+    names.check_networks(mark, (one,), held)
+    names.check_networks(mark, ("n0", "n1"), held)
