@@ -46,6 +46,7 @@ from vcnode.drivers.network.cni import CniNetwork
 from vcnode.drivers.network.cnm import CnmNetwork
 from vcnode.drivers.network.mock import MockNetwork
 from vcnode.drivers.network.noop import NoopNetwork
+from vcnode.drivers.storage.images import Around, no_points
 from vcnode.drivers.storage.local import LocalStorage
 from vcnode.drivers.storage.mock import MockStorage
 from vcnode.drivers.watched import Hook, watched
@@ -117,7 +118,7 @@ class Drivers:
 D = TypeVar("D")
 
 
-def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
+def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_points) -> Drivers:
     """What this node offers: all that is real, or, with the mock hypervisor, nothing that is."""
     if settings.hypervisor is HypervisorType.MOCK:
         return _mock_drivers(settings, FaultPlan.parse(settings.faults), tasks)
@@ -133,7 +134,9 @@ def choose_drivers(settings: Settings, tasks: Spawner) -> Drivers:
             NetworkModel.CNM: CnmNetwork(settings.cnm, settings.state_dir),
             NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
         },
-        storage=LocalStorage(settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images),
+        storage=LocalStorage(
+            settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images, around=around
+        ),
     )
 
 
@@ -212,8 +215,9 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         store = await Store.open(database_of(settings), node_name=settings.node_name, clock=_now)
         stack.push_async_callback(store.close)
         tasks = await stack.enter_async_context(Tasks())
-        drivers = choose_drivers(settings, tasks)
-        if points := FailPoints(FaultPlan.parse(settings.faults).rules):
+        points = FailPoints(FaultPlan.parse(settings.faults).rules)
+        drivers = choose_drivers(settings, tasks, around=points.around)
+        if points:
             drivers = drivers.watched(before=points.before, after=points.after)
             points.guard(store)
         await _open_drivers(drivers, stack)

@@ -20,7 +20,9 @@ class Held:
     name: str
     """What an operator finds it by: a pid, a path, the name of an interface."""
     vm_id: str | None
-    """The VM that it is for; None when it belongs to the node as a whole, so that it is no orphan."""
+    """The VM that it is for; None when it belongs to the node as a whole."""
+    unclaimed: bool = False
+    """For what is no VM's: whether whoever listed it knows that nobody has it any more."""
 
 
 @runtime_checkable

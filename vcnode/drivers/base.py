@@ -757,6 +757,10 @@ class Storage(Protocol):
         """The file of an image. Raises NotFoundError when it is gone."""
         ...
 
+    async def image_files(self) -> Sequence[ImageFile]:
+        """All complete files of images that are here, whoever knows of them; the blank image is none."""
+        ...
+
     async def remove_image(self, digest: str) -> None:
         """Delete an image's file. Idempotent."""
         ...

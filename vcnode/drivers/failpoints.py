@@ -7,11 +7,12 @@ of a node without such rules: `vcnode.node` puts it around drivers and store onl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 from vcnode.drivers.faults import Rule
@@ -46,6 +47,13 @@ class FailPoints:
             return result
 
         store.write = guarded
+
+    @contextlib.contextmanager
+    def around(self, operation: str) -> Iterator[None]:
+        """A failpoint before and after what a driver does in one of its calls, such as ``image.unpack``."""
+        self.before(operation)
+        yield
+        self.after(operation)
 
     def before(self, operation: str) -> None:
         """A call of *operation* is about to be made."""

@@ -32,8 +32,8 @@ OPERATIONS = frozenset(
         " signal_container pause_container resume_container list_processes read_stats delete_container"
         " list_containers execute ping shutdown",
         "network": "prepare attach open_taps detach recover held free",
-        "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file remove_image"
-        " pull_image blank_image make_layer remove_layer held write_note read_notes",
+        "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file image_files"
+        " remove_image pull_image blank_image make_layer remove_layer held write_note read_notes",
     }.items()
     for verb in verbs.split()
 ) | {"vm"}
@@ -55,8 +55,8 @@ MAX_DELAY_S = 86_400.0
 _RULE = re.compile(
     r"(?P<op>[^:=\s]+)\s*:\s*(?P<when>[^=\s]+)\s*=\s*(?P<action>[a-z]+)\s*(?:\((?P<arg>[^()]*)\))?"
 )
-_STORE = re.compile(r"store\.[a-z_]+")
-"""Commits of the database, named after what they do; only failpoints know them."""
+_POINT = re.compile(r"(store|image)\.[a-z_]+")
+"""Commits of the database, named after what they do, and steps of an image; only failpoints know them."""
 _WHEN = re.compile(r"(?P<any>\*)|(?P<first>\d{1,9})?(?P<to>-)?(?P<last>\d{1,9})?")
 _EXAMPLE = "hypervisor.launch:2=fail; agent.execute:*=delay(0.2); vm:1=die"
 
@@ -156,7 +156,7 @@ def parse_rule(text: str) -> Rule:
         raise _bad(text, f"is not OPERATION:WHEN=ACTION; a plan looks like {_EXAMPLE!r}")
     operation = match["op"]
     action, seconds = _parse_action(text, match["action"], match["arg"])
-    point = action in ("kill", "trace") and (operation == "*" or _STORE.fullmatch(operation))
+    point = action in ("kill", "trace") and (operation == "*" or _POINT.fullmatch(operation))
     if operation not in OPERATIONS and not point:
         near = difflib.get_close_matches(operation, OPERATIONS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"operations are {', '.join(sorted(OPERATIONS))}"

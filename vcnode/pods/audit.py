@@ -111,7 +111,13 @@ class Auditor:
 
     def _drivers(self) -> list[Auditable]:
         parts = self._parts
-        every = (*parts.hypervisors.values(), *parts.networks.values(), parts.storage, self._logs)
+        every = (
+            *parts.hypervisors.values(),
+            *parts.networks.values(),
+            parts.storage,
+            parts.images,
+            self._logs,
+        )
         return [driver for driver in every if isinstance(driver, Auditable)]
 
     async def _free(self, orphans: Sequence[_Found], problems: list[str]) -> set[Held]:
@@ -120,7 +126,7 @@ class Auditor:
         stuck: set[str | None] = set()
         for orphan in orphans:
             held = orphan.held
-            if held.vm_id in stuck:
+            if held.vm_id is not None and held.vm_id in stuck:
                 continue  # nothing is taken away below a process that lives
             try:
                 async with asyncio.timeout(KILL_LIMIT_S + REQUEST_LIMIT_S):
@@ -149,7 +155,7 @@ class Auditor:
     def _report(self, found: Sequence[Held], orphans: Collection[Held], freed: Collection[Held]) -> None:
         for held in sorted(orphans, key=lambda h: (h.vm_id or "", h.kind, h.name)):
             fate = "freed" if held in freed else "left as it is"
-            log.warning("Orphan: %s %s of VM %s: %s", held.kind, held.name, held.vm_id, fate)
+            log.warning("Orphan: %s %s of VM %s: %s", held.kind, held.name, held.vm_id or "none", fate)
         left = [held for held in orphans if held not in freed]
         self._parts.observer.audited(
             held=Counter(h.kind for h in found if h not in freed),
@@ -159,8 +165,8 @@ class Auditor:
 
 
 def is_orphan(held: Held, owners: Mapping[str, str | None]) -> bool:
-    """Whether a thing is for a VM that nobody has."""
-    return held.vm_id is not None and held.vm_id not in owners
+    """Whether a thing is for a VM that nobody has, or nobody's for another reason."""
+    return held.unclaimed or (held.vm_id is not None and held.vm_id not in owners)
 
 
 def _problem(what: str, exc: Exception) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Set
 from contextlib import asynccontextmanager
 from datetime import datetime
 
 from vcnode.aio import Spawner
+from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, PullSource, Storage
 from vcnode.errors import AbortedError, FailedPreconditionError, NotFoundError, VcnodeError
 from vcnode.models.base import JsonObject
@@ -183,6 +184,29 @@ class ImageService:
             raise _unknown(name)
         self._used_at[name] = self._clock()
         return await self._storage.image_file(image.digest), image.config
+
+    async def held(self, mark: str) -> Sequence[Held]:
+        """See `vcnode.drivers.audit.Auditable`: every image file in the node's own directory.
+
+        One that neither an image nor a container names is unclaimed: the database that knew it is lost. While
+        an import or pull runs none is, for that may be about to give it a name.
+        """
+        files = await self._storage.image_files()
+        claimed = None if self._importing else self._used_digests() | self._doomed
+        return [
+            Held("image", str(file.path), None, unclaimed=claimed is not None and file.digest not in claimed)
+            for file in files
+        ]
+
+    async def free(self, held: Held, *, timeout_s: float) -> None:
+        """See `vcnode.drivers.audit.Auditable`. Raises AbortedError when an import could claim it by now."""
+        async with self._sweeping:
+            files = [file for file in await self._storage.image_files() if str(file.path) == held.name]
+            # From here to the end no import gets further than its beginning: it waits for this lock.
+            for file in files:
+                if self._importing or file.digest in self._used_digests():
+                    raise AbortedError(f"Image file {file.digest} may be in use by now.", digest=file.digest)
+                await self._storage.remove_image(file.digest)
 
     @asynccontextmanager
     async def _making(self, name: str) -> AsyncIterator[None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.pods.world import World, pod
+from tests.unit.pods.world import World, container, pod
 from vcnode.models.pod import PodState
 from vcnode.models.vm import VmSpec
 from vcnode.pods.marks import mark_of, new_vm_id
@@ -192,3 +193,72 @@ def world_settings(tmp_path: Path) -> tuple[World, World, World]:
     one, other_name, other_place = World(tmp_path), World(tmp_path), World(tmp_path / "other")
     other_name.settings = other_name.settings.model_copy(update={"node_name": "n2"})
     return one, other_name, other_place
+
+
+async def test_images_and_disks_of_a_lost_database_are_orphans_and_those_in_use_are_not(
+    world: World,
+) -> None:
+    await world.images.import_("old", "/roots/old", world.call())
+    await world.images.import_("used", "/roots/used", world.call())
+    spec = pod("p1", [container("c1", image="used", writable="disk")])
+    await world.pods.run(spec, world.call())
+    await world.pods.create(pod("p2", [container("c1", image="used", writable="disk")]), world.call())
+    disk = world.store.pods["p2"].containers[0].layer_id
+    assert disk is not None
+    await world.storage.make_layer(disk, 64, timeout_s=1)
+    await world.crash()
+    (world.path / "node.db").unlink()
+    await world.start()
+    # What a lost database knew, before the start of the next life would remove it.
+    await world.pods._notes.restore()
+    found = await world.pods.audit(repair=False)
+    orphans = {(h.kind, h.vm_id is None) for h in found.holdings if h.orphan}
+    assert orphans == {("image", True), ("disk", False)}
+    assert len(world.host.images) == 2
+    assert (await world.pods.audit(repair=True)).freed_count == found.orphan_count
+    assert len(world.host.images) == 1
+    assert world.store.pods["p1"].containers[0].image_digest in world.host.images
+    assert set(world.host.layers) == {world.store.pods["p1"].containers[0].layer_id}
+    assert (await world.pods.audit(repair=True)).orphan_count == 0
+    await world.close()
+
+
+@pytest.mark.parametrize("when", ["before the look", "after the look"])
+async def test_a_repair_takes_no_file_from_a_pull_that_runs(world: World, when: str) -> None:
+    """The pull has its file, which no record names yet."""
+    await world.storage.build_image("/roots/nobody", timeout_s=1)
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    keep = world.images._keep
+
+    async def waiting(*args: Any) -> None:
+        reached.set()
+        await go_on.wait()
+        await keep(*args)
+
+    world.images._keep = waiting  # type: ignore[method-assign]
+    importing = asyncio.ensure_future(world.images.import_("new", "/roots/nobody", world.call()))
+    if when == "before the look":
+        await reached.wait()
+        assert (await world.pods.audit(repair=True)).orphan_count == 0
+    else:
+        importing.cancel()
+        await asyncio.wait([importing])
+        look = world.images.held
+
+        async def late(mark: str) -> Any:
+            """The import begins between the audit's look and what it removes."""
+            nonlocal importing
+            found = await look(mark)
+            if any(held.unclaimed for held in found) and not reached.is_set():
+                world.images.held = look  # type: ignore[method-assign]
+                found = await look(mark)
+                importing = asyncio.ensure_future(world.images.import_("new", "/roots/nobody", world.call()))
+                await reached.wait()
+            return found
+
+        world.images.held = late  # type: ignore[method-assign]
+        await world.pods.audit(repair=True)
+    go_on.set()
+    status = await importing
+    assert status.digest in world.host.images
+    await world.close()

@@ -49,11 +49,22 @@ from vcnode.settings import ImageSettings
 log = logging.getLogger(__name__)
 
 MKFS = "mkfs.erofs"
+Around = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def no_points(_step: str) -> contextlib.AbstractContextManager[None]:
+    """No failpoints."""
+    return contextlib.nullcontext()
+
+
 _RESERVE_BYTES = 256 * 1024 * 1024
 """Left free on the state directory's filesystem: the database and the other pods need it."""
 _UNPACK_MEMORY_BYTES = 1024 * 1024 * 1024
 _CLEAN_UP_S = 60.0
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_FILE = re.compile(r"sha256-([0-9a-f]{64})\.erofs")
+BLANK = "blank.erofs"
+"""The image with nothing in it."""
 _CHUNK_BYTES = 1024 * 1024
 _UUID = "00000000-0000-0000-0000-000000000000"
 _EPOCH_2100 = "4102444800"
@@ -86,6 +97,8 @@ class ImageStore:
         roots: Where sources may lie.
         settings: Limits, and how registries are reached.
         reserve_bytes: Space that a build leaves free.
+        around: Entered around each step of a build, with its name: ``image.fetch``, ``image.unpack``,
+            ``image.mkfs``, ``image.rename``; for failpoints.
     """
 
     def __init__(
@@ -95,7 +108,9 @@ class ImageStore:
         settings: ImageSettings = ImageSettings(),  # noqa: B008 -- frozen
         *,
         reserve_bytes: int = _RESERVE_BYTES,
+        around: Around = no_points,
     ) -> None:
+        self._around = around
         self._dir = Path(os.path.realpath(state_dir)) / "images"
         self._tmp = self._dir / "tmp"
         self._roots = roots
@@ -139,10 +154,18 @@ class ImageStore:
             return await self._make(source, job, plan)
 
     async def blank(self, *, timeout_s: float) -> ImageFile:
-        """See `vcnode.drivers.base.Storage.blank_image`. Raises as `build`."""
+        """See `vcnode.drivers.base.Storage.blank_image`. Made once. Raises as `build`.
+
+        It has a name of its own: no record names it, and what no record names is removed.
+        """
         late = DeadlineExceededError(f"Making an empty image took longer than {timeout_s:g} s.")
         async with deadline_as(timeout_s, lambda: late), self._building, self._job() as job:
-            return await self._make("nothing", job, None)
+            path = self._dir / BLANK
+            if not await in_thread(path.exists):
+                target = job / "image.erofs"
+                await self._mkfs("nothing", target, job / "root")
+                await in_thread(_settle, target, path)
+            return await in_thread(_described, path)
 
     async def pull(
         self,
@@ -172,7 +195,8 @@ class ImageStore:
                 raise InvalidArgumentError(f"{what!r} is larger than an image may be.", reference=what)
             if resolved.total_bytes > self._room():
                 raise self._no_space(what)
-            layout = await self._registry.fetch(source, resolved, job, progress, file_bytes=self._room())
+            with self._around("image.fetch"):
+                layout = await self._registry.fetch(source, resolved, job, progress, file_bytes=self._room())
             size = resolved.total_bytes
             await progress(PullProgress(phase="unpacking", done_bytes=size, total_bytes=size))
             async with self._building:
@@ -200,6 +224,17 @@ class ImageStore:
             return ImageFile(digest, path, path.stat().st_size)
         except FileNotFoundError as exc:
             raise NotFoundError(f"This node has no image file {digest}.", digest=digest) from exc
+
+    def files(self) -> list[ImageFile]:
+        """All complete images, in order of their digests. Blocking."""
+        found = []
+        with os.scandir(self._dir) as entries:
+            for entry in entries:
+                if match := _FILE.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):  # it went while we looked
+                        size = entry.stat(follow_symlinks=False).st_size
+                        found.append(ImageFile(f"sha256:{match[1]}", self._dir / entry.name, size))
+        return sorted(found, key=lambda file: file.digest)
 
     def remove(self, digest: str) -> None:
         """Delete the file of *digest*. Blocking. Idempotent; who has it open can go on reading."""
@@ -305,12 +340,13 @@ class ImageStore:
         root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             limits = {"reserve_bytes": self._reserve_bytes, "max_bytes": self._max_bytes}
-            ended = await tools.run(
-                unpack_argv({**job, **limits, "root": root_fd}),
-                file_bytes=self._room(),
-                memory_bytes=_UNPACK_MEMORY_BYTES,
-                pass_fds=(*fds, root_fd),
-            )
+            with self._around("image.unpack"):
+                ended = await tools.run(
+                    unpack_argv({**job, **limits, "root": root_fd}),
+                    file_bytes=self._room(),
+                    memory_bytes=_UNPACK_MEMORY_BYTES,
+                    pass_fds=(*fds, root_fd),
+                )
         finally:
             os.close(root_fd)
         try:
@@ -330,18 +366,20 @@ class ImageStore:
         """The file of the tree in ``<job>/root``."""
         target = job / "image.erofs"
         await self._mkfs(source, target, job / "root")
-        image = await self._keep(target)
+        with self._around("image.rename"):
+            image = await self._keep(target)
         if plan is None:
             return image
         return replace(image, config=plan.config, manifest_digest=plan.manifest_digest)
 
     async def _mkfs(self, source: str, target: Path, root: Path) -> None:
         try:
-            ended = await tools.run(
-                mkfs_argv(str(target), str(root)),
-                file_bytes=self._room(),
-                env={"SOURCE_DATE_EPOCH": _EPOCH_2100},
-            )
+            with self._around("image.mkfs"):
+                ended = await tools.run(
+                    mkfs_argv(str(target), str(root)),
+                    file_bytes=self._room(),
+                    env={"SOURCE_DATE_EPOCH": _EPOCH_2100},
+                )
         except FileNotFoundError as exc:
             raise StorageError(
                 f"{MKFS} is not installed on this node: install the package erofs-utils."
@@ -408,6 +446,20 @@ def unpack_argv(job: dict[str, object]) -> list[str]:
     package = str(Path(vcnode.__file__).parent.parent)
     start = f"import sys; sys.path.append({package!r}); from {unpack.__name__} import main; main()"
     return [sys.executable, "-I", "-S", "-B", "-c", start, json.dumps(job)]
+
+
+def _settle(new: Path, path: Path) -> None:
+    """Give a finished file its name, durably."""
+    with new.open("rb") as file:
+        os.fchmod(file.fileno(), 0o444)
+        os.fsync(file.fileno())
+    new.rename(path)
+    _sync_directory(path.parent)
+
+
+def _described(path: Path) -> ImageFile:
+    content = path.read_bytes()
+    return ImageFile(f"sha256:{hashlib.sha256(content).hexdigest()}", path, len(content))
 
 
 def _bind_read_only(source_fd: int, target: str) -> None:

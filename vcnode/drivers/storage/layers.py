@@ -30,6 +30,7 @@ _MIB = 1024 * 1024
 _RESERVE_BYTES = 256 * _MIB
 """Left free on the state directory's filesystem: the database and the other pods need it."""
 _COPY_BYTES = 1 << 30
+BASE = ".base-"
 FICLONE = 0x40049409
 """Source: linux/fs.h, _IOW(0x94, 9, int); ioctl_ficlone(2)."""
 
@@ -70,12 +71,16 @@ class LayerStore:
             path.unlink()
 
     def held(self, mark: str) -> list[Held]:
-        """The disks whose id begins with *mark*. Blocking."""
+        """The disks whose id begins with *mark*, and what they are copied from. Blocking."""
         try:
             names = sorted(entry.name for entry in os.scandir(self._dir))
         except FileNotFoundError:
             return []
-        return [Held("disk", str(self._dir / name), name) for name in names if name.startswith(mark)]
+        bases = [Held("disk", str(self._dir / name), None) for name in names if name.startswith(BASE)]
+        return [
+            *bases,
+            *(Held("disk", str(self._dir / name), name) for name in names if name.startswith(mark)),
+        ]
 
     async def make(self, layer_id: str, size_mib: int, *, timeout_s: float) -> LayerFile:
         """See `vcnode.drivers.base.Storage.make_layer`. Raises OSError besides."""
@@ -94,7 +99,7 @@ class LayerStore:
 
     async def _base(self, size_mib: int) -> Path:
         """The formatted file of that size, made once."""
-        base = self._dir / f".base-{size_mib}"
+        base = self._dir / f"{BASE}{size_mib}"
         async with self._formatting:
             if await asyncio.to_thread(base.exists):
                 return base

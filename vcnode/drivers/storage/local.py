@@ -10,7 +10,7 @@ from pathlib import Path
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, LayerFile, PullSource
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.storage.images import ImageStore
+from vcnode.drivers.storage.images import Around, ImageStore, no_points
 from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.registry import Progress
@@ -44,6 +44,7 @@ class LocalStorage:
         run_dir: Holds ``vms/<vm_id>/``.
         allowed_roots: Directories under which shared directories and image sources must lie.
         images: Limits of images, and how registries are reached.
+        around: As of `ImageStore`.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class LocalStorage:
         run_dir: Path,
         allowed_roots: Sequence[Path],
         images: ImageSettings = ImageSettings(),  # noqa: B008 -- frozen
+        *,
+        around: Around = no_points,
     ) -> None:
         roots = AllowedRoots(allowed_roots, private=(state_dir, run_dir))
         self._roots = roots
         self._dirs = VmDirs(run_dir, roots)
-        self._images = ImageStore(state_dir, roots, images)
+        self._images = ImageStore(state_dir, roots, images, around=around)
         self._layers = LayerStore(state_dir)
 
     async def open(self) -> None:
@@ -156,6 +159,11 @@ class LocalStorage:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated(f"Looking for image {digest}"):
             return await in_thread(self._images.file, digest)
+
+    async def image_files(self) -> Sequence[ImageFile]:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated("Listing the images"):
+            return await in_thread(self._images.files)
 
     async def remove_image(self, digest: str) -> None:
         """See `vcnode.drivers.base.Storage`. VMs that have it attached go on reading it."""

@@ -205,6 +205,11 @@ class MockStorage:
         except KeyError as exc:
             raise NotFoundError(f"This node has no image file {digest}.", digest=digest) from exc
 
+    async def image_files(self) -> Sequence[ImageFile]:
+        """See `vcnode.drivers.base.Storage`."""
+        await self._hit("image_files")
+        return [self.world.images[digest] for digest in sorted(self.world.images)]
+
     async def remove_image(self, digest: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
         await self._hit("remove_image")
