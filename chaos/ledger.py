@@ -50,6 +50,8 @@ class Entry:
     """By request."""
     given_up: int = 0
     """Copies by request that never got a final reply."""
+    put_off: str = ""
+    """What the last reply said that asked for another try."""
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ class Ledger:
         who = f"{entry.command_id} ({entry.verb} {entry.pod_id})"
         problems = []
         if entry.given_up and not entry.answers and not outcomes:
-            problems.append(f"{who}: no outcome is known")
+            problems.append(f"{who}: no outcome is known; {entry.put_off or 'nobody ever answered'}")
         if len(outcomes) != entry.durable:
             problems.append(f"{who}: {entry.durable} durable copies have {len(outcomes)} outcomes")
         finals = {(a.code, a.digest) for a in entry.answers}

@@ -115,6 +115,7 @@ class Scheduler:
             if not (reply.get("retryable") and "message" in reply):
                 entry.answers.append(answer(reply, msg.data))
                 return
+            entry.put_off = reply["message"]
             await self._pause()
         entry.given_up += 1
 
