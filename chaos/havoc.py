@@ -32,7 +32,7 @@ class Havoc:
     """
 
     def __init__(self, stage: Stage, client: Client) -> None:
-        self._stage = stage
+        self.stage = stage
         self._client = client
         self.done: Counter[str] = Counter()
         self.surprises: list[str] = []
@@ -43,12 +43,12 @@ class Havoc:
         begun = asyncio.get_running_loop().time()
         for act in acts:
             await asyncio.sleep(max(0.0, begun + act.at_s - asyncio.get_running_loop().time()))
-            if (code := self._stage.ended_by_itself()) is not None:
+            if (code := self.stage.ended_by_itself()) is not None:
                 self.surprises.append(
                     f"at {act.at_s:.1f} s the node agent had ended by itself with code {code}"
                 )
-                await self._stage.end_node(signal.SIGKILL)
-                await self._stage.start_node()
+                await self.stage.end_node(signal.SIGKILL)
+                await self.stage.start_node()
             if await self._act(act):
                 self.done[act.kind] += 1
 
@@ -57,33 +57,33 @@ class Havoc:
             case "kill node" | "stop node":
                 await self._restart_node(act)
             case "freeze node":
-                await _freeze(self._stage.node_pid, act.pause_s)
+                await _freeze(self.stage.node_pid, act.pause_s)
             case "kill QEMU" | "freeze QEMU":
                 return await self._hit_qemu(act)
             case "kill guest agent":
                 return await self._kill_agent(act)
             case "kill NATS":
-                await self._stage.nats.kill()
+                await self.stage.nats.kill()
                 await asyncio.sleep(act.pause_s)
-                await self._stage.nats.start()
+                await self.stage.nats.start()
             case "cut connections":
-                return self._stage.proxy.cut() > 0
+                return self.stage.proxy.cut() > 0
         return True
 
     async def _restart_node(self, act: Act) -> None:
         if act.kind == "kill node":
-            await self._stage.end_node(signal.SIGKILL)
+            await self.stage.end_node(signal.SIGKILL)
         else:
-            code = await self._stage.end_node(signal.SIGTERM)
+            code = await self.stage.end_node(signal.SIGTERM)
             if code not in (0, None, -signal.SIGTERM):  # the last: before it could handle the signal
                 self.surprises.append(
                     f"at {act.at_s:.1f} s the node agent was stopped, and ended with code {code}"
                 )
         await asyncio.sleep(act.pause_s)
-        await self._stage.start_node()
+        await self.stage.start_node()
 
     async def _hit_qemu(self, act: Act) -> bool:
-        found = self._stage.qemus()
+        found = self.stage.qemus()
         if not found:
             return False
         chosen = found[act.pick % len(found)]

@@ -17,6 +17,9 @@ VERBS: dict[str, int] = {
     "pod.delete": 2,
     "pod.start": 2,
     "pod.create": 1,
+    "pod.pause": 1,
+    "pod.resume": 1,
+    "container.kill": 1,
 }
 """How often each command is sent, against the others."""
 ACTS: dict[str, int] = {
@@ -107,7 +110,7 @@ def make(seed: int, seconds: float, pods: int) -> Plan:
 def _times(
     chance: random.Random, gap_s: float, first_s: float, until_s: float, make_one: Callable[[float, int], T]
 ) -> list[T]:
-    made = []
+    made: list[T] = []
     at_s = first_s + chance.expovariate(1 / gap_s)
     while at_s < until_s:
         made.append(make_one(at_s, len(made)))

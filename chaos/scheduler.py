@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import nats.js.errors
 from nats.aio.client import Client as Nats
 
 from chaos.ledger import Entry, Ledger, answer
-from chaos.plan import Copy, Send
+from chaos.plan import VERBS, Copy, Send
 from chaos.stage import NODE, Stage
 from vcnode.models import wire
 from vcnode.models.commands import COMMANDS
@@ -21,6 +22,7 @@ from vcnode.models.subjects import Subjects
 
 TRY_LIMIT_S = 20.0
 """Longest wait for one reply; then the same command is sent again."""
+BID_LIMIT_S = 0.5
 PAUSE_S = 0.3
 """Before a command is sent again that nobody took, or that may succeed later."""
 CONTAINER = "main"
@@ -45,6 +47,10 @@ class Scheduler:
         """Set: what has no final reply by now gets none."""
         self.sent = 0
         self.resent = 0
+        self.answered = 0
+        """Copies by request with a reply that stays."""
+        self.bids = 0
+        """Of the node, for pods to be run."""
 
     def give_up(self) -> None:
         """Wait for no more replies."""
@@ -67,22 +73,42 @@ class Scheduler:
                     command_id = f"chaos-{self._seed}-{send.number}"
                     entry = self._ledger.add(command_id, send.verb, send.pod_id, f"t{send.number}")
                     self.sent += 1
-                    body = json.dumps(self._body(entry)).encode()
-                    for number, copy in enumerate(send.copies):
-                        copies.create_task(self._send(client, entry, copy, number, body))
+                    copies.create_task(self._send_all(client, entry, send.copies))
         finally:
             await client.close()
+
+    async def _send_all(self, client: Nats, entry: Entry, copies: Sequence[Copy]) -> None:
+        """Send all copies of one command, which say the same."""
+        body = self._body(entry)
+        if entry.verb == "pod.run" and (reservation := await self._reserve(client, body["pod"])):
+            body["reservation"] = reservation
+        raw = json.dumps(body).encode()
+        async with asyncio.TaskGroup() as group:
+            for number, copy in enumerate(copies):
+                group.create_task(self._send(client, entry, copy, number, raw))
+
+    async def _reserve(self, client: Nats, pod: dict[str, Any]) -> str | None:
+        """Room that the node promises, if it bids in time; the run may come too late for it."""
+        subject, body = self._subjects.rpc(NODE, "pod.bid"), {"pod": pod}
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            msg = await client.request(subject, json.dumps(body).encode(), timeout=BID_LIMIT_S)
+            self.bids += 1
+            reservation: str | None = json.loads(msg.data).get("reservation")
+            return reservation
+        return None
 
     def _body(self, entry: Entry) -> dict[str, Any]:
         match entry.verb:
             case "pod.run" | "pod.create":
                 return {"pod": pod_spec(entry.pod_id, str(self._stage.rootfs(entry.pod_id)))}
-            case "pod.start":
+            case "pod.start" | "pod.pause" | "pod.resume":
                 return {"pod_id": entry.pod_id}
             case "pod.stop":
                 return {"pod_id": entry.pod_id, "grace_s": 1}
             case "pod.delete":
                 return {"pod_id": entry.pod_id, "force": True}
+            case "container.kill":
+                return {"pod_id": entry.pod_id, "container_id": CONTAINER, "signal": "SIGKILL"}
             case "container.exec":
                 script = f"echo {entry.token} >> /log"
                 return {
@@ -114,6 +140,7 @@ class Scheduler:
             reply = json.loads(msg.data)
             if not (reply.get("retryable") and "message" in reply):
                 entry.answers.append(answer(reply, msg.data))
+                self.answered += 1
                 return
             entry.put_off = reply["message"]
             await self._pause()
@@ -139,14 +166,20 @@ class Scheduler:
 
 
 def pod_spec(pod_id: str, rootfs: str) -> dict[str, Any]:
-    """The pod of that id: always the same, so that running it again is no conflict."""
+    """The pod of that id: always the same, so that running it again is no conflict.
+
+    Every second pod and its container are started again by the node when they end.
+    """
+    again = "always" if int(pod_id[1:]) % 2 else "never"
     return {
         "id": pod_id,
+        "restart_policy": again,
         "resources": {"mem_size_mib": MEM_MIB},
         "containers": [
             {
                 "id": CONTAINER,
                 "rootfs": rootfs,
+                "restart_policy": again,
                 "cmd": {"args": ["/bin/sleep", "100000"]},
                 "stop_timeout_s": 1,
             }
@@ -158,8 +191,5 @@ async def _ignore(exc: Exception) -> None:
     """Connections break here all the time."""
 
 
-if (
-    unknown := {"pod.run", "pod.create", "pod.start", "pod.stop", "pod.delete", "container.exec"}
-    - COMMANDS.keys()
-):
+if unknown := VERBS.keys() - COMMANDS.keys():
     raise RuntimeError(f"There are no commands {unknown}.")

@@ -13,12 +13,15 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import nats
+
 from chaos.proxy import Proxy
 from vcnode.bus.embedded import EmbeddedNats
 from vcnode.cli.demo.busybox import make_root
 from vcnode.client import Client
 from vcnode.drivers.hypervisor.qemu.process import Named, named
 from vcnode.errors import UnavailableError
+from vcnode.models.subjects import Subjects
 from vcnode.pods.marks import mark_of
 from vcnode.settings import NatsSettings, Settings
 
@@ -108,6 +111,14 @@ class Stage:
                     except UnavailableError:
                         await asyncio.sleep(READY_POLL_S)  # nobody listens yet, and nothing tells when
         raise UnavailableError("The node agent does not answer.")
+
+    async def events_count(self) -> int:
+        """How many events the stream has."""
+        raw = await nats.connect(self.nats.url)
+        try:
+            return (await raw.jetstream().stream_info(Subjects().event_stream)).state.messages
+        finally:
+            await raw.close()
 
     # ---- what is on the host -------------------------------------------------------------------------
 

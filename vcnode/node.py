@@ -248,13 +248,8 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             max_age_s=settings.limits.journal_age_s,
             max_unpublished=settings.limits.outbox_events,
         )
-        if (rebuilt := store.rebuilt) is not None:
-            facts: dict[str, object] = {
-                "reason": rebuilt.reason,
-                "kept_aside": rebuilt.kept_aside,
-                "carried_over": dict(rebuilt.carried),
-            }
-            await pods.announce(EventKind.NODE_DATABASE_REBUILT, facts)
+        await _tell_rebuilt(store, pods)
+        tasks.spawn(_tell_rebuilds(store, pods), name="rebuilds of the database")
         await pods.recover()
         await journal.fail_unfinished()
         fleet = FleetService(pods=pods, standing=standing, clock=_now)
@@ -317,6 +312,27 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await pods.wind_down()
         await pods.announce(EventKind.NODE_STOPPING, service.info().model_dump(mode="json"))
         await bus.drain(timeout_s=settings.drain_timeout_s)
+
+
+async def _tell_rebuilt(store: Store, pods: PodService) -> None:
+    if (rebuilt := store.rebuilt) is not None:
+        facts: dict[str, object] = {
+            "reason": rebuilt.reason,
+            "kept_aside": rebuilt.kept_aside,
+            "carried_over": dict(rebuilt.carried),
+        }
+        await pods.announce(EventKind.NODE_DATABASE_REBUILT, facts)
+
+
+async def _tell_rebuilds(store: Store, pods: PodService) -> None:
+    """Tell of each time that the database was found damaged while the node ran."""
+    while True:
+        await store.mended.wait()
+        store.mended.clear()
+        try:
+            await _tell_rebuilt(store, pods)
+        except VcnodeError as exc:
+            log.warning("The rebuild of the database cannot be told", exc_info=exc)
 
 
 async def _open_drivers(drivers: Drivers, stack: contextlib.AsyncExitStack) -> None:

@@ -201,7 +201,7 @@ def translate(exc: sqlite3.Error) -> VcnodeError:
         return StorageError("The node's state directory cannot be written; nothing was changed.", sqlite=name)
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return DamagedError(
-            "The node's database is damaged; nothing was changed. A restart of the node agent rebuilds it.",
+            "The node's database was found damaged, and nothing was changed; it is rebuilt now: try again.",
             sqlite=name,
         )
     return StorageError("The node's database failed; nothing was changed.", sqlite=name)
@@ -219,12 +219,17 @@ class Store:
         self.identity = ""
         """Made with the file; tells it from any other of the same node name."""
         self.rebuilt: Rebuilt | None = None
-        """Set when the database was found damaged and a new one took its place."""
+        """Set when the database was found damaged and a new one took its place; the last time it was."""
+        self._told: Rebuilt | None = None
+        self.mended = asyncio.Event()
+        """Set when that has happened to the open database; whoever waits for it clears it."""
         self.changed = asyncio.Event()
         """Set by each commit; whoever waits for it clears it."""
         self.has_unpublished = asyncio.Event()
         """Set while the outbox holds an event that is not published."""
         self._view = View()
+        self._damage: str | None = None
+        """What is wrong with the database, until it is rebuilt. For the writer thread."""
         self._jobs: deque[_Job[Any]] = deque()
         self._jobs_lock = threading.Lock()
         self._closed = False
@@ -252,6 +257,7 @@ class Store:
         except BaseException:
             await store.close()
             raise
+        store._told = store.rebuilt
         store._publish()
         return store
 
@@ -284,6 +290,7 @@ class Store:
         Raises:
             StorageError: The database cannot be written; nothing of this transaction was kept. After
                 `WRITE_LIMIT_S` seconds without an answer of the disk it is raised, too, and the outcome open.
+            DamagedError: It is damaged; nothing of this was kept, and by now it is rebuilt, if it can be.
             ResourceExhaustedError: The disk is full.
             UnavailableError: The store is closed.
         """
@@ -300,12 +307,20 @@ class Store:
         """Run a read-only *query* between transactions. Raises as `write`."""
 
         def run() -> T:
-            with _translated():
-                return query(self._open_connection())
+            try:
+                with _translated():
+                    return query(self._usable())
+            except DamagedError as exc:
+                self._mend(exc.message)
+                raise
 
         if self._closed:
             raise UnavailableError("The node agent is stopping.")
-        return await self._in_thread(run)
+        try:
+            return await self._in_thread(run)
+        except DamagedError:
+            self._publish()
+            raise
 
     async def close(self) -> None:
         """Finish the transactions that wait, then close the file. Idempotent."""
@@ -330,6 +345,35 @@ class Store:
             ) from exc
 
     # ---- in the writer thread ------------------------------------------------------------------------
+
+    def _usable(self) -> sqlite3.Connection:
+        """The connection; a rebuild that failed, for want of room perhaps, is tried again first."""
+        if self._damage is not None:
+            self._mend(self._damage)
+        if self._damage is not None:
+            raise StorageError(
+                "The node's database is damaged and cannot be rebuilt; the node's log says why."
+            )
+        return self._open_connection()
+
+    def _mend(self, reason: str) -> None:
+        """Put a new database in the place of the open one, which is damaged.
+
+        Pods, images and the last sequence are those of the view: the last that was committed, whatever can
+        still be read. Failures are logged; the next transaction tries again.
+        """
+        self._damage = reason
+        try:
+            with contextlib.suppress(VcnodeError):
+                self._close()
+            self._connection = None
+            if self.path.exists():
+                self._rebuild(reason)
+            self._connect(known=self._view)
+        except VcnodeError:
+            log.exception("The damaged database cannot be rebuilt now")
+            return
+        self._damage = None
 
     def _open_connection(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -364,7 +408,8 @@ class Store:
             self.rebuilt.carried,
         )
 
-    def _connect(self) -> None:
+    def _connect(self, known: View | None = None) -> None:
+        """Open the file. With *known*, in the same life as before, whose truth that is."""
         with _translated():
             connection = sqlite3.connect(self.path, isolation_level=None)
             self._connection = connection
@@ -379,7 +424,11 @@ class Store:
                 raise DamagedError(f"The database {self.path} is damaged: {verdict}.")
             with _transaction(connection):
                 migrate(connection)
-                self.epoch = self._claim(connection)
+                epoch = self._claim(connection)
+                if known is None:
+                    self.epoch = epoch
+                else:
+                    _restore(connection, known, epoch=self.epoch)
                 self._view = _load(connection)
             write_identity(
                 self._identity_file,
@@ -424,11 +473,13 @@ class Store:
         view = self._view
         try:
             with _translated():
-                connection = self._open_connection()
+                connection = self._usable()
                 with _transaction(connection):
                     for job in jobs:
                         view = self._run(connection, job, view)
         except BaseException as exc:
+            if isinstance(exc, DamagedError):
+                self._mend(exc.message)
             for job in jobs:
                 job.error = job.error or exc
         else:
@@ -466,6 +517,9 @@ class Store:
 
     def _publish(self) -> None:
         self.changed.set()
+        if self._told is not self.rebuilt:
+            self._told = self.rebuilt
+            self.mended.set()
         if self._view.unpublished_count:
             self.has_unpublished.set()
         else:
@@ -490,6 +544,20 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _restore(connection: sqlite3.Connection, known: View, *, epoch: int) -> None:
+    """Let a database that was rebuilt say what *known* says; events that it does not count were never."""
+    connection.execute("DELETE FROM pods")
+    connection.execute("DELETE FROM images")
+    connection.execute("DELETE FROM outbox WHERE sequence > ?", (known.sequence,))
+    tx = Tx(connection, View(), node_name="", epoch=epoch)
+    for record in known.pods.values():
+        tx.save_pod(record)
+    for image in known.images.values():
+        tx.save_image(image)
+    rows = {"epoch": str(epoch), "sequence": str(known.sequence)}
+    connection.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", list(rows.items()))
 
 
 def _load(connection: sqlite3.Connection) -> View:

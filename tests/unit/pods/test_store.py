@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import sqlite3
 import threading
@@ -476,4 +477,66 @@ async def test_the_journal_is_pruned_by_count_and_age_but_never_what_is_in_progr
         return [r[0] for r in connection.execute("SELECT command_id FROM journal ORDER BY rowid")]
 
     assert await store.read(ids) == [*kept, "5"]
+    await store.close()
+
+
+async def damaged_while_open(path: Path, *, overwrite: slice) -> Store:
+    """A store whose file was overwritten below it, with nothing of it in the cache."""
+    store = await open_store(path)
+    await store.write(lambda tx: [tx.save_pod(record(f"p{n}", reason="x" * 400)) for n in range(200)])
+    await store.write(lambda tx: [emit(tx) for _ in range(50)])
+    # Not in memory any more: the next statement reads the file.
+    await store.read(lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+    await store.read(lambda c: c.execute("PRAGMA shrink_memory").fetchall())
+    content = bytearray(store.path.read_bytes())
+    content[overwrite] = b"\xff" * len(content[overwrite])
+    with store.path.open("r+b") as file:
+        file.write(content)
+    return store
+
+
+@pytest.mark.parametrize("first", ["write", "read"])
+@pytest.mark.parametrize("overwrite", [slice(None), slice(4096, None)], ids=["all", "all but the first page"])
+async def test_damage_that_shows_while_the_node_runs_is_mended_and_loses_no_pod(
+    tmp_path: Path, overwrite: slice, first: str
+) -> None:
+    store = await damaged_while_open(tmp_path, overwrite=overwrite)
+    epoch, identity = store.epoch, store.identity
+    with pytest.raises(StorageError, match="nothing was changed; it is rebuilt"):
+        if first == "write":
+            await store.write(lambda tx: tx.save_pod(record("late")))
+        else:
+            await store.read(lambda c: c.execute("SELECT count(record) FROM pods").fetchall())
+    assert store.mended.is_set()
+    assert store.rebuilt is not None
+    assert list(store.pods) == [f"p{n}" for n in range(200)]
+    assert (store.epoch, store.identity, store.sequence) == (epoch, identity, 50)
+    await store.write(lambda tx: (tx.save_pod(record("late")), emit(tx)))
+    await store.close()
+    again = await open_store(tmp_path)
+    assert again.rebuilt is None
+    assert list(again.pods) == [*(f"p{n}" for n in range(200)), "late"]
+    assert (again.epoch, again.identity, again.sequence) == (epoch + 1, identity, 51)
+    await again.close()
+
+
+async def test_a_rebuild_that_fails_is_tried_again_by_the_next_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await damaged_while_open(tmp_path, overwrite=slice(None))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(salvage, "_carry_over", full)
+        with pytest.raises(StorageError, match="nothing was changed"):
+            await store.write(lambda tx: tx.forget_pod("p0"))
+        with pytest.raises(StorageError, match="cannot be rebuilt"):
+            await store.write(lambda tx: tx.forget_pod("p0"))
+        assert len(store.pods) == 200
+        assert not store.mended.is_set()
+    await store.write(lambda tx: tx.forget_pod("p0"))
+    assert len(store.pods) == 199
+    assert store.mended.is_set()
     await store.close()
