@@ -249,7 +249,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             max_unpublished=settings.limits.outbox_events,
         )
         await _tell_rebuilt(store, pods)
-        tasks.spawn(_tell_rebuilds(store, pods), name="rebuilds of the database")
+        tasks.spawn(_after_rebuilds(store, pods, standing), name="rebuilds of the database")
         await pods.recover()
         await journal.fail_unfinished()
         fleet = FleetService(pods=pods, standing=standing, clock=_now)
@@ -324,12 +324,13 @@ async def _tell_rebuilt(store: Store, pods: PodService) -> None:
         await pods.announce(EventKind.NODE_DATABASE_REBUILT, facts)
 
 
-async def _tell_rebuilds(store: Store, pods: PodService) -> None:
-    """Tell of each time that the database was found damaged while the node ran."""
+async def _after_rebuilds(store: Store, pods: PodService, standing: Standing) -> None:
+    """Tell of each time that the database was found damaged while the node ran, and keep what it lost."""
     while True:
         await store.mended.wait()
         store.mended.clear()
         try:
+            await standing.keep()
             await _tell_rebuilt(store, pods)
         except VcnodeError as exc:
             log.warning("The rebuild of the database cannot be told", exc_info=exc)

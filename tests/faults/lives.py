@@ -65,12 +65,15 @@ class Zygote:
         await self._process.wait()
         await self._reading
 
-    async def fork(self, settings: dict[str, Any], log: Path) -> tuple[int, asyncio.Future[int]]:
+    async def fork(
+        self, settings: dict[str, Any], log: Path, arms: Path | None = None
+    ) -> tuple[int, asyncio.Future[int]]:
         """Start a node agent; its pid, and its wait status once it has ended."""
         assert self._process is not None
         assert self._process.stdin is not None
         async with self._turn:
-            self._process.stdin.write(json.dumps({"settings": settings, "log": str(log)}).encode() + b"\n")
+            request = {"settings": settings, "log": str(log), "arms": None if arms is None else str(arms)}
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             pid = await asyncio.wait_for(self._forked.get(), WAIT_S)
         return pid, self._ended.setdefault(pid, asyncio.get_running_loop().create_future())
 
@@ -113,16 +116,21 @@ class Host:
         return name
 
     @property
+    def _arms(self) -> Path:
+        return self.path / "arms"
+
+    @property
     def log(self) -> Path:
         return self.path / "log"
 
-    async def start(self, faults: str = "") -> None:
-        """Begin a life; returns when the node answers.
+    async def start(self, faults: str = "", *, armed: bool = False) -> None:
+        """Begin a life; returns when the node answers. With *armed*, `arm` can be used in it.
 
         Raises:
             Died: It ended first.
         """
-        self.pid, self.ended = await self.zygote.fork({**self.settings, "faults": faults}, self.log)
+        settings = {**self.settings, "faults": faults}
+        self.pid, self.ended = await self.zygote.fork(settings, self.log, self._arms if armed else None)
         async with asyncio.timeout(WAIT_S):
             while True:
                 try:
@@ -132,6 +140,14 @@ class Host:
                     await asyncio.sleep(POLL_S)  # nobody listens yet, and nothing tells when
                 except nats.errors.TimeoutError:
                     continue  # it went to the life before, whose death the server had not noticed yet
+
+    async def arm(self, faults: str) -> None:
+        """Let these failpoints count from now on, in the place of any others."""
+        self._arms.write_text(faults)
+        os.kill(self.pid, signal.SIGUSR1)
+        async with asyncio.timeout(WAIT_S):
+            while self._arms.exists():  # noqa: ASYNC110 -- another process takes it away
+                await asyncio.sleep(0.002)
 
     async def kill(self) -> None:
         """End this life now."""

@@ -1,58 +1,138 @@
-"""SIGKILL of real node agents after each side effect of each command, and of recovery itself.
+"""SIGKILL of real node agents before and after each side effect of each command, and of recovery itself.
 
 A side effect is a call of a driver or a commit of the database. What comes before the next one is the same
-moment as what comes after the one before it, so the sweep kills after each, and before the first. The drivers
-are mocks, whose host outlives the node agent; what real VMs add is in `test_killed_nodes_vm`.
+moment as what comes after the one before it, so most moments have two names and are tried under one: see
+`points_of`, and the test that none is missing. The drivers are mocks, whose host outlives the node agent;
+what real VMs add is in `test_killed_nodes_vm`, what the real storage adds in `test_killed_pulls`.
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import re
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vcnode
 from tests.conftest import StartNats
 from tests.faults.lives import SAFE, Died, Host, hosts
+from vcnode.drivers.faults import OPERATIONS
+from vcnode.models.commands import COMMANDS
 
 pytestmark = [pytest.mark.nats, pytest.mark.timeout(180)]
 
-AT_ONCE = 4
-"""Hosts at a time."""
+CHAINS = 4
+"""Hosts at a time, each for many lives."""
 LIFE_LIMIT_S = 100.0
 UNTIMED = {
     "store.mark",
     "store.rewind",
-    "store.continue_after",
+    "store.follow",
     "storage.held",
+    "storage.image_files",
     "hypervisor.held",
     "network.held",
 }
 """What a node does in the background, in no fixed order with commands."""
-MAIN = {"id": "main", "image": "app", "cmd": {"args": ["sleep", "infinity"]}}
-EXTRA = {"id": "extra", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
-POD = {"id": "web", "containers": [MAIN]}
-COMMANDS: list[tuple[str, dict[str, Any]]] = [
-    ("image.pull", {"reference": "app"}),
-    ("pod.create", {"pod": POD}),
-    ("pod.start", {"pod_id": "web"}),
-    ("container.exec", {"pod_id": "web", "container_id": "main", "cmd": {"args": ["true"]}}),
-    ("container.create", {"pod_id": "web", "container": EXTRA}),
-    ("container.start", {"pod_id": "web", "container_id": "extra"}),
-    ("container.stop", {"pod_id": "web", "container_id": "extra", "grace_s": 0}),
-    ("container.delete", {"pod_id": "web", "container_id": "extra"}),
-    ("pod.stop", {"pod_id": "web"}),
-    ("pod.delete", {"pod_id": "web"}),
-    ("pod.run", {"pod": POD}),
-    ("pod.delete", {"pod_id": "web", "force": True}),
-    ("image.remove", {"name": "app"}),
-]
-DURABLE = ("pod.run", {"pod": {"id": "queued", "containers": [EXTRA]}})
+Verb = tuple[str, dict[str, Any]]
+Point = tuple[str, int, str]
+"""Operation, its number, and whether ``before`` or ``after``."""
+
+
+def stories(pod: str) -> dict[str, list[Verb]]:
+    """Short tales of one pod each, told from a node without pods; together they have every command."""
+    main = {"id": "main", "image": "app", "writable": "disk", "cmd": {"args": ["sleep", "infinity"]}}
+    extra = {"id": "extra", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
+    spec = {"pod": {"id": pod, "containers": [main]}}
+    it, its_main, its_extra = (
+        {"pod_id": pod},
+        {"pod_id": pod, "container_id": "main"},
+        {"pod_id": pod, "container_id": "extra"},
+    )
+    true = {"cmd": {"args": ["true"]}}
+    return {
+        "images": [
+            ("image.pull", {"reference": f"other-{pod}"}),
+            ("image.import", {"name": f"other-{pod}", "path": f"/srv/{pod}"}),
+            ("image.remove", {"name": f"other-{pod}"}),
+        ],
+        "life": [
+            ("pod.create", spec),
+            ("pod.start", it),
+            ("container.exec", {**its_main, **true}),
+            ("pod.exec", {**it, **true}),
+            ("pod.stop", it),
+            ("pod.delete", it),
+        ],
+        "pauses": [
+            ("pod.run", spec),
+            ("pod.pause", it),
+            ("pod.resume", it),
+            ("container.pause", its_main),
+            ("container.resume", its_main),
+            ("container.kill", {**its_main, "signal": "SIGUSR1"}),
+            ("pod.delete", {**it, "force": True}),
+        ],
+        "containers": [
+            ("pod.run", spec),
+            ("container.create", {"pod_id": pod, "container": {**main, "id": "extra"}}),
+            ("container.start", its_extra),
+            ("container.stop", {**its_extra, "grace_s": 0}),
+            ("container.delete", its_extra),
+        ],
+        "standing": [
+            ("node.label", {"set": {"zone": pod}}),
+            ("node.cordon", {"reason": "to see"}),
+            ("node.uncordon", {}),
+            ("pod.run", spec),
+            ("node.drain", {"delete": True, "timeout_s": 20}),
+            ("node.audit", {"repair": True}),
+        ],
+        "durable": [("durable", {"pod": {"id": pod, "containers": [extra]}})],
+    }
+
+
+NO_SIDE_EFFECT = {
+    **dict.fromkeys(
+        ("session.exec", "container.attach", "container.copy_in", "container.copy_out", "pod.forward"),
+        "a session is of this process alone: what it holds are calls of the guest agent, which ends with its "
+        "connection; its journal entry is as that of an exec (integration/test_sessions.py)",
+    ),
+    **dict.fromkeys(("session.resume", "session.close"), "change nothing but a session of this process"),
+}
+"""Commands that change something, and what there is to sweep of them beyond what the stories have."""
+
+ELSEWHERE = {
+    "vm": "no call, but the life of a VM",
+    "hypervisor.clone": "a launch from a template; with real ones in test_killed_nodes_vm.py",
+    "hypervisor.save_template": "test_audit.py: a template whose making died leaves nothing",
+    "hypervisor.free": "the next life frees what is stranded: test_audit.py",
+    "network.free": "as hypervisor.free",
+    "hypervisor.recover": "here, in the sweep of recovery",
+    "hypervisor.kill": "here, in the sweep of recovery",
+    "network.recover": "here, in the sweep of recovery",
+    "network.prepare": "for spares and templates, whose VMs are no pod's: test_audit.py",
+    "storage.blank_image": "as network.prepare",
+    "storage.read_notes": "here, in the sweep of recovery; it reads",
+    "agent.ping": "changes nothing",
+    "agent.list_containers": "here, in the sweep of recovery; it reads",
+    "agent.list_processes": "reads",
+    "agent.attach": "of sessions",
+    "agent.copy": "of sessions",
+    "agent.connect_port": "of sessions",
+    "store.fail": "here, in the sweep of recovery",
+    "store.restore": "with an older database: integration/test_nats_events.py",
+    "store.forget": "of a command that had no effect and may come again: the one before it is swept",
+    "store.prune": "removes what is published and old; killed or not, the next prune removes it",
+    "store.announce": "here, in the sweep of recovery",
+}
+"""Operations that no command of the stories has, and where they are tried."""
 
 
 @pytest.fixture
@@ -71,14 +151,15 @@ async def make(start_nats: StartNats, place: Path) -> AsyncIterator[Any]:
         yield maker
 
 
-async def first_life(host: Host, faults: str) -> bool:
-    """All commands in their order, until the node agent dies; whether it did."""
+async def tell(host: Host, name: str, life: str) -> bool:
+    """All commands of a story in their order, until the node agent dies; whether it did."""
     try:
-        await host.start(faults)
-        for number, (verb, body) in enumerate(COMMANDS):
-            await host.ask(f"c-{number}", verb, body)
-        await host.enqueue("d-0", *DURABLE)
-        await host.done("d-0")
+        for number, (verb, body) in enumerate(stories(f"p-{life}")[name]):
+            if verb == "durable":
+                await host.enqueue(f"d-{life}", "pod.run", body)
+                await host.done(f"d-{life}")
+            else:
+                await host.ask(f"c-{life}-{number}", verb, body)
     except Died:
         return True
     return False
@@ -107,21 +188,23 @@ async def check(host: Host, where: str) -> None:
             case "failed":
                 assert pod["reason"], where
             case state:
-                assert state in ("ready", "stopped"), f"{where}: {pod['pod_id']} is {state}"
+                assert state in ("ready", "stopped", "paused"), f"{where}: {pod['pod_id']} is {state}"
     audit = await host.read("node.audit")
     assert [h for h in audit["holdings"] if h["orphan"]] == [], where
     assert audit["problems"] == [], where
 
 
-async def remove_all(host: Host, where: str) -> None:
-    """Delete every pod: nothing is left, and the story of the node has no gap."""
-    for command_id in host.queued:
-        await host.done(command_id)
+async def remove_pods(host: Host, where: str) -> None:
+    """Delete every pod: nothing is left of them."""
     for pod in (await host.read("pod.list"))["pods"]:
         gone = await host.ask(f"r-{pod['pod_id']}", "pod.delete", {"pod_id": pod["pod_id"], "force": True})
         assert gone.get("existed"), f"{where}: {gone}"
     audit = await host.read("node.audit")
     assert [h for h in audit["holdings"] if h["vm_id"]] == [], where
+
+
+async def end(host: Host, where: str) -> None:
+    """Stop in good order: the story of the node has no gap, and each durable command one outcome."""
     assert await host.stop() == 0, where
     events = await host.events()
     assert [int(e["sequence"]) for e in events] == list(range(1, len(events) + 1)), where
@@ -130,69 +213,149 @@ async def remove_all(host: Host, where: str) -> None:
     assert [e["commandid"] for e in outcomes] == list(host.queued), f"{where}: {outcomes}"
 
 
-def points_of(host: Host, untimed: Collection[str] = UNTIMED) -> list[str]:
-    """The failpoints that lives have passed: the first, and what comes after each side effect."""
-    found = re.findall(r"failpoint ([\w.]+):(\d+) (before|after)", host.log.read_text())
-    timed = [(operation, call, when) for operation, call, when in found if operation not in untimed]
-    (operation, call, _), *rest = timed
-    after = [f"{operation}:{call}=kill(after)" for operation, call, when in rest if when == "after"]
-    return [f"{operation}:{call}=kill", *after]
+def read_trace(text: str, untimed: Collection[str] = UNTIMED) -> list[Point]:
+    """The moments that a life has passed, in their order."""
+    found = re.findall(r"failpoint ([\w.]+):(\d+) (before|after)", text)
+    return [(operation, int(call), when) for operation, call, when in found if operation not in untimed]
 
 
-async def swept(make: Any, points: list[str], life: Any) -> int:
-    """Lead *life* once per point, several at a time; how many of them died where they should."""
-    slots = asyncio.Semaphore(AT_ONCE)
+def points_of(trace: Sequence[Point]) -> list[str]:
+    """Failpoints for every moment of a trace, each moment once.
+
+    Nothing changes between what ends and what begins next, so before that is where after this was.
+    """
+    points = []
+    for number, (operation, call, when) in enumerate(trace):
+        if when == "after":
+            points.append(f"{operation}:{call}=kill(after)")
+        elif number == 0 or trace[number - 1][2] == "before":
+            points.append(f"{operation}:{call}=kill")
+    return points
+
+
+def test_each_moment_of_a_life_has_its_point() -> None:
+    one, other = ("store.begin", 1), ("vm.stop", 1)
+    trace = [(*one, "before"), (*one, "after"), (*other, "before"), (*other, "after")]
+    assert points_of(trace) == ["store.begin:1=kill", "store.begin:1=kill(after)", "vm.stop:1=kill(after)"]
+    at_once = [(*one, "before"), (*other, "before"), (*one, "after"), (*other, "after")]
+    assert points_of(at_once) == [
+        "store.begin:1=kill",
+        "vm.stop:1=kill",
+        "store.begin:1=kill(after)",
+        "vm.stop:1=kill(after)",
+    ]
+
+
+def commits() -> set[str]:
+    """The names of all commits: of the functions that the node's code gives to ``Store.write``."""
+    found = set()
+    for path in (Path(vcnode.__file__).parent / "pods").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                on = ast.unparse(node.func.value)
+                if (on, node.func.attr) in (("self._store", "write"), ("self", "_write")):
+                    work = node.args[-1]
+                    found.add(work.id if isinstance(work, ast.Name) else "write")
+    return {f"store.{name}" for name in found - {"work"}}
+
+
+def test_every_command_that_changes_something_is_in_a_story() -> None:
+    told = {verb for story in stories("p").values() for verb, _ in story}
+    changing = {verb for verb, command in COMMANDS.items() if command.mutates}
+    assert changing - told == NO_SIDE_EFFECT.keys()
+
+
+async def settle(host: Host, life: str, where: str) -> None:
+    """See that all is as it must be after a story, however it ended; then the node is as before it."""
+    if f"d-{life}" in host.queued:
+        await host.done(f"d-{life}")
+    await check(host, where)
+    await remove_pods(host, where)
+    await host.ask(f"u-{life}", "node.uncordon", {})
+    host.asked.clear()
+    host.answers.clear()
+
+
+async def begin(host: Host) -> None:
+    """The first life of a host, with the image of all pods."""
+    await host.start(armed=True)
+    await host.ask("app", "image.pull", {"reference": "app"})
+
+
+async def traces(host: Host) -> dict[str, list[Point]]:
+    """The moments of each story when all goes well."""
+    await begin(host)
+    found = {}
+    for name in stories("p"):
+        seen = host.log.stat().st_size
+        await host.arm("*:*=trace")
+        assert not await tell(host, name, name)
+        await host.arm("")
+        found[name] = read_trace(host.log.read_text()[seen:])
+        await settle(host, name, name)
+    await end(host, "without a fault")
+    return found
+
+
+async def live(host: Host, story: str, point: str, life: str) -> bool:
+    """Tell a story, die at that point or not, and see to the end; whether it died."""
+    where = f"{story}, {point}"
+    await host.arm(point)
+    died = await tell(host, story, life)
+    if died:
+        assert host.ended is not None
+        assert host.ended.result() == signal.SIGKILL, where
+        await host.start(armed=True)
+    else:
+        await host.arm("")
+    await settle(host, life, where)
+    return died
+
+
+async def test_a_node_killed_around_any_side_effect_of_any_command_loses_nothing(make: Any) -> None:
+    found = await traces(make("plain"))
+    passed = {operation for trace in found.values() for operation, _, _ in trace}
+    assert (OPERATIONS | commits()) - UNTIMED - passed == ELSEWHERE.keys()
+    points = [(story, point) for story, trace in found.items() for point in points_of(trace)]
+    assert len(points) > 100
+    left = [(str(number), *point) for number, point in enumerate(points)]
     wrong: list[str] = []
     died = 0
 
-    async def one(number: int, point: str) -> None:
+    async def lives_of(host: Host) -> None:
         nonlocal died
-        async with slots:
-            host = make(f"k{number}")
+        await begin(host)
+        while left:
+            life, story, point = left.pop(0)
+            async with asyncio.timeout(LIFE_LIMIT_S):
+                died += await live(host, story, point, life)
+        await end(host, "at the end of a chain")
+
+    async def chain(name: str) -> None:
+        while left:  # a host on which something went wrong is given up, and another does the rest
+            host = make(f"{name}-{len(wrong)}")
             try:
-                async with asyncio.timeout(LIFE_LIMIT_S):
-                    happened = await life(host, point)
-                died += happened
+                await lives_of(host)
             except Exception as exc:  # all of them are to be seen, not the first alone
-                wrong.append(f"{point}: {exc!r}\n{host.tail()}")
+                wrong.append(f"{exc!r}\n{host.tail()}")
             finally:
                 await host.kill()
 
     async with asyncio.TaskGroup() as group:
-        for number, point in enumerate(points):
-            group.create_task(one(number, point))
+        for number in range(CHAINS):
+            group.create_task(chain(f"k{number}"))
     assert not wrong, f"{len(wrong)} of {len(points)}:\n" + "\n\n".join(wrong)
-    return died
-
-
-async def test_a_node_killed_after_any_side_effect_of_any_command_loses_nothing(make: Any) -> None:
-    async def life(host: Host, point: str) -> bool:
-        died = await first_life(host, point)
-        if died:
-            assert host.ended is not None
-            assert host.ended.result() == signal.SIGKILL, f"{point}: {host.tail()}"
-            await host.start()
-        await check(host, point)
-        await remove_all(host, point)
-        return died
-
-    plain = make("plain")
-    assert not await first_life(plain, "*:*=trace")
-    points = points_of(plain)
-    await check(plain, "without a fault")
-    await remove_all(plain, "without a fault")
-    assert len(points) > 100
-    died = await swept(make, points, life)
     assert died > 0.9 * len(points)
 
 
-async def test_a_recovery_killed_after_any_side_effect_is_done_by_the_next(make: Any) -> None:
+async def test_a_recovery_killed_around_any_side_effect_is_done_by_the_next(make: Any) -> None:
     """Of a node that died in the middle of a start, while another pod ran."""
-    run = {"pod": {"id": "half", "containers": [EXTRA]}}
+    extra = {"id": "extra", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
+    run = {"pod": {"id": "half", "containers": [extra]}}
 
     async def die(host: Host) -> None:
         await host.start("agent.start_container:2=kill(after)")
-        await host.ask("c-0", "pod.run", {"pod": {"id": "web", "containers": [EXTRA]}})
+        await host.ask("c-0", "pod.run", {"pod": {"id": "web", "containers": [extra]}})
         with pytest.raises(Died):
             await host.ask("c-1", "pod.run", run)
 
@@ -207,16 +370,37 @@ async def test_a_recovery_killed_after_any_side_effect_is_done_by_the_next(make:
         (web,) = [p for p in (await host.read("pod.list"))["pods"] if p["pod_id"] == "web"]
         assert web["state"] == "running", f"{point}: {web}"
         await check(host, point)
-        await remove_all(host, point)
+        await remove_pods(host, point)
+        await end(host, point)
         return died
 
     plain = make("plain")
     await die(plain)
     await plain.start("*:*=trace")
-    points = points_of(plain, untimed={"store.mark", "store.rewind"})
-    assert any(point.startswith("hypervisor.recover") for point in points)
-    assert any(point.startswith("hypervisor.kill") for point in points)
+    trace = read_trace(plain.log.read_text(), untimed={"store.mark", "store.rewind"})
+    assert {name for name, where in ELSEWHERE.items() if where.startswith("here")} <= {p[0] for p in trace}
     await check(plain, "without a fault")
-    await remove_all(plain, "without a fault")
-    died = await swept(make, points, life)
+    await remove_pods(plain, "without a fault")
+    await end(plain, "without a fault")
+    points = points_of(trace)
+    slots = asyncio.Semaphore(CHAINS)
+    wrong: list[str] = []
+    died = 0
+
+    async def one(number: int, point: str) -> None:
+        nonlocal died
+        async with slots:
+            host = make(f"r{number}")
+            try:
+                async with asyncio.timeout(LIFE_LIMIT_S):
+                    died += await life(host, point)
+            except Exception as exc:  # as above
+                wrong.append(f"{point}: {exc!r}\n{host.tail()}")
+            finally:
+                await host.kill()
+
+    async with asyncio.TaskGroup() as group:
+        for number, point in enumerate(points):
+            group.create_task(one(number, point))
+    assert not wrong, f"{len(wrong)} of {len(points)}:\n" + "\n\n".join(wrong)
     assert died >= len(points) - 2  # the last may come when the node answers already

@@ -1,7 +1,7 @@
 """Forks node agents from a process that has imported everything: each is a real process, and starts at once.
 
-Started by `tests.faults.lives`. Reads one JSON object per line, ``{"settings": {...}, "log": path}``, and
-answers each with ``{"pid": N}``; when a node agent ends, it writes ``{"pid": N, "status": wait status}``.
+Started by `tests.faults.lives`. Reads one JSON object per line, with ``settings``, ``log`` and ``arms``: a path
+or null. Answers each with ``{"pid": N}``; when a node agent ends, it writes ``{"pid": N, "status": N}``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,30 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Iterable
+from pathlib import Path
 
 from vcnode import logs, node
+from vcnode.drivers.failpoints import FailPoints
+from vcnode.drivers.faults import FaultPlan, Rule
 from vcnode.settings import Settings
+
+
+class Armed(FailPoints):
+    """Failpoints that a test sets while the node agent runs: SIGUSR1, and the rules in a file, which goes."""
+
+    plan: Path
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        super().__init__(rules)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._read)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _read(self) -> None:
+        self.arm(FaultPlan.parse(self.plan.read_text()).rules)
+        self.plan.unlink()
 
 
 def live(request: dict[str, object]) -> int:
@@ -25,6 +46,9 @@ def live(request: dict[str, object]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if request["arms"]:
+        Armed.plan = Path(str(request["arms"]))
+        node.FailPoints = Armed  # type: ignore[misc]
     try:
         logs.configure(form="text", level="info", stream=sys.stderr)
         asyncio.run(node.run(Settings(**request["settings"])))  # type: ignore[arg-type]

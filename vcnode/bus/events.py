@@ -144,10 +144,13 @@ class EventPublisher:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._connection.wait_connected()
-                js = await self._open()
-                while events := await self._outbox.unpublished(WINDOW):
-                    await self._publish(js, events)
+                while await self._outbox.unpublished(1):
+                    await self._connection.wait_connected()
+                    self._session = aio.Interruptible()
+                    # A lost connection begins a window anew: what would follow in it has a gap before it.
+                    with contextlib.suppress(_ConnectionLost):
+                        async with self._session:
+                            await self._publish_waiting(await self._open())
         except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
             self._complain(exc)
         return not await self._outbox.unpublished(1)
@@ -156,10 +159,13 @@ class EventPublisher:
         """Publish whatever comes, over the present connection."""
         js = await self._open()
         while True:
-            while events := await self._outbox.unpublished(WINDOW):
-                await self._publish(js, events)
+            await self._publish_waiting(js)
             self._last_complaint, self._retry_s = "", RETRY_FIRST_S
             await self._outbox.wait()
+
+    async def _publish_waiting(self, js: JetStreamContext) -> None:
+        while events := await self._outbox.unpublished(WINDOW):
+            await self._publish(js, events)
 
     async def _open(self) -> JetStreamContext:
         """Make sure that the stream is there, and find out what it has of ours."""

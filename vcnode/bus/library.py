@@ -70,12 +70,6 @@ class SturdyClient(Client):
             log.exception("Reconnecting failed in an unexpected way")
             await self.close()
 
-    async def _flush_pending(self, force_flush: bool = False) -> Any:
-        if self.is_reconnecting and self._perishable:
-            self._pending = [command for command in self._pending if not command.startswith(self._perishable)]
-            self._pending_data_size = sum(map(len, self._pending))
-        return await super()._flush_pending(force_flush)
-
     async def _process_connect_init(self) -> None:
         try:
             await super()._process_connect_init()
@@ -83,6 +77,11 @@ class SturdyClient(Client):
             if self._transport is not None:
                 self._transport.close()  # type: ignore[no-untyped-call]
             raise
+        # Here, where the client has just become CONNECTED and nothing was written to the new socket yet: what
+        # was there when the old one broke is in this list as well as what came since.
+        if self._perishable:
+            self._pending = [command for command in self._pending if not command.startswith(self._perishable)]
+            self._pending_data_size = sum(map(len, self._pending))
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # Called before CONNECT, with its credentials, is sent. A server that merely allows TLS is upgraded,

@@ -28,12 +28,18 @@ class FailPoints:
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self._rules = [rule for rule in rules if rule.action in ("kill", "trace")]
+        self._rules: list[Rule] = []
         self._calls: Counter[str] = Counter()
+        self.arm(rules)
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._rules)
+
+    def arm(self, rules: Iterable[Rule]) -> None:
+        """Count from 1 anew, by other rules."""
+        self._rules = [rule for rule in rules if rule.action in ("kill", "trace")]
+        self._calls.clear()
 
     def guard(self, store: Any) -> None:
         """Put a failpoint before and after each ``write`` of *store*, named after the function written."""

@@ -144,8 +144,8 @@ def _carry_meta(meta: dict[str, str], into: sqlite3.Connection) -> None:
     (last,) = into.execute("SELECT coalesce(max(sequence), 0) FROM outbox").fetchone()
     told = meta.get("sequence", "0")
     sequence = max(int(last), int(told) if told.isdecimal() else 0)
-    rows = {"sequence": str(sequence)}
-    rows.update((key, meta[key]) for key in ("epoch", "identity") if key in meta)
+    # All of it: whether the node is cordoned, and its labels, are there too.
+    rows = {**meta, "sequence": str(sequence)}
     into.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", list(rows.items()))
 
 

@@ -151,6 +151,18 @@ class Standing:
             lambda now: replace(now, cordoned=False, reason=""), EventKind.NODE_UNCORDONED
         )
 
+    async def keep(self) -> None:
+        """Write down again what was changed, in a database that may have lost it. Raises as `label`."""
+        async with self._lock:
+            kept = self._changes.encoded()
+            await self._store.write(
+                lambda tx: (
+                    tx.execute(
+                        "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (_KEY, kept)
+                    ).rowcount
+                )
+            )
+
     async def announce(self, kind: EventKind, data: JsonObject) -> None:
         """Emit an event about the node. Raises as `label`."""
         await self._store.write(lambda tx: self._emit(tx, kind, data))

@@ -502,11 +502,12 @@ async def test_damage_that_shows_while_the_node_runs_is_mended_and_loses_no_pod(
 ) -> None:
     store = await damaged_while_open(tmp_path, overwrite=overwrite)
     epoch, identity = store.epoch, store.identity
+    meet = {
+        "write": lambda: store.write(lambda tx: tx.save_pod(record("late"))),
+        "read": lambda: store.read(lambda c: c.execute("SELECT count(record) FROM pods").fetchall()),
+    }
     with pytest.raises(StorageError, match="nothing was changed; it is rebuilt"):
-        if first == "write":
-            await store.write(lambda tx: tx.save_pod(record("late")))
-        else:
-            await store.read(lambda c: c.execute("SELECT count(record) FROM pods").fetchall())
+        await meet[first]()
     assert store.mended.is_set()
     assert store.rebuilt is not None
     assert list(store.pods) == [f"p{n}" for n in range(200)]

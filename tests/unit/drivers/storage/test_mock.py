@@ -54,6 +54,7 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "pull_image": lambda: storage.pull_image(PullSource("app"), lambda _: None, AsyncMock(), timeout_s=1),
         "image_file": lambda: storage.image_file(DIGEST),
         "remove_image": lambda: storage.remove_image(DIGEST),
+        "image_files": lambda: storage.image_files(),
         "blank_image": lambda: storage.blank_image(timeout_s=1),
         "make_layer": lambda: storage.make_layer("vm-1", 64, timeout_s=1),
         "remove_layer": lambda: storage.remove_layer("vm-1"),
