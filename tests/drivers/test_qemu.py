@@ -18,7 +18,7 @@ from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor, QemuVm
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroups
 from vcnode.drivers.hypervisor.qemu.process import read_stat
 from vcnode.drivers.hypervisor.qemu.tsc import measure_khz
-from vcnode.errors import HypervisorError, NotFoundError, UnavailableError
+from vcnode.errors import HypervisorError, NotFoundError, ResourceExhaustedError, UnavailableError
 from vcnode.models.vm import Disk, VmSpec
 from vcnode.settings import QemuSettings
 
@@ -161,6 +161,16 @@ async def test_a_broken_kernel_fails_the_launch_with_nothing_left(
     assert "\nqemu: " in caplog.text
     assert left(spec) == []
     assert tasks.count == 0
+
+
+async def test_a_host_without_memory_for_a_vm_says_so_with_nothing_left(
+    make_node: Node, spec: VmSpec, tasks: Tasks
+):
+    node = await make_node(guests.IDLE)
+    more_than_there_are_addresses = spec.model_copy(update={"mem_size_mib": 200 << 20})
+    with pytest.raises(ResourceExhaustedError, match="no memory left"):
+        await node.launch(more_than_there_are_addresses, timeout_s=LIMIT_S)
+    assert left(spec) == []
 
 
 async def test_a_missing_guest_image_says_how_to_make_one(short_dir: Path, tasks: Tasks):

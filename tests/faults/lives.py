@@ -194,16 +194,17 @@ class Host:
         assert self.ended is not None
         async with asyncio.timeout(WAIT_S):
             while True:
-                for event in await self.events():
+                for event in await self.events(f"{self.subjects.prefix}.evt.*.command.>"):
                     if event.get("commandid") == command_id and ".command." in event["type"]:
                         return event
                 if self.ended.done():
                     raise Died
                 await asyncio.sleep(POLL_S)
 
-    async def events(self) -> list[dict[str, Any]]:
-        """All events of the stream so far."""
-        sub = await self.client.jetstream().subscribe(self.subjects.every_event, ordered_consumer=True)
+    async def events(self, subject: str = "") -> list[dict[str, Any]]:
+        """All events of the stream so far, or those on a subject."""
+        chosen = subject or self.subjects.every_event
+        sub = await self.client.jetstream().subscribe(chosen, ordered_consumer=True)
         try:
             info = await sub.consumer_info()
             left = (info.num_pending or 0) + (info.delivered.consumer_seq if info.delivered else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import resource
@@ -9,7 +10,7 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.conftest import StartNats
 from tests.faults.lives import Died, Host, hosts
 from tests.unit.pods.world import World, container, pod
 from vcnode.cli.demo.busybox import make_root
-from vcnode.errors import StorageError
+from vcnode.errors import ResourceExhaustedError, StorageError
+from vcnode.models import wire
 from vcnode.models.commands import ExecOptions
 from vcnode.models.pod import Cmd, PodState
 
@@ -198,3 +200,97 @@ async def test_without_descriptors_a_start_is_undone_and_the_node_goes_on(
         assert not host.ended.done()
         os.kill(host.pid, signal.SIGTERM)
         assert await host.ended == 0
+
+
+@pytest.mark.parametrize("step", ["hypervisor.launch", "network.attach", "storage.make_vm_dir"])
+async def test_a_host_that_is_short_of_something_refuses_a_start_which_is_undone(
+    tmp_path: Path, step: str
+) -> None:
+    """As the drivers say it for want of memory, of taps, or of file descriptors."""
+    world = await World(tmp_path).start()
+    hit = world.plan.hit
+
+    async def short(operation: str, *, vm_id: str | None = None) -> None:
+        await hit(operation, vm_id=vm_id)
+        if operation == step:
+            raise ResourceExhaustedError("The host has no more of it.")
+
+    world.plan.hit = short  # type: ignore[method-assign]
+    with pytest.raises(ResourceExhaustedError):
+        await world.pods.run(pod("p1"), world.call())
+    assert world.leaks == []
+    assert world.pods.list({}, ()).pods == ()
+    world.plan.hit = hit  # type: ignore[method-assign]
+    await world.pods.run(pod("p1"), world.call())
+    assert (await world.pods.exec("p1", "c1", TRUE, world.call())).exit_code == 0
+    await world.close()
+
+
+@pytest.mark.nats
+@pytest.mark.root
+async def test_a_disk_that_fails_to_write_or_is_slow_refuses_and_the_node_goes_on(
+    start_nats: StartNats, short_dir: Path
+) -> None:
+    """A limit on the size of files makes writes fail as a broken disk does: EFBIG, an I/O error to SQLite."""
+    server = await start_nats()
+    settings = {"hypervisor": "mock", "allowed_roots": ["/srv"]}
+    async with hosts(server.url, settings, short_dir) as make:
+        host: Host = make("h")
+        await host.start("storage.make_vm_dir:2=delay(30)")
+        assert (await host.ask("c-1", "pod.run", spec("p1")))["state"] == "running"
+        before = resource.prlimit(host.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(host.pid, resource.RLIMIT_FSIZE, (4096, before[1]))
+        reply = await host.read("pod.create", spec("p2"))
+        assert reply["code"] == "internal", reply
+        assert "database failed; nothing was changed" in host.tail(), host.tail()
+        assert (await host.read("pod.status", {"pod_id": "p1"}))["state"] == "running"
+        resource.prlimit(host.pid, resource.RLIMIT_FSIZE, before)
+
+        deadline = {wire.DEADLINE: (datetime.now(UTC) + timedelta(seconds=1)).isoformat()}
+        reply = await host._request("pod.run", spec("slow"), deadline, timeout_s=20)
+        assert reply["code"] == "deadline_exceeded", reply
+        assert [p["pod_id"] for p in (await host.read("pod.list"))["pods"]] == ["p1"]
+        assert (await host.ask("c-2", "pod.run", spec("p2")))["state"] == "running"
+        audit = await host.read("node.audit")
+        assert {h["pod_id"] for h in audit["holdings"] if h["vm_id"]} == {"p1", "p2"}
+        assert await host.stop() == 0
+
+
+@pytest.mark.nats
+async def test_two_node_agents_on_one_state_directory_are_one_too_many(
+    start_nats: StartNats, short_dir: Path
+) -> None:
+    server = await start_nats()
+    async with hosts(server.url, {"hypervisor": "mock", "allowed_roots": ["/srv"]}, short_dir) as make:
+        host: Host = make("h")
+        await host.start()
+        assert (await host.ask("c-1", "pod.run", spec("p1")))["state"] == "running"
+        other: Host = make("o", **host.settings)
+        with pytest.raises(Died):
+            await other.start()
+        assert "Another node agent uses" in other.tail()
+        assert (await host.read("pod.status", {"pod_id": "p1"}))["state"] == "running"
+
+        # Killed again and again while it recovers, at whatever moment that is.
+        for pause_s in (0.0, 0.01, 0.03, 0.1, 0.2, 0.3):
+            await host.kill()
+            host.pid, host.ended = await host.zygote.fork(host.settings, host.log)
+            await asyncio.sleep(pause_s)
+        await host.kill()
+        await host.start()
+        assert (await host.read("pod.status", {"pod_id": "p1"}))["state"] == "running"
+        audit = await host.read("node.audit", {"repair": True})
+        assert (audit["orphan_count"], audit["problems"]) == (0, [])
+        assert await host.stop() == 0
+
+        # The whole directory in another place: another mark, so its pods are nobody's there, and are told.
+        moved = short_dir / "moved"
+        os.rename(host.settings["state_dir"], moved)
+        host.settings["state_dir"] = str(moved)
+        await host.start()
+        (p1,) = (await host.read("pod.list"))["pods"]
+        assert p1["state"] in ("running", "failed"), p1
+        assert (await host.ask("c-2", "pod.delete", {"pod_id": "p1", "force": True}))["existed"]
+        audit = await host.read("node.audit", {"repair": True})
+        assert audit["holdings"] == [], audit
+        assert await host.stop() == 0

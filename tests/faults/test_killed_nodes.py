@@ -25,7 +25,7 @@ from tests.faults.lives import SAFE, Died, Host, hosts
 from vcnode.drivers.faults import OPERATIONS
 from vcnode.models.commands import COMMANDS
 
-pytestmark = [pytest.mark.nats, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.nats, pytest.mark.timeout(400)]
 
 CHAINS = 4
 """Hosts at a time, each for many lives."""
@@ -81,10 +81,13 @@ def stories(pod: str) -> dict[str, list[Verb]]:
         ],
         "containers": [
             ("pod.run", spec),
-            ("container.create", {"pod_id": pod, "container": {**main, "id": "extra"}}),
+            ("container.create", {"pod_id": pod, "container": extra}),
             ("container.start", its_extra),
             ("container.stop", {**its_extra, "grace_s": 0}),
             ("container.delete", its_extra),
+            ("container.create", {"pod_id": pod, "container": {**main, "id": "extra"}}),
+            ("container.start", its_extra),
+            ("container.delete", {**its_extra, "force": True}),
         ],
         "standing": [
             ("node.label", {"set": {"zone": pod}}),

@@ -18,7 +18,7 @@ import pytest
 from tests.unit.pods.world import SLEEP, Killed, World, container, pod
 from vcnode.errors import CleanupError, StorageError, VcnodeError
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, ContainerState, PodState
+from vcnode.models.pod import Cmd, ContainerState, PodState, RestartPolicy
 from vcnode.pods import watch
 from vcnode.pods.marks import new_vm_id
 
@@ -102,13 +102,54 @@ COMMANDS: dict[str, tuple[Act, Act]] = {
 }
 """Name: what comes before, and the command that is swept."""
 
+
+async def restarting(world: World) -> None:
+    """A pod whose policies start it and its containers again, at once."""
+    world.naps = no_nap  # type: ignore[assignment]
+    world.pods._restarter._sleep = no_nap
+    again = RestartPolicy.ALWAYS
+    await nothing(world)
+    spec = pod(containers=[container("c1", restart_policy=again)], restart_policy=again)
+    await world.pods.run(spec, world.call("pod.run"))
+    world.pods.start_restarts()
+
+
+async def no_nap(_seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
+async def end_container(world: World) -> None:
+    """The main process ends by itself; until the node has started it again."""
+    (machine,) = world.vms.alive
+    world.guests.by_vm_id[machine.spec.vm_id].signal("c1", 9, everyone=False)
+    while world.pods.status("p1").containers[0].restart_count != 1:  # noqa: ASYNC110 -- no event for tests
+        await asyncio.sleep(0)
+    await settled(world, "container restart")
+
+
+async def end_vm(world: World) -> None:
+    """The VM ends by itself; until the node has started another one."""
+    (machine,) = world.vms.alive
+    world.vms.die(machine.spec.vm_id, "It died.")
+    while (now := world.pods.status("p1")).restart_count != 1 or now.state != "running":  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await settled(world, "pod restart")
+
+
+ACTORS: dict[str, tuple[Act, Act]] = {
+    "container ends": (restarting, end_container),
+    "VM ends": (restarting, end_vm),
+}
+"""As `COMMANDS`, of what the node does without one. A liveness probe ends a main process, in the guest;
+what follows is the same."""
+
 SETTLE_LIMIT_S = 10.0
 UNDOS = ("network.detach", "storage.remove_vm_dir", "vm.stop", "hypervisor.kill", "storage.unshare")
 
 
 async def steps_of(path: Path, name: str) -> tuple[int, list[str]]:
     """Position of the command's first step, and its steps when all goes well."""
-    before, command = COMMANDS[name]
+    before, command = (COMMANDS | ACTORS)[name]
     world = await World(path).start()
     await before(world)
     first = len(world.plan.log)
@@ -120,7 +161,7 @@ async def steps_of(path: Path, name: str) -> tuple[int, list[str]]:
 
 async def attempt(world: World, name: str) -> BaseException | None:
     """Run the swept command to its end; the error it ended with."""
-    task = asyncio.ensure_future(COMMANDS[name][1](world))
+    task = asyncio.ensure_future((COMMANDS | ACTORS)[name][1](world))
     world.task = task  # type: ignore[attr-defined]
     died = asyncio.ensure_future(world.plan.died.wait())
     await asyncio.wait([task, died], timeout=SETTLE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
@@ -162,7 +203,7 @@ async def check(world: World, where: str) -> None:
             assert world.leaks == [], where
     audit = await world.pods.audit(repair=False)
     owed = {p.pod_id for p in world.pods.list({}, ()).pods}
-    assert [h for h in audit.holdings if h.orphan or h.pod_id not in owed] == [], where
+    assert [h for h in audit.holdings if h.orphan or (h.vm_id and h.pod_id not in owed)] == [], where
     await delete_all(world, where)
     sequences = [int(e.sequence) for e in await world.events()]
     assert sequences == list(range(1, len(sequences) + 1)), where
@@ -225,7 +266,7 @@ async def sweep(
         if only is not None and step != only:
             continue
         world = await next(fresh).start()
-        await COMMANDS[name][0](world)
+        await (COMMANDS | ACTORS)[name][0](world)
         assert len(world.plan.log) == first
         disturb(world, first + offset)
         error = await attempt(world, name)
@@ -293,7 +334,7 @@ async def test_cancelling_again_during_the_undo_changes_nothing(tmp_path: Path, 
         await world.close()
 
 
-@each_command
+@pytest.mark.parametrize("name", [*COMMANDS, *ACTORS])
 async def test_a_node_killed_at_any_step_recovers(tmp_path: Path, name: str) -> None:
     def kill(world: World, position: int) -> None:
         world.plan.at[position] = world.plan.die

@@ -1,6 +1,6 @@
 """Forks node agents from a process that has imported everything: each is a real process, and starts at once.
 
-Started by `tests.faults.lives`. Reads one JSON object per line, with ``settings``, ``log`` and ``arms``: a path
+Started by `tests.faults.lives`. Reads one JSON object per line, with ``settings``, ``log``, ``arms``: a path
 or null. Answers each with ``{"pid": N}``; when a node agent ends, it writes ``{"pid": N, "status": N}``.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import nats
 import pytest
+from nats.js.api import StreamConfig
 
 from tests.integration.nats_node import WAIT_S, NatsNode, running
 from tests.support.nats import NatsServer
@@ -20,6 +21,7 @@ from vcnode.client import Client, EventStream
 from vcnode.errors import InvalidArgumentError, UnavailableError
 from vcnode.models.events import Event, EventKind
 from vcnode.pods.outbox import Outbox
+from vcnode.pods.store import Tx
 
 pytestmark = [pytest.mark.nats, pytest.mark.invented_events]
 
@@ -421,3 +423,38 @@ async def test_gaps_are_counted(nats_server: NatsServer, client: Client, tmp_pat
             assert sequences([event async for event in events]) == [1, 2, 5, 6]
             assert events.missed == 2
     await admin.close()
+
+
+async def test_an_hour_without_nats_is_made_up_for_though_it_has_forgotten_the_ids(
+    nats_server: NatsServer, client: Client, tmp_path: Path
+) -> None:
+    """Two acknowledgements were lost with the server; it remembers ids for less than it is away."""
+    window_s, count = 0.2, 500
+    admin = await nats.connect(nats_server.url)
+    config = StreamConfig(name="vcnode-events", subjects=["vcnode.evt.>"], duplicate_window=window_s)
+    await admin.jetstream().add_stream(config)
+    await admin.close()
+    async with running(nats_server.url, tmp_path) as node:
+        for _ in range(5):
+            await node.emit()
+        await node.all_published()
+        down, began = node.connection.changed, asyncio.get_running_loop().time()
+        await nats_server.kill()
+        await asyncio.wait_for(down.wait(), WAIT_S)
+
+        def an_hour(tx: Tx) -> None:
+            tx.execute("UPDATE outbox SET published_at = NULL WHERE sequence > 3")
+            tx.unpublished_count += 2
+            for number in range(count):
+                time = NOW + timedelta(hours=1) * (number + 1) / count
+                tx.emit(EventKind.POD_CREATED, "p1", {"number": number}, time=time)
+
+        await node.store.write(an_hour)
+        await asyncio.sleep(max(0.0, began + 2 * window_s - asyncio.get_running_loop().time()))
+        await nats_server.start()
+        await node.all_published()
+    found = await everything(client)
+    assert sequences(found) == list(range(1, 6 + count))
+    assert [event.time for event in found[:5]] == [NOW] * 5
+    assert found[5].time == NOW + timedelta(hours=1) / count
+    assert found[-1].time == NOW + timedelta(hours=1)

@@ -26,7 +26,7 @@ from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, 
 from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
 from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
-from vcnode.errors import HypervisorError
+from vcnode.errors import HypervisorError, ResourceExhaustedError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType
 from vcnode.models.vm import VmRecord, VmShape, VmSpec
@@ -38,6 +38,9 @@ UNDO_LIMIT_S = KILL_WAIT_S + 5.0
 TERM_WAIT_S = 2.0
 LAST_WORDS_WAIT_S = 1.0
 """Between QEMU's hanging up and its end."""
+NO_MEMORY = "Cannot allocate memory"
+"""In QEMU's last words when the host refused it memory (strerror of ENOMEM; its LC_ALL is C). It ends with
+the same code for any reason, so there is nothing else to tell this by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +323,10 @@ class QemuHypervisor:
             exit_code = await vm.exit_code_within(LAST_WORDS_WAIT_S)
             if exit_code is None:
                 raise
+            if NO_MEMORY in vm.stderr_text:
+                raise ResourceExhaustedError(
+                    f"The host has no memory left for VM {vm.record.vm_id}.", resource="memory"
+                ) from exc
             raise HypervisorError(
                 f"QEMU of VM {vm.record.vm_id} ended with code {exit_code} before it answered;"
                 " the node's log has its last words.",
