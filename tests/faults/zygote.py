@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import select
 import signal
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from vcnode import logs, node
 from vcnode.drivers.failpoints import FailPoints
 from vcnode.drivers.faults import FaultPlan, Rule
+from vcnode.handlers import dispatch
 from vcnode.settings import Settings
 
 
@@ -42,6 +44,8 @@ class Armed(FailPoints):
 def live(request: dict[str, object]) -> int:
     """In the child: be a node agent until a signal ends it."""
     os.setsid()
+    # Made at import: without this the ids of commands that came without one would come again in each life.
+    dispatch._RUN = secrets.token_hex(12)
     log = os.open(str(request["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
