@@ -25,7 +25,7 @@ from tests.faults.lives import SAFE, Died, Host, hosts
 from vcnode.drivers.faults import OPERATIONS
 from vcnode.models.commands import COMMANDS
 
-pytestmark = [pytest.mark.nats, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.nats, pytest.mark.timeout(600)]
 
 CHAINS = 4
 """Hosts at a time, each for many lives."""
@@ -331,7 +331,8 @@ async def test_a_node_killed_around_any_side_effect_of_any_command_loses_nothing
         while left:
             life, story, point = left.pop(0)
             async with asyncio.timeout(LIFE_LIMIT_S):
-                died += await live(host, story, point, life)
+                happened = await live(host, story, point, life)
+            died += happened
         await end(host, "at the end of a chain")
 
     async def chain(name: str) -> None:
@@ -396,7 +397,8 @@ async def test_a_recovery_killed_around_any_side_effect_is_done_by_the_next(make
             host = make(f"r{number}")
             try:
                 async with asyncio.timeout(LIFE_LIMIT_S):
-                    died += await life(host, point)
+                    happened = await life(host, point)
+                died += happened
             except Exception as exc:  # as above
                 wrong.append(f"{point}: {exc!r}\n{host.tail()}")
             finally:

@@ -71,16 +71,16 @@ class LayerStore:
             path.unlink()
 
     def held(self, mark: str) -> list[Held]:
-        """The disks whose id begins with *mark*, and what they are copied from. Blocking."""
+        """The disks whose id begins with *mark*. Blocking."""
         try:
             names = sorted(entry.name for entry in os.scandir(self._dir))
         except FileNotFoundError:
             return []
-        bases = [Held("disk", str(self._dir / name), None) for name in names if name.startswith(BASE)]
-        return [
-            *bases,
-            *(Held("disk", str(self._dir / name), name) for name in names if name.startswith(mark)),
-        ]
+        return [Held("disk", str(self._dir / name), name) for name in names if name.startswith(mark)]
+
+    def bases(self) -> list[Held]:
+        """What disks are copied from. Blocking."""
+        return [Held("disk", str(path), None) for path in sorted(self._dir.glob(f"{BASE}*"))]
 
     async def make(self, layer_id: str, size_mib: int, *, timeout_s: float) -> LayerFile:
         """See `vcnode.drivers.base.Storage.make_layer`. Raises OSError besides."""

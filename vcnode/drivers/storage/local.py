@@ -81,7 +81,11 @@ class LocalStorage:
     async def held(self, mark: str) -> Sequence[Held]:
         """See `vcnode.drivers.audit.Auditable`: VMs' directories, mounts and sockets in them; disks."""
         async with _translated("Listing the directories of VMs"):
-            return [*await in_thread(self._dirs.held, mark), *await in_thread(self._layers.held, mark)]
+            return [
+                *await in_thread(self._dirs.held, mark),
+                *await in_thread(self._layers.held, mark),
+                *await in_thread(self._layers.bases),
+            ]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
         """See `vcnode.drivers.audit.Auditable`: the VM's directory goes with all that is in it."""
