@@ -71,8 +71,11 @@ class Received:
         prune = self._count % PRUNE_EVERY == 0
 
         def conclude(tx: Tx) -> None:
+            # Also of a message that is not there any more: a jump of the clock may have pruned it meanwhile.
             marked = tx.execute(
-                "UPDATE received SET outcome = ? WHERE message = ? AND outcome IS NULL", (kind.value, message)
+                "INSERT INTO received (message, deliveries, received_at, outcome) VALUES (?, 1, ?, ?) "
+                "ON CONFLICT (message) DO UPDATE SET outcome = excluded.outcome WHERE outcome IS NULL",
+                (message, self._store.clock().timestamp(), kind.value),
             )
             if marked.rowcount:
                 tx.emit(
