@@ -12,6 +12,8 @@ from vcnode.pods import received
 from vcnode.pods.received import Received
 from vcnode.pods.store import Store
 
+pytestmark = pytest.mark.invented_events
+
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
