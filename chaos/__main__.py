@@ -124,8 +124,9 @@ async def _settle(here: Stage, client: Client) -> list[str]:
     problems += [f"audit: {problem}" for problem in audit.problems]
     for pod in await _at_rest(node):
         if pod.state is PodState.PAUSED:  # what ended in it before the pause is heard of now
-            await node.pod_resume(pod.pod_id)
-            await node.pod_exec(pod.pod_id, ["/bin/true"], timeout_s=EXEC_LIMIT_S)
+            with contextlib.suppress(VcnodeError):
+                await node.pod_resume(pod.pod_id)
+                await node.pod_exec(pod.pod_id, ["/bin/true"], timeout_s=EXEC_LIMIT_S)
     for pod in await _at_rest(node):
         if pod.state is PodState.RUNNING:
             if all(c.state is ContainerState.RUNNING for c in pod.containers):
