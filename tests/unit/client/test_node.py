@@ -14,7 +14,13 @@ from tests.unit.handlers.fakes import World, pod_status
 from vcnode.client import NodeClient
 from vcnode.client.requests import NobodyListensError
 from vcnode.client.streams import StreamMethods
-from vcnode.errors import DeadlineExceededError, InvalidArgumentError, NodeError, UnavailableError
+from vcnode.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NodeError,
+    UnavailableError,
+)
 from vcnode.models import wire
 from vcnode.models.commands import COMMANDS
 from vcnode.models.pod import Cmd, ContainerSpec, EnvVar, PodSpec, PodState
@@ -99,7 +105,9 @@ def arguments(verb: str) -> tuple[Any, ...]:
 def test_every_command_has_a_method_and_the_other_way_round() -> None:
     methods = {name for name, _ in inspect.getmembers(NodeClient, inspect.isfunction) if name[0] != "_"}
     streams = {name for name in vars(StreamMethods) if name[0] != "_"}
-    assert methods - {"enqueue", "follow_logs"} - streams == {verb.replace(".", "_") for verb in COMMANDS}
+    assert methods - {"enqueue", "follow_logs", "follow_stats"} - streams == {
+        verb.replace(".", "_") for verb in COMMANDS
+    }
 
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))
@@ -115,6 +123,20 @@ async def test_a_method_sends_its_command_and_gives_its_reply(
     assert (wire.COMMAND_ID in headers) == COMMANDS[verb].mutates
     assert wire.DEADLINE not in headers
     assert timeout_s > COMMANDS[verb].default_timeout_s
+
+
+async def test_stats_are_followed_until_the_pod_stops(node: NodeClient, requester: DirectRequester) -> None:
+    found = []
+    async for sample in node.follow_stats("p1", guest=False, interval_s=5):
+        found.append(sample.time)
+        if len(found) == 2:
+            requester.world.pods.errors["stats"] = FailedPreconditionError("It does not run.")
+    asked = [(body.get("after"), body.get("interval_s"), body["guest"]) for _, body, _, _ in requester.sent]
+    assert len(found) == 2
+    assert [after is None for after, _, _ in asked] == [True, False, False]
+    assert {(interval_s, guest) for _, interval_s, guest in asked} == {(5, False)}
+    with pytest.raises(FailedPreconditionError):
+        await anext(node.follow_stats("p1"))
 
 
 async def test_options_become_headers(node: NodeClient, requester: DirectRequester) -> None:
