@@ -126,6 +126,8 @@ ELSEWHERE = {
     "agent.ping": "changes nothing",
     "agent.list_containers": "here, in the sweep of recovery; it reads",
     "agent.list_processes": "reads",
+    "agent.read_stats": "reads",
+    "vm.read_stats": "reads",
     "agent.attach": "of sessions",
     "agent.copy": "of sessions",
     "agent.connect_port": "of sessions",
