@@ -320,7 +320,9 @@ async def live(host: Host, story: str, point: str, life: str) -> bool:
 async def test_a_node_killed_around_any_side_effect_of_any_command_loses_nothing(make: Any) -> None:
     found = await traces(make("plain"))
     passed = {operation for trace in found.values() for operation, _, _ in trace}
-    assert (OPERATIONS | commits()) - UNTIMED - passed == ELSEWHERE.keys()
+    every = OPERATIONS | commits()
+    assert every - UNTIMED - passed <= ELSEWHERE.keys(), "put it into a story, or say where it is tried"
+    assert ELSEWHERE.keys() <= every
     points = [(story, point) for story, trace in found.items() for point in points_of(trace)]
     assert len(points) > 100
     left = [(str(number), *point) for number, point in enumerate(points)]
