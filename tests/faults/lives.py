@@ -24,7 +24,7 @@ from vcnode.models.subjects import Subjects
 from vcnode.pods.marks import mark_of
 from vcnode.settings import Settings
 
-WAIT_S = 30.0
+WAIT_S = 90.0
 """Longest wait for something that must happen."""
 PING_S = 1.0
 """Seconds for one sign of life."""

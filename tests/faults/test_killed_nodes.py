@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.nats, pytest.mark.timeout(600)]
 
 CHAINS = 4
 """Hosts at a time, each for many lives."""
-LIFE_LIMIT_S = 100.0
+LIFE_LIMIT_S = 200.0
 UNTIMED = {
     "store.mark",
     "store.rewind",
