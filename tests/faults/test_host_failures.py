@@ -22,8 +22,13 @@ from tests.unit.pods.world import World, container, pod
 from vcnode.cli.demo.busybox import make_root
 from vcnode.errors import ResourceExhaustedError, StorageError
 from vcnode.models import wire
+from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, PodState
+from vcnode.models.pod import Cmd, HypervisorType, PodState
+from vcnode.node import running
+from vcnode.pods.outbox import Outbox
+from vcnode.pods.store import Store
+from vcnode.settings import NatsSettings, Settings
 
 SLEEP = {"id": "main", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
 TRUE = ExecOptions(cmd=Cmd(args=("true",)))
@@ -294,3 +299,38 @@ async def test_two_node_agents_on_one_state_directory_are_one_too_many(
         audit = await host.read("node.audit", {"repair": True})
         assert audit["holdings"] == [], audit
         assert await host.stop() == 0
+
+
+async def test_a_node_whose_database_is_damaged_below_it_goes_on_and_tells(tmp_path: Path) -> None:
+    settings = Settings(
+        node_name="n1",
+        state_dir=tmp_path / "s",
+        run_dir=tmp_path / "r",
+        allowed_roots=(Path("/roots"),),
+        hypervisor=HypervisorType.MOCK,
+        metrics_address="",
+        nats=NatsSettings(url="nats://127.0.0.1:1"),
+    )
+    async with running(settings) as node:
+        store = node.pods._ledger._store
+        await node.pods.run(pod("p1"), Call("c-1", "pod.run"))
+        await store.read(lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        await store.read(lambda c: c.execute("PRAGMA shrink_memory").fetchall())
+        store.path.write_bytes(b"\xff" * store.path.stat().st_size)
+        before = store.sequence
+        with pytest.raises(StorageError, match="found damaged, and nothing was changed"):
+            await node.pods.create(pod("p2"), Call("c-2", "pod.create"))
+        assert (await node.pods.exec("p1", "c1", TRUE, Call("c-3", "container.exec"))).exit_code == 0
+        await node.pods.create(pod("p2"), Call("c-2", "pod.create"))
+        async with asyncio.timeout(10):
+            while "node.database_rebuilt" not in (found := await kinds_after(store, before)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # told by a task of its own
+        assert "pod.created" in found
+    async with running(settings) as node:
+        states = {p.pod_id: p.state for p in node.pods.list({}, ()).pods}
+        assert states == {"p1": PodState.RUNNING, "p2": PodState.READY}
+
+
+async def kinds_after(store: Store, sequence: int) -> list[str]:
+    outbox = Outbox(store, retention_s=1e6)
+    return [event.kind for event in await outbox.since(sequence, 100)]
