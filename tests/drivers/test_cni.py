@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from tests.support import networks
 from tests.support.cni import Plugins, failure
+from tests.support.peers import Peer, connection, peer, transfer
 from vcnode.drivers import namespaces
 from vcnode.drivers.network import taps
 from vcnode.drivers.network.cni import CniNetwork
@@ -158,6 +160,40 @@ async def test_pod_gets_what_the_plugins_made(mode: Interworking, host: Host) ->
     assert await driver.held(host.mark) == []
     with pytest.raises(NetworkError, match="is gone"):
         await driver.recover(made, timeout_s=LIMIT_S)
+
+
+@pytest.mark.parametrize("version", ["0.3.1", "0.4.0"])
+async def test_older_versions_are_spoken_with_the_real_plugins(version: str, host: Host) -> None:
+    """Their results differ in form, and 0.3.1 has neither CHECK nor a result to delete by."""
+    host.network("10-first", PORTMAP, cniVersion=version)
+    driver = host.driver()
+    made = await attach(driver, host.plan(driver, ports=(PortMapping(host=8080, container=80),)))
+    assert made.endpoints[0].addresses == ("10.77.1.2/24", "fd77:1::2/64")
+    (kept,) = (json.loads(path.read_text()) for path in host.directory.glob("state/cni/*"))
+    assert (kept["version"], kept["result"]["cniVersion"]) == (version, version)
+    await detach(host.driver(), made)
+    assert host.left() == NOTHING
+
+
+async def test_the_plugin_bandwidth_bounds_real_traffic(host: Host) -> None:
+    host.network("10-first", BANDWIDTH)
+    driver = host.driver()
+    made = await attach(driver, host.plan(driver, rate_mbit=RateMbit(ingress=20)))
+    (tap,) = await driver.open_taps(made)
+
+    def measure(guest: Peer) -> float:
+        inner, outer = connection(guest.socket(), socket.create_server(("10.77.1.1", 0)))
+        with inner, outer:
+            return transfer(outer, inner, 1_500_000)
+
+    try:
+        with peer(f"guest-{host.mark}", made, tap) as guest:
+            received = await asyncio.to_thread(measure, guest)
+    finally:
+        taps.close([tap])
+    assert 20 * 0.66 < received < 20 * 1.2  # with the burst, which passes at once
+    await detach(driver, made)
+    assert host.left() == NOTHING
 
 
 async def test_several_networks_come_in_the_pods_order(host: Host) -> None:

@@ -145,11 +145,14 @@ async def test_ended_within_is_bounded(output: int, tmp_path: Path):
 async def test_a_process_is_found_by_its_uuid(output: int, tmp_path: Path):
     name = str(uuid.uuid4())
     process = start(WAITING, output, tmp_path, vm_uuid=name)
+    # The start is over a moment before the command line can be read: wait until the program runs.
+    fifo = await asyncio.to_thread(os.open, tmp_path / "fifo", os.O_WRONLY)
     try:
         assert find(name) == (process.pid, process.start_ticks)
     finally:
         process.signal(signal.SIGKILL)
         await process.wait()
+        os.close(fifo)
     assert find(name) is None
 
 
