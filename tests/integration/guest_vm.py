@@ -50,8 +50,8 @@ def guest_vm(image: Path, *, mem_mib: int = 256) -> Iterator[GuestVm]:
         tsc = f" tsc_early_khz={khz} tsc=reliable" if (khz := host_tsc_khz()) else ""
         # fmt: off
         command = [
-            "qemu-system-x86_64", "-M", "microvm,accel=tcg", "-cpu", "max", "-m", str(mem_mib), "-smp", "1",
-            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "qemu-system-x86_64", "-M", "microvm,accel=tcg", "-cpu", "max,-erms", "-m", str(mem_mib),
+            "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{vm.console}",
             "-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd"),
             "-append", f"console=ttyS0 quiet panic=-1 reboot=t{tsc}",

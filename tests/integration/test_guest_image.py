@@ -170,7 +170,7 @@ def qemu(built: image.GuestImage, vm_dir: Path) -> Iterator[subprocess.Popen[byt
     """The image in a VM with all the devices that ours have."""
     khz = measure_khz()
     command = [
-        "qemu-system-x86_64", "-M", "microvm,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults",
+        "qemu-system-x86_64", "-M", "microvm,accel=tcg", "-cpu", "max,-erms", "-m", "256", "-nodefaults",
         "-no-user-config", "-display", "none", "-no-reboot", "-serial", f"file:{vm_dir}/console.log",
         "-kernel", str(built.kernel), "-initrd", str(built.initrd),
         "-append", f"console=ttyS0 quiet panic=-1 reboot=t tsc_early_khz={khz}",

@@ -49,7 +49,7 @@ def test_the_whole_command_line():
         *("-uuid", "11111111-2222-3333-4444-555555555555"),
         *("-machine", "type=microvm,memory-backend=ram"),
         *("-accel", "tcg,tb-size=128"),
-        *("-cpu", "max"),
+        *("-cpu", "max,-erms"),
         *("-smp", "cpus=2"),
         *("-m", "size=256M"),
         *("-object", "memory-backend-ram,id=ram,size=256M"),
