@@ -222,7 +222,7 @@ async def _end(processes: Iterable[asyncio.subprocess.Process]) -> None:
 async def _place(held: Stage) -> tuple[float, Placement]:
     spec = PodSpec(id=f"p{next(_numbers):07}", containers=(CONTAINER,))
     began = time.perf_counter()
-    placed = await held.fleet.place(spec, patience_s=PATIENCE_S)
+    placed = await held.fleet.place(spec, patience_s=PATIENCE_S, hold_s=PATIENCE_S)
     return (time.perf_counter() - began) * 1000, placed
 
 

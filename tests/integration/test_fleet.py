@@ -16,6 +16,7 @@ from tests.support.nats import NatsServer
 from vcnode.client import Client, Fleet
 from vcnode.client.replicas import LABEL
 from vcnode.errors import ResourceExhaustedError
+from vcnode.models.call import Call
 from vcnode.models.fleet import Bid, Constraints
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState, PodStatus, Resources
 from vcnode.node import Node, running
@@ -124,6 +125,53 @@ async def test_many_placements_at_once_never_overbook(fleet: Fleet) -> None:
     # What bids had promised and nobody took is free again: the fleet can be filled.
     for number in range(10, 16 - sum(taken.values())):
         await fleet.place(spec(f"p{number}", mem=500))
+
+
+async def test_two_schedulers_do_not_share_the_last_room(fleet: Fleet, nodes: Nodes) -> None:
+    async with await Client.connect(nodes.url) as client, Fleet(client) as other:
+        there = Constraints(labels={"zone": "b"})
+        placed = await asyncio.gather(
+            *(one.place(spec(name, mem=800), there) for name, one in (("a", fleet), ("b", other))),
+            return_exceptions=True,
+        )
+    assert sorted(type(one).__name__ for one in placed) == ["Placement", "ResourceExhaustedError"]
+    assert len(nodes.nodes["n3"].pods.records) == 1
+
+
+async def test_a_node_that_restarts_between_bid_and_run_is_asked_again(
+    fleet: Fleet, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same name, new epoch: a restart breaks the promise, and nothing runs twice or nowhere."""
+    run_on, restarts = fleet._run_on, iter([True])
+
+    async def after_restart(spec: PodSpec, bid: Bid, deadline_s: float | None) -> PodStatus:
+        if next(restarts, False):
+            await nodes.stop("n3")
+            await nodes.start("n3")
+        return await run_on(spec, bid, deadline_s)
+
+    monkeypatch.setattr(fleet, "_run_on", after_restart)
+    placed = await fleet.place(spec("web"), Constraints(labels={"zone": "b"}), patience_s=WAIT_S)
+    assert (placed.node, placed.bid.epoch) == ("n3", 2)
+    assert [record.pod_id for record in nodes.nodes["n3"].pods.records] == ["web"]
+
+
+async def test_a_watcher_misses_nothing_of_what_was_while_the_server_was_away(
+    fleet: Fleet, nodes: Nodes, nats_server: NatsServer
+) -> None:
+    n1 = nodes.nodes["n1"]
+    await n1.pods.create(spec("old"), Call("old", "pod.create"))
+    await until(fleet, lambda: ("n1", "old") in fleet.pods)
+    told: list[tuple[str, str | None]] = []
+    with fleet._entered.listening(lambda change: told.append((change.kind, change.pod_id))):
+        await nats_server.kill()
+        await n1.pods.delete("old", False, Call("gone", "pod.delete"))
+        await n1.pods.create(spec("new"), Call("new", "pod.create"))
+        await nats_server.start()
+        await until(fleet, lambda: set(fleet.pods) == {("n1", "new")})
+    pods = [change for change in told if change[0].startswith("pod.")]
+    assert sorted(set(pods)) == [("pod.changed", "new"), ("pod.gone", "old")]
+    assert "node.lost" not in {kind for kind, _ in told}
 
 
 async def test_a_reservation_that_expired_on_the_way_is_asked_for_again(

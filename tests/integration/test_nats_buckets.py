@@ -18,8 +18,10 @@ from tests.integration.conftest import mock_settings
 from tests.integration.nats_node import WAIT_S
 from tests.support.nats import NatsServer
 from vcnode.client import Client
+from vcnode.errors import VcnodeError
+from vcnode.models.call import Call
 from vcnode.models.node import NodeLease
-from vcnode.models.pod import PodSpec, PodStatus
+from vcnode.models.pod import PodSpec, PodState, PodStatus
 from vcnode.node import running
 from vcnode.settings import LimitSettings, Settings
 
@@ -93,6 +95,56 @@ async def test_what_the_bucket_missed_in_an_outage_is_put_right(
         await until(js, "vcnode-pods", "n1.p1", in_state("ready"))
         await until(js, "vcnode-pods", "n1.ghost", absent)
         assert (await bucket.get("n10.p1")).value == b"{}"
+
+
+async def test_purged_buckets_are_filled_again(
+    nats_server: NatsServer, js: Any, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vcnode.bus.kv.RECHECK_S", 0.3)
+    settings = with_lease(mock_settings(short_dir / "n1", nats_server.url), 1.0)
+    async with running(settings) as node, await Client.connect(nats_server.url) as client:
+        await node.connection.wait_connected()
+        await client.node("n1").pod_create(PodSpec(id="p1"))
+        await until(js, "vcnode-pods", "n1.p1", in_state("ready"))
+        for bucket, key in (("vcnode-pods", "n1.p1"), ("vcnode-nodes", "n1")):
+            await js.purge_stream(f"KV_{bucket}")
+            await until(js, bucket, key, in_state("ready"))
+
+
+async def test_what_was_last_of_a_pod_is_in_the_bucket_when_the_node_has_stopped(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    async with (
+        running(mock_settings(short_dir / "n1", nats_server.url)) as node,
+        await Client.connect(nats_server.url) as client,
+    ):
+        await node.connection.wait_connected()
+        await client.node("n1").pod_run(PodSpec(id="p1"))
+        await until(js, "vcnode-pods", "n1.p1", in_state("running"))
+        await client.node("n1").pod_stop("p1")
+    await until(js, "vcnode-pods", "n1.p1", in_state("stopped"))
+
+
+async def test_a_node_that_ends_while_it_is_drained_comes_back_cordoned_with_its_pods(
+    nats_server: NatsServer, js: Any, short_dir: Path
+) -> None:
+    """SIGTERM during a drain whose pod does not stop, with pods to be stopped at the end besides."""
+    given = mock_settings(short_dir / "n1", nats_server.url, faults="vm.stop:1=hang")
+    settings = given.model_copy(update={"on_terminate": "stop", "drain_timeout_s": 0.2})
+    async with running(settings) as node, await Client.connect(nats_server.url) as client:
+        await node.connection.wait_connected()
+        await client.node("n1").pod_run(PodSpec(id="p1"))
+        draining = asyncio.create_task(client.node("n1").node_drain(timeout_s=60))
+        await until(js, "vcnode-nodes", "n1", in_state("draining"))
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(VcnodeError):
+            await draining
+    async with running(mock_settings(short_dir / "n1", nats_server.url)) as node:
+        await node.connection.wait_connected()
+        assert node.service.info().state == "cordoned"
+        (pod,) = node.pods.list({}, ()).pods
+        assert pod.state in (PodState.RUNNING, PodState.STOPPED, PodState.FAILED)
+        await node.pods.delete("p1", True, Call("delete", "pod.delete"))
 
 
 async def test_a_node_has_a_lease_while_it_runs(nats_server: NatsServer, js: Any, short_dir: Path) -> None:

@@ -46,6 +46,8 @@ EARLIER = 0.2
 put in step get out of it."""
 LOOK_S = 0.5
 """Least seconds between two looks whether the lease says something else; a tenth of short leases."""
+RECHECK_S = 600.0
+"""Seconds, about, between two looks at what the bucket has: somebody may have purged it."""
 GATHER_S = 0.05
 """Seconds between two looks for changed pods: a start makes half a dozen changes, and the last one counts."""
 
@@ -150,10 +152,16 @@ class PodMirror:
         bucket = await open_bucket(
             js, self._subjects.pod_bucket, "Last status of every pod, by node and pod", self._settings
         )
-        self._known = bucket, await self._read(js)
+        while True:
+            self._known = bucket, await self._read(js)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RECHECK_S * random.uniform(0.5, 1.5)):  # noqa: S311 -- spreading
+                    await self._follow(*self._known)
+
+    async def _follow(self, bucket: KeyValue, there: dict[str, bytes]) -> None:
         while True:
             self._changed.clear()
-            await self._put_right(*self._known)
+            await self._put_right(bucket, there)
             self._last_complaint = ""
             await asyncio.sleep(GATHER_S)
             await self._changed.wait()

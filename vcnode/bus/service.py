@@ -27,7 +27,7 @@ from vcnode.handlers.lanes import Slot
 from vcnode.handlers.outcome import Outcome, oversized
 from vcnode.handlers.routes import AT_ONCE
 from vcnode.models.commands import BROADCAST, COMMANDS
-from vcnode.models.subjects import Subjects, share_of
+from vcnode.models.subjects import Subjects, shares_of
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -121,10 +121,8 @@ class CommandService:
                 },
             )
         for verb in BROADCAST:
-            for subject in (
-                self._subjects.everyone(verb),
-                self._subjects.some(verb, share_of(self._node_name)),
-            ):
+            shares = (self._subjects.some(verb, share) for share in shares_of(self._node_name))
+            for subject in (self._subjects.everyone(verb), *shares):
                 await client.subscribe(subject, cb=self._broadcast(verb))
         self._service = service
 

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
-SILENCE_S = 12.0
-"""Seconds without so much as a heartbeat after which the server is held to have forgotten the consumer."""
+SILENCE_S = 6.0
+"""Seconds without so much as a heartbeat after which the server is held to have forgotten the consumer: in a
+cluster it is lost with the server that had it."""
 INACTIVE_S = 30.0
 API_TIMEOUT_S = 5.0
 RETRY_S = 0.5

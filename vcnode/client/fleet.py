@@ -174,6 +174,7 @@ class Fleet:
         *,
         deadline_s: float | None = None,
         patience_s: float = PATIENCE_S,
+        hold_s: float | None = None,
     ) -> Placement:
         """Run a pod on the node that bids best; when that one refuses, on the next.
 
@@ -185,6 +186,8 @@ class Fleet:
             constraints: Where it may go, and where it had better go.
             deadline_s: Limit of each ``pod.run``; None: the verb's own.
             patience_s: Seconds for which nodes are asked that say nothing or have promised their room.
+            hold_s: Seconds for which nodes keep what the pod needs; more where a command takes seconds to
+                arrive. None: `HOLD_S`.
 
         Raises:
             ResourceExhaustedError: No node can take it; ``details["refused"]`` has what nodes said. `bids`
@@ -195,7 +198,7 @@ class Fleet:
         """
         if spec.id is None:
             spec = spec.model_copy(update={"id": f"pod-{secrets.token_hex(6)}"})
-        body = _request(spec, constraints, hold_s=HOLD_S, explain=False)
+        body = _request(spec, constraints, hold_s=HOLD_S if hold_s is None else hold_s, explain=False)
         refused: dict[str, str] = {}
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + patience_s
@@ -316,7 +319,7 @@ class Fleet:
         """
         await Replicas(self, name, spec, count, constraints, fence_s=fence_s).run()
 
-    def _asked(self, shares: tuple[int, ...] | None) -> list[str]:
+    def _asked(self, shares: tuple[str, ...] | None) -> list[str]:
         """Where some shares of the fleet are asked, or everybody (None)."""
         if shares is None:
             return [self._subjects.everyone("pod.bid")]

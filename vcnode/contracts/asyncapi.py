@@ -14,12 +14,15 @@ from vcnode.models import wire
 from vcnode.models.base import JsonObject
 from vcnode.models.commands import BROADCAST, COMMANDS, Command
 from vcnode.models.events import EventKind
+from vcnode.models.subjects import PARTS, SHARES
 
 _PARAMETERS: dict[str, str] = {
     "prefix": "First token of every subject; the setting `nats.prefix`, by default `vcnode`.",
     "node": "Name of the node.",
     "pod": "Id of the pod.",
     "container": "Id of the container, unique within its pod.",
+    "share": f"0 to {SHARES - 1}; see docs/fleet.md.",
+    "part": f"0 to {PARTS - 1}.",
 }
 
 _REQUEST_HEADERS: dict[str, JsonObject] = {
@@ -138,6 +141,14 @@ def _add_command(made: JsonObject, command: Command) -> None:
         )
     if verb in BROADCAST:
         ways["all"] = (f"{{prefix}}.all.{verb}", "Asks every node; each that can answers.")
+        ways["share"] = (
+            f"{{prefix}}.all.{verb}.{{share}}",
+            "Asks the nodes of one share: those whose name's SHA-256 begins with this byte.",
+        )
+        ways["part"] = (
+            f"{{prefix}}.all.{verb}.{{share}}.{{part}}",
+            f"Asks the nodes of one part of a share: by the second byte modulo {PARTS}.",
+        )
     for way, (address, description) in ways.items():
         channel = f"{way}.{verb}"
         channels[channel] = _channel(address, {"request": request}, description)

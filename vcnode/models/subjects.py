@@ -6,6 +6,7 @@
     P.cmd.N.pod.create                    the same commands, durable
     P.all.node.ping                       every node answers
     P.all.pod.bid.17                      the nodes of one share answer
+    P.all.pod.bid.17.3                    those of one part of a share
     P.evt.N.pod.started.<pod>             events; container events end <pod>.<container>,
                                           node events end with their kind, image events too
     P.io.N.S.stdin                        streams of session S
@@ -29,6 +30,8 @@ _PREFIX = re.compile(r"[A-Za-z0-9_-]+")
 
 SHARES = 256
 """Shares into which nodes fall by their names, so that a question need not go to all of a large fleet."""
+PARTS = 32
+"""Parts of each share, for fleets in which one share is too many."""
 
 IoChannel = Literal["stdin", "stdout", "stderr", "control"]
 
@@ -85,8 +88,8 @@ class Subjects:
         """Where all nodes answer *verb*."""
         return f"{self.prefix}.all.{verb}"
 
-    def some(self, verb: str, share: int) -> str:
-        """Where the nodes of one of `SHARES` shares answer *verb*; see `share_of`."""
+    def some(self, verb: str, share: str) -> str:
+        """Where the nodes of one share, or of one part of it, answer *verb*; see `shares_of`."""
         return f"{self.everyone(verb)}.{share}"
 
     def io(self, node: str, session: str, channel: IoChannel) -> str:
@@ -203,9 +206,13 @@ class Subjects:
         return f"{self.prefix}-pods"
 
 
-def share_of(node: str) -> int:
-    """The share that a node of that name falls into: the first byte of the name's SHA-256."""
-    return hashlib.sha256(node.encode()).digest()[0]
+def shares_of(node: str) -> tuple[str, str]:
+    """The share that a node of that name falls into, such as ``17``, and its part of it, such as ``17.3``.
+
+    By the first byte of the name's SHA-256, and the second one modulo `PARTS`.
+    """
+    share, second = hashlib.sha256(node.encode()).digest()[:2]
+    return str(share), f"{share}.{second % PARTS}"
 
 
 def _token(text: str) -> str:

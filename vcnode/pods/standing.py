@@ -8,13 +8,15 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from vcnode.errors import UnavailableError
+from vcnode.errors import ResourceExhaustedError, UnavailableError
 from vcnode.models.base import JsonObject
 from vcnode.models.events import EventKind
 from vcnode.models.fleet import NodeStanding
 from vcnode.pods.store import Store, Tx
 
 _KEY = "standing"
+MAX_LABELS = 64
+"""Labels of a node: each lease carries them all, and a message that is too large ends the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +130,25 @@ class Standing:
             )
 
     async def label(self, labels: Mapping[str, str], remove: tuple[str, ...]) -> NodeStanding:
-        """Set and remove labels. Raises StorageError, ResourceExhaustedError when it cannot be kept."""
+        """Set and remove labels.
+
+        Raises:
+            ResourceExhaustedError: The node would have more than `MAX_LABELS`; or the disk is full.
+            StorageError: It cannot be kept.
+        """
 
         def change(now: _Changes) -> _Changes:
-            return replace(
+            after = replace(
                 now,
                 labels={k: v for k, v in now.labels.items() if k not in remove} | dict(labels),
-                removed=(now.removed | set(remove)) - labels.keys(),
+                removed=(now.removed | (self._given.keys() & set(remove))) - labels.keys(),
             )
+            if len(found := self._status(after).labels) > MAX_LABELS and labels:
+                raise ResourceExhaustedError(
+                    f"The node would have {len(found)} labels; at most {MAX_LABELS} are kept. Remove some.",
+                    limit=MAX_LABELS,
+                )
+            return after
 
         return await self._change(change, EventKind.NODE_LABELLED)
 

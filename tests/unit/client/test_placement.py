@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,7 +13,7 @@ from vcnode.client.placement import ASKED, best_first, rounds
 from vcnode.client.replicas import Copy, Delete, Place, Wait, decide
 from vcnode.models.fleet import Bid
 from vcnode.models.pod import PodState
-from vcnode.models.subjects import SHARES, share_of
+from vcnode.models.subjects import PARTS, SHARES, shares_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -25,17 +26,23 @@ def test_a_small_fleet_is_asked_at_once() -> None:
 def test_a_large_fleet_is_asked_by_shares_that_do_not_repeat(size: int) -> None:
     asked = [shares for shares in rounds(size, random.Random(1)) if shares is not None]
     flat = [share for shares in asked for share in shares]
-    assert sorted(flat) == list(range(SHARES))
-    first = len(asked[0]) * size / SHARES
-    assert first <= max(2 * ASKED, size / SHARES)
+    assert len(set(flat)) == len(flat)
+    whole = SHARES if size <= 5000 else SHARES * PARTS
+    assert ASKED / 2 <= len(asked[0]) * size / whole <= 2 * ASKED  # however large the fleet
+    # In the end everybody has been asked.
+    assert (len(flat) == SHARES) == (size <= 5000)
+    assert (list(rounds(size, random.Random(1)))[-1] is None) == (size > 5000)
 
 
 def test_names_fall_into_all_shares() -> None:
-    counts = [0] * SHARES
+    shares, parts = Counter[str](), Counter[str]()
     for number in range(100 * SHARES):
-        counts[share_of(f"node-{number}")] += 1
-    assert min(counts) > 50
-    assert max(counts) < 160
+        share, part = shares_of(f"node-{number}")
+        assert part.rpartition(".")[0] == share
+        shares[share] += 1
+        parts[part] += 1
+    assert (len(shares), min(shares.values()) > 50, max(shares.values()) < 160) == (SHARES, True, True)
+    assert len(parts) > 0.99 * SHARES * PARTS
 
 
 def test_the_best_bid_comes_first_and_equals_are_mixed() -> None:

@@ -13,7 +13,7 @@ from vcnode.models.events import EventKind
 from vcnode.models.fleet import Constraints, NodeLabel, PodBid
 from vcnode.models.pod import PodSpec, PodState, Resources
 from vcnode.pods.fleet import FleetService
-from vcnode.pods.standing import Standing
+from vcnode.pods.standing import MAX_LABELS, Standing
 from vcnode.settings import CapacitySettings
 
 LABELS = {"zone": "a", "disk": "ssd"}
@@ -117,6 +117,20 @@ async def test_labels_change_and_survive_a_restart(world: World) -> None:
     assert fleet.standing().labels == {"zone": "a", "rack": "7"}
     await fleet.label(NodeLabel(set={"disk": "hdd"}))
     assert fleet.standing().labels["disk"] == "hdd"
+
+
+async def test_labels_are_bounded_however_many_commands_set_them(world: World) -> None:
+    """Each lease carries them: without a bound a node could be made too large to be heard of."""
+    fleet = await fleet_of(world)
+    await fleet.label(NodeLabel(set={f"a{n}": "x" for n in range(62)}))
+    with pytest.raises(ResourceExhaustedError, match="would have 65 labels"):
+        await fleet.label(NodeLabel(set={"b": "x"}))
+    standing = await fleet.label(NodeLabel(set={"b": "x"}, remove=("a0",)))
+    assert len(standing.labels) == MAX_LABELS
+    for number in range(50):  # what is not there leaves no trace
+        await fleet.label(NodeLabel(remove=tuple(f"none{number}-{n}" for n in range(64))))
+    await fleet.label(NodeLabel(remove=("zone",)))
+    assert fleet._standing._changes.removed == {"zone"}
 
 
 async def test_a_cordoned_node_takes_no_pods_but_keeps_those_it_has(world: World) -> None:
