@@ -67,6 +67,8 @@ class Point:
     nodes: int
     alone_ms: list[float] = field(default_factory=list)
     """Of each placement with no other beside it."""
+    floor_alone_ms: float = 0.0
+    """Of the floor, one request after the other."""
     crowded_ms: list[float] = field(default_factory=list)
     """Of each with `IN_FLIGHT` at once."""
     rate: list[float] = field(default_factory=list)
@@ -98,6 +100,7 @@ class Point:
             "placements_per_s": round(statistics.median(self.rate), 1),
             "alone_p50_ms": round(alone.median, 2),
             "alone_p99_ms": round(alone.quantile(0.99), 2),
+            "floor_alone_ms": round(self.floor_alone_ms, 2),
             "crowded_p50_ms": round(crowded.median, 2),
             "crowded_p99_ms": round(crowded.quantile(0.99), 2),
             "cpu_ms": round(statistics.median(self.cpu_ms), 2),
@@ -285,7 +288,9 @@ def floor_placement(traffic: Traffic, placements: int) -> dict[str, Any]:
     return {"requests": requests, "puts": puts}
 
 
-async def _floor(held: Stage, placement: dict[str, Any], count: int) -> tuple[float, float]:
+async def _floor(
+    held: Stage, placement: dict[str, Any], count: int, *, asking: int = ASKING, in_flight: int = IN_FLIGHT
+) -> tuple[float, float]:
     """Seconds, and CPU seconds, of so many bare placements."""
     script = str(Path(__file__).with_name("bare_fleet.py"))
     processes: list[asyncio.subprocess.Process] = []
@@ -294,19 +299,19 @@ async def _floor(held: Stage, placement: dict[str, Any], count: int) -> tuple[fl
             for number in range(ANSWERING):
                 process = await _python(script, "answer", held.nats.url, f"{SUBJECT}.{number}")
                 processes.append(process)
-            for number in range(ASKING):
+            for number in range(asking):
                 subject = f"{SUBJECT}.{number % ANSWERING}"
-                share = (str(count // ASKING), str(IN_FLIGHT // ASKING), json.dumps(placement))
+                share = (str(count // asking), str(in_flight // asking), json.dumps(placement))
                 processes.append(await _python(script, "ask", held.nats.url, subject, BUCKET, *share))
             for process in processes:
                 await _says(process, "ready")
             pids = [held.server_pid, *(process.pid for process in processes)]
-            asking = processes[ANSWERING:]
+            askers = processes[ANSWERING:]
             used, began = sum(map(cpu_seconds, pids)), time.perf_counter()
-            for process in asking:
+            for process in askers:
                 if process.stdin is not None:
                     process.stdin.write(b"go\n")
-            for process in asking:
+            for process in askers:
                 await _says(process, "done")
             took = time.perf_counter() - began
             return took, sum(map(cpu_seconds, pids)) - used
@@ -344,6 +349,8 @@ async def _measure(held: Stage, nodes: int, *, rounds: int, count: int, alone: i
     placed = await _place_many(held, alone, 1)
     point.alone_ms += [took for took, _ in placed]
     await _remove(held, placed)
+    took, _ = await _floor(held, placement, alone, asking=1, in_flight=1)
+    point.floor_alone_ms = took / alone * 1000
     for _ in range(rounds):
         used, server = held.cpu_s(), cpu_seconds(held.server_pid)
         began = time.perf_counter()
@@ -395,6 +402,7 @@ async def fleet(options: Options) -> Result:
             )
         ],
         facts={
+            "ratio_alone": round(statistics.median(at.alone_ms) / at.floor_alone_ms, 3),
             "ratio_cpu": round(statistics.median(at.cpu_ms) / statistics.median(at.floor_cpu_ms), 3),
             "growth_exponent": round(exponent, 3),
             "by_nodes": {str(point.nodes): point.facts() for point in points},

@@ -41,6 +41,9 @@ INACTIVE_S = 5.0
 """After so long without its reader the server forgets a consumer."""
 RENEWALS = 3
 """Renewals of a lease within its time."""
+HASTE = 10
+"""A renewal that is not answered within this part of a lease is sent again: the server that led the bucket
+may have died with it, and the others need up to 9 s to elect another."""
 EARLIER = 0.2
 """Renewals come up to this share of their interval early, at random: nodes that a restart of the server has
 put in step get out of it."""
@@ -248,6 +251,7 @@ class Lease:
         self._subjects = subjects
         self._settings = settings
         self._revision: int | None = None
+        self._opened: tuple[SturdyClient, KeyValue] | None = None
         self._published: NodeLease | None = None
         self._changed = asyncio.Event()
         self._look_at = 0.0
@@ -264,18 +268,27 @@ class Lease:
     async def run(self) -> None:
         """Renew for ever; ends by cancellation only."""
         loop = asyncio.get_running_loop()
+        renewed = True
         while True:
             interval_s = self._settings.lease_s / RENEWALS * random.uniform(1 - EARLIER, 1)  # noqa: S311
-            renew_at = loop.time() + interval_s
+            renew_at = loop.time() + (interval_s if renewed else self._haste_s)
             while loop.time() < renew_at and not await self._became_another(renew_at):
                 pass
+            renewed = False
             if not self._connection.connected:
                 continue
             try:
-                await self._claim(self._connection.client)
+                async with asyncio.timeout(self._haste_s):
+                    await self._claim(self._connection.client)
                 self._last_complaint = ""
+                renewed = True
             except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
+                self._opened = None
                 self._last_complaint = _complain("The lease is not renewed", exc, self._last_complaint)
+
+    @property
+    def _haste_s(self) -> float:
+        return min(API_TIMEOUT_S, max(1.0, self._settings.lease_s / HASTE))
 
     async def _became_another(self, until: float) -> bool:
         """Wait for a change that is to be published at once; False: it was none, or it is time to renew."""
@@ -314,6 +327,14 @@ class Lease:
             self._last_complaint = _complain("There is no lease", exc, self._last_complaint)
 
     async def _bucket(self, client: SturdyClient) -> KeyValue:
+        """The bucket; looked up once per client, or every renewal would ask for it first."""
+        if self._opened is not None and self._opened[0] is client:
+            return self._opened[1]
+        bucket = await self._open(client)
+        self._opened = client, bucket
+        return bucket
+
+    async def _open(self, client: SturdyClient) -> KeyValue:
         js = client.jetstream(timeout=API_TIMEOUT_S)
         return await open_bucket(
             js,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_WAITING_CHANGES = 100_000
+ELECTION_S = 10.0
+"""Seconds for which a cluster may take no writes: its servers elect, after one has died, for up to 9."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class FleetView:
     Leases are judged by this process's own clock: a node is lost when no newer lease of it has come for as
     long as its last one lasts, whatever the clocks of the hosts say. Time in which this process itself
     hears nothing does not count: a node is lost when the server is heard *after* the lease should have been
-    renewed, and once the server is heard again after a silence, every node has the whole time anew.
+    renewed, and once the server is heard again after a silence, every node has the whole time anew. Nor does
+    time in which nobody at all could renew anything: the servers of a cluster may be electing.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class FleetView:
         self._left_at: dict[str, float] = {}
         self._complete_at: float | None = None
         self._heard_at = 0.0
+        self._renewed_at = 0.0
+        """When somebody last renewed a lease."""
         self._in_snapshot = True
         self._next_end = 0.0
         """No lease runs out before."""
@@ -214,6 +219,9 @@ class FleetView:
             return  # a snapshot that was taken anew brings no news
         self._left_at.pop(lease.node, None)
         now = self._clock()
+        if not self._in_snapshot and now - self._renewed_at > lease.lease_s * 2 / 3:
+            self._forgive(now)  # two whole intervals in which nobody renewed anything
+        self._renewed_at = now
         self._nodes[lease.node] = NodeView(lease, now)
         self._next_end = min(self._next_end, now + lease.lease_s)
         if known is None or not known.alive or known.lease.epoch != lease.epoch:
@@ -227,7 +235,8 @@ class FleetView:
         if now < self._next_end:
             return
         for name, node in list(self._nodes.items()):
-            if node.alive and node.seen_at + node.lease.lease_s <= now:
+            end = node.seen_at + node.lease.lease_s
+            if node.alive and end <= now and (end <= self._renewed_at or end + ELECTION_S <= now):
                 self._nodes[name] = replace(node, lost_at=now)
                 self._tell(FleetChange("node.lost", name, lease=node.lease))
         ends = (node.seen_at + node.lease.lease_s for node in self._nodes.values() if node.alive)
@@ -237,12 +246,17 @@ class FleetView:
         """A snapshot has come: what was missed meanwhile is nobody's fault."""
         now = self._heard_at = self._clock()
         self._in_snapshot = False
-        for name, node in self._nodes.items():
-            if node.alive:
-                self._nodes[name] = replace(node, seen_at=now)
+        self._renewed_at = now
+        self._forgive(now)
         if self._complete_at is None:
             self._complete_at = now
         self._nodes_ready.set()
+
+    def _forgive(self, now: float) -> None:
+        """Give every node its whole time anew."""
+        for name, node in self._nodes.items():
+            if node.alive:
+                self._nodes[name] = replace(node, seen_at=now)
 
     # ---- pods ----------------------------------------------------------------------------------------
 

@@ -354,7 +354,7 @@ class PodService:
         """How long a start of such a pod would take now, from what starts took lately, the queue included."""
         parts, settings = self._parts, self._parts.settings
         hypervisor = spec.hypervisor_type or settings.hypervisor
-        record = PodRecord.model_construct(  # all of it was validated before, and bids are many
+        record = PodRecord(
             pod_id=spec.id or "new",
             spec=spec,
             hypervisor_type=hypervisor,

@@ -9,7 +9,7 @@ import pytest
 
 from vcnode.client.bucket import Begin, Change, Gone, Heard, Put, Ready
 from vcnode.client.requests import Requester
-from vcnode.client.view import FleetView
+from vcnode.client.view import ELECTION_S, FleetView
 from vcnode.models.node import Amount, NodeLease
 from vcnode.models.subjects import Subjects
 
@@ -67,8 +67,8 @@ def test_a_node_is_lost_when_the_server_is_heard_after_its_lease(world: World) -
     world.renew("b", after_s=20)
     world.take(Heard(), after_s=9)
     assert world.view.gone_for_s("a") is None
-    world.take(Heard(), after_s=2)
-    assert world.kinds == ["node.joined", "node.joined", "node.changed", "node.lost"]
+    world.renew("b", after_s=2)
+    assert world.kinds == ["node.joined", "node.joined", "node.changed", "node.changed", "node.lost"]
     assert (world.view.nodes["a"].alive, world.view.nodes["b"].alive) == (False, True)
     world.renew("b", after_s=5)
     assert world.view.gone_for_s("a") == 5
@@ -85,14 +85,32 @@ def test_who_hears_nothing_itself_loses_nobody(world: World) -> None:
     world.take(Ready())
     assert "node.lost" not in world.kinds
     # From here on each has its whole time again; "b" uses it, "a" does not.
-    world.renew("b", after_s=LEASE_S - 1)
-    world.take(Heard(), after_s=2)
+    world.renew("b", after_s=15)
+    world.renew("b", after_s=14)
+    assert "node.lost" not in world.kinds
+    world.renew("b", after_s=2)
     assert world.kinds[-1] == "node.lost"
     assert not world.view.nodes["a"].alive
 
 
+def test_nobody_is_lost_while_nobody_can_renew(world: World) -> None:
+    """A server has died, the others elect: heartbeats come, and no write is taken."""
+    world.take(Heard(), after_s=LEASE_S + ELECTION_S - 1)
+    world.renew("a")  # it is over, and "b" is a moment later
+    world.renew("b", after_s=1)
+    assert "node.lost" not in world.kinds
+    world.renew("a", after_s=15)
+    world.renew("a", after_s=16)
+    assert world.view.gone_for_s("b") == 0
+
+
+def test_all_nodes_may_be_lost_at_once(world: World) -> None:
+    world.take(Heard(), after_s=LEASE_S + ELECTION_S)
+    assert world.kinds[-2:] == ["node.lost", "node.lost"]
+
+
 def test_silence_does_not_count_as_time_that_a_node_is_gone(world: World) -> None:
-    world.take(Heard(), after_s=LEASE_S + 1)
+    world.take(Heard(), after_s=LEASE_S + ELECTION_S)
     assert world.view.gone_for_s("a") == 0
     world.now += 500
     assert world.view.gone_for_s("a") == 0
