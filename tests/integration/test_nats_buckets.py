@@ -175,7 +175,8 @@ async def leases(js: Any, fresh: asyncio.Queue[NodeLease]) -> None:
     """Every lease that is written from now on."""
     watcher = await (await js.key_value("vcnode-nodes")).watch("n1", include_history=False)
     while True:
-        if (entry := await watcher.updates(timeout=WAIT_S)) is not None:
+        entry = await watcher.updates(timeout=WAIT_S)
+        if entry is not None and entry.value:
             fresh.put_nowait(NodeLease.model_validate_json(entry.value))
 
 
