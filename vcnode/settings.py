@@ -306,8 +306,9 @@ class CapacitySettings(Group):
     """Guest memory for each MiB of the host's; above 1, pods that use all of theirs can starve each other."""
     disk_overcommit: float = Field(default=1.0, gt=0)
     """Size of disks for each MiB of the host's; they are sparse."""
-    vm_overhead_mib: int = Field(default=48, ge=0)
-    """Memory that a VM takes on the host besides its guest's."""
+    vm_overhead_mib: int = Field(default=64, ge=0)
+    """Memory that a VM takes on the host besides its guest's. The default has room for a clone without KVM
+    that does little; docs/stats.md has what was measured, and how."""
 
 
 class Settings(BaseSettings):
