@@ -60,11 +60,14 @@ class EventReceived:
 
 
 class DataReceived:
-    """Bytes of a stream. Call ``consumed`` once the user has taken them, or the peer stops sending."""
+    """Bytes of a stream. Call ``consumed`` once the user has taken them, or the peer stops sending.
+
+    A view shows what was received itself, at most 256 KiB that it keeps in memory.
+    """
 
     __match_args__ = __slots__ = ("stream", "data")
 
-    def __init__(self, stream: int, data: bytes) -> None:
+    def __init__(self, stream: int, data: bytes | memoryview) -> None:
         self.stream = stream
         self.data = data
 

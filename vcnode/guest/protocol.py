@@ -34,13 +34,16 @@ from vcnode.guest.events import (
 )
 from vcnode.guest.streams import DEFAULT_WINDOW, MAX_WINDOW, Streams
 from vcnode.guest.wire import (
+    BULK,
     CREDIT,
     DATA,
     EOF,
     EVENT,
+    HEADER_BYTES,
     HELLO,
     KIND_NAMES,
     MARKER,
+    MAX_BULK,
     MAX_HELLO,
     MAX_MESSAGE,
     MAX_PAYLOAD,
@@ -55,11 +58,13 @@ from vcnode.guest.wire import (
     LocalError,
     ProtocolError,
     TooLargeError,
+    check_bulk_end,
     decode_object,
     encode_frame,
     encode_object,
     find_hello,
     parse_frame,
+    parse_header,
 )
 
 TYPE_CHECKING = False
@@ -68,6 +73,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = [
+    "BULK",
     "CREDIT",
     "DATA",
     "DEFAULT_WINDOW",
@@ -75,6 +81,7 @@ __all__ = [
     "EVENT",
     "HELLO",
     "MARKER",
+    "MAX_BULK",
     "MAX_HELLO",
     "MAX_MESSAGE",
     "MAX_PAYLOAD",
@@ -121,7 +128,7 @@ class _End(Streams):
 
     def __init__(self, window: int) -> None:
         super().__init__(window)
-        self._incoming = bytearray()
+        self._incoming: bytes = b""
         self._pos = 0
 
     def _begin(self) -> None:
@@ -144,16 +151,20 @@ class _End(Streams):
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> Iterator[Event]:
         """Take bytes from the port; iterate over the result to its end to have them parsed."""
-        self._incoming += data
+        self._compact()
+        if self._incoming:
+            self._incoming = b"".join((self._incoming, data))
+        else:
+            self._incoming = data if type(data) is bytes else bytes(data)
         return self._events()
+
+    def _compact(self) -> None:
+        """Let go of what was parsed; views of it that went out in events stay what they are."""
+        if self._pos:
+            self._incoming, self._pos = self._incoming[self._pos :], 0
 
     def _events(self) -> Iterator[Event]:
         raise NotImplementedError
-
-    def _compact(self) -> None:
-        if self._pos:
-            del self._incoming[: self._pos]
-            self._pos = 0
 
     def _hunt(self) -> dict[str, Any] | None:
         """Drop everything before an acceptable HELLO, and take that."""
@@ -164,19 +175,23 @@ class _End(Streams):
     def _is_for_us(self, hello: dict[str, Any]) -> bool:
         raise NotImplementedError
 
-    def _take_frame(self) -> tuple[int, int, int, bytes] | None:
+    def _take_frame(self) -> tuple[int, int, int, bytes | memoryview] | None:
         frame = parse_frame(self._incoming, self._pos)
         if frame is None:
             self._compact()
-            return None
-        self._pos += OVERHEAD + len(frame[3])
+        else:
+            self._pos += OVERHEAD + len(frame[3])
         return frame
+
+    def _drop_incoming(self) -> None:
+        self._incoming = b""
+        self._pos = 0
 
     def _check_whole(self) -> None:
         if self._partial_kind:
             raise ProtocolError("a message was interrupted by another frame")
 
-    def _assemble(self, kind: int, flags: int, payload: bytes) -> dict[str, Any] | None:
+    def _assemble(self, kind: int, flags: int, payload: bytes | memoryview) -> dict[str, Any] | None:
         """Add a frame to a message; returns the message once it is whole."""
         if self._partial_kind not in (0, kind):
             raise ProtocolError("a message was interrupted by another frame")
@@ -187,7 +202,7 @@ class _End(Streams):
             self._partial += payload
             return None
         if not self._partial_kind:
-            return decode_object(payload)
+            return decode_object(bytes(payload))
         whole, self._partial, self._partial_kind = self._partial + payload, bytearray(), 0
         return decode_object(whole)
 
@@ -207,6 +222,9 @@ class Host(_End):
         self._next_id = 1
         self._asked: set[int] = set()
         self._error: ProtocolError | None = None
+        self._bulk: tuple[int, int] | None = None
+        """Stream and length of the BULK frame that is coming in."""
+        self._bulk_left = 0
 
     def send_sync(self) -> None:
         """Ask for a session. May be repeated until `SessionStarted`: the guest answers each one.
@@ -217,7 +235,7 @@ class Host(_End):
         if self.established:
             raise LocalError("The session is open already.")
         self._unanswered_syncs += 1
-        hello = {"version": VERSION, "session": self.session, "window": self.window}
+        hello = {"version": VERSION, "session": self.session, "window": self.window, "bulk": MAX_BULK}
         self._send(SYNC_ZEROS)
         self._send(MARKER + encode_frame(HELLO, 0, encode_object(hello)))
 
@@ -254,7 +272,7 @@ class Host(_End):
             ProtocolError: The guest broke the protocol; nothing more is parsed, and each call raises again.
         """
         if self._error is not None:
-            self._incoming.clear()
+            self._drop_incoming()
             raise self._error
         try:
             while (event := self._next_event()) is not None:
@@ -264,8 +282,7 @@ class Host(_End):
             self.established = False
             self._begin()
             self._drop_unsent()
-            self._incoming.clear()
-            self._pos = 0
+            self._drop_incoming()
             raise
 
     def _next_event(self) -> Event | None:
@@ -274,7 +291,8 @@ class Host(_End):
             return None if hello is None else self._on_hello(hello)
         while True:
             # The guest answers every sync that it gets, also one that was repeated in vain.
-            if self._unanswered_syncs and self._incoming.startswith(MARKER[:1], self._pos):
+            answer_may_come = self._unanswered_syncs and self._bulk is None
+            if answer_may_come and self._incoming.startswith(MARKER[:1], self._pos):
                 if self._skip_answer():
                     continue
                 return None
@@ -291,6 +309,30 @@ class Host(_End):
             if event is not None:
                 return event
 
+    def _take_frame(self) -> tuple[int, int, int, bytes | memoryview] | None:
+        """As above; a BULK frame in as many pieces as it comes in, for nothing has to wait for its end."""
+        if self._bulk is None:
+            header = parse_header(self._incoming, self._pos)
+            if header is None or header[0] != BULK:
+                return super()._take_frame()
+            _, _, stream, length = header
+            self._bulk, self._bulk_left = (stream, length), length
+            self._pos += HEADER_BYTES
+        stream, length = self._bulk
+        if self._bulk_left:
+            piece = memoryview(self._incoming)[self._pos : self._pos + self._bulk_left]
+            self._bulk_left -= len(piece)
+            self._pos += len(piece)
+            if piece:
+                return BULK, 0, stream, piece
+        if self._bulk_left or len(self._incoming) - self._pos < OVERHEAD - HEADER_BYTES:
+            self._compact()
+            return None
+        check_bulk_end(self._incoming, self._pos, stream, length)
+        self._pos += OVERHEAD - HEADER_BYTES
+        self._bulk = None
+        return self._take_frame()
+
     def _on_hello(self, hello: dict[str, Any]) -> Event:
         if not _is_int(version := hello.get("version"), 0, 1 << 31):
             raise ProtocolError("the guest's hello has no version")
@@ -302,7 +344,11 @@ class Host(_End):
         for name in ("agent_version", "boot_id", "kernel"):
             if type(text := hello.get(name)) is not str or len(text) > 256:
                 raise ProtocolError(f"the guest's hello has a bad {name}")
+        bulk = hello.get("bulk")
+        if bulk is not None and not _is_int(bulk, 1, MAX_PAYLOAD):
+            raise ProtocolError("the guest's hello has a bad bulk")
         self._peer_window = window
+        self.peer_bulk = bulk or 0
         self._unanswered_syncs -= 1
         self.established = True
         return SessionStarted(hello)
@@ -316,7 +362,7 @@ class Host(_End):
         if len(head) < len(MARKER) or (frame := parse_frame(self._incoming, start)) is None:
             self._compact()
             return False
-        if frame[0] != HELLO or not self._is_for_us(decode_object(frame[3])):
+        if frame[0] != HELLO or not self._is_for_us(decode_object(bytes(frame[3]))):
             raise ProtocolError("the guest started another session")
         self._unanswered_syncs -= 1
         self._pos = start + OVERHEAD + len(frame[3])
@@ -363,8 +409,7 @@ class Guest(_End):
         Only for a hang-up that lasts: one that is over may belong to an earlier connection, and the session
         may be the new one's already (contracts/guest-protocol.md, Sync and hello).
         """
-        self._incoming.clear()
-        self._pos = 0
+        self._drop_incoming()
         return self._end(reason)
 
     def send_reply(self, request: RequestReceived, result: Mapping[str, Any]) -> None:
@@ -437,7 +482,7 @@ class Guest(_End):
         answer: dict[str, Any] = {"version": VERSION, "session": hello["session"]}
         fits = hello["version"] == VERSION and _is_int(window, 1, MAX_WINDOW)
         if fits:
-            answer |= {"window": self.window, **self.identity}
+            answer |= {"window": self.window, "bulk": MAX_PAYLOAD, **self.identity}
         self._drop_unsent()
         self._send(MARKER + encode_frame(HELLO, 0, encode_object(answer)))
         if not fits:
@@ -445,7 +490,9 @@ class Guest(_End):
         self._begin()
         self._requests.clear()
         self._epoch += 1
+        bulk = hello.get("bulk")
         self._peer_window = window or 0
+        self.peer_bulk = bulk if bulk is not None and _is_int(bulk, 1, MAX_BULK) else 0
         self.established = True
         return SessionStarted(hello)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vcnode.guest.events import CreditReceived, DataReceived, EofReceived, Event, ResetReceived
 from vcnode.guest.wire import (
+    BULK,
     CREDIT,
     DATA,
     EOF,
@@ -11,13 +12,16 @@ from vcnode.guest.wire import (
     RESET,
     LocalError,
     ProtocolError,
+    around_bulk,
     encode_frame,
 )
 
 MAX_WINDOW = 16 << 20
 """Largest window, in bytes, that an end may offer."""
-DEFAULT_WINDOW = 256 * 1024
-"""About the bytes that the port moves in one round trip."""
+DEFAULT_WINDOW = 512 * 1024
+"""Twice what the port moves in one round trip: one half is on its way while the other is used."""
+BULK_FROM = 4096
+"""Bytes from which on data go in a BULK frame, if the peer takes those: it costs nobody a checksum."""
 _MAX_CROSSED = 3
 """Frames that may cross the EOF of a stream on the wire: two halves of a window, and a RESET."""
 
@@ -49,18 +53,19 @@ class Streams:
         """Whether a session is open."""
         self.pending_bytes = 0
         """Bytes that wait for `data_to_send`."""
-        self._outgoing: list[bytes] = []
+        self._outgoing: list[bytes | memoryview] = []
         self._begin()
 
     def _begin(self) -> None:
         """Forget everything that belongs to one session."""
         self._peer_window = 0
+        self.peer_bulk = 0
         self._senders: dict[int, int] = {}
         self._receivers: dict[int, _Receiver] = {}
         self._last_stream = 0
         self._crossed = 0
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: bytes | memoryview) -> None:
         self._outgoing.append(frame)
         self.pending_bytes += len(frame)
 
@@ -107,6 +112,8 @@ class Streams:
     def send_data(self, stream: int, data: bytes | bytearray | memoryview) -> int:
         """Queue as much of *data* as the credit allows; returns how many bytes that were.
 
+        It must not change until `data_to_send` was called.
+
         Raises:
             LocalError: The stream is not open for sending.
         """
@@ -115,10 +122,36 @@ class Streams:
         rest = memoryview(data)[:credit]
         count = len(rest)
         while rest:
-            self._send(encode_frame(DATA, stream, rest[:MAX_PAYLOAD]))
-            rest = rest[MAX_PAYLOAD:]
+            if len(rest) >= BULK_FROM and self.peer_bulk:
+                piece = rest[: self.peer_bulk]
+                head, tail = around_bulk(stream, len(piece))
+                self._send(head)
+                self._send(piece)
+                self._send(tail)
+            else:
+                piece = rest[:MAX_PAYLOAD]
+                self._send(encode_frame(DATA, stream, piece))
+            rest = rest[len(piece) :]
         self._senders[stream] = credit - count
         return count
+
+    def bulk_room(self, stream: int) -> int:
+        """Most bytes of the next `begin_bulk`; 0 when the peer takes no BULK frames."""
+        return min(self.peer_bulk, self._senders.get(stream, 0))
+
+    def begin_bulk(self, stream: int, count: int) -> tuple[bytes, bytes]:
+        """Account for a BULK frame whose *count* bytes, at most `bulk_room`, the caller sends itself.
+
+        Returns:
+            What comes before and after them. All that was queued before must have been sent by then.
+
+        Raises:
+            LocalError: So much may not be sent.
+        """
+        if not 0 < count <= self.bulk_room(stream):
+            raise LocalError(f"A BULK frame of {count} bytes cannot be sent on stream {stream}.")
+        self._senders[stream] -= count
+        return around_bulk(stream, count)
 
     def send_eof(self, stream: int) -> None:
         """Say that nothing more comes; the stream is finished. No effect on one that is finished."""
@@ -146,11 +179,11 @@ class Streams:
             receiver.granted += receiver.consumed
             receiver.consumed = 0
 
-    def _on_stream(self, kind: int, stream: int, payload: bytes) -> Event | None:
+    def _on_stream(self, kind: int, stream: int, payload: bytes | memoryview) -> Event | None:
         """Account for a frame of a stream."""
         if stream > self._last_stream:
             raise ProtocolError("a frame is for a stream that was never opened")
-        if kind in (DATA, EOF):
+        if kind in (DATA, EOF, BULK):
             return self._on_receiver(kind, stream, payload)
         if (credit := self._senders.get(stream)) is None:
             # It crossed our EOF on the wire: two halves of a window and a RESET at most.
@@ -167,7 +200,7 @@ class Streams:
         self._senders[stream] = credit + more
         return CreditReceived(stream)
 
-    def _on_receiver(self, kind: int, stream: int, payload: bytes) -> Event | None:
+    def _on_receiver(self, kind: int, stream: int, payload: bytes | memoryview) -> Event | None:
         if (receiver := self._receivers.get(stream)) is None:
             raise ProtocolError("data came on a finished stream")
         if kind == EOF:

@@ -16,11 +16,13 @@ PORT_NAME = "vcnode.agent.0"
 MARKER = bytes.fromhex("f656434e4f44452d53594e430d0a1aff")
 """Starts a session in each direction. Its first byte is no valid kind, and it is not UTF-8."""
 
-HELLO, REQUEST, REPLY, EVENT, DATA, EOF, CREDIT, RESET = range(1, 9)
+HELLO, REQUEST, REPLY, EVENT, DATA, EOF, CREDIT, RESET, BULK = range(1, 10)
 MORE = 1
 
 MAX_PAYLOAD = 32_768
-"""Most bytes of payload in one frame."""
+"""Most bytes of payload in one frame; of a BULK frame to the host it is MAX_BULK."""
+MAX_BULK = 256 * 1024
+"""Most bytes of payload in one BULK frame to the host, which never has to find the end of somebody else's."""
 MAX_MESSAGE = 1 << 20
 """Most bytes of one JSON message, over all its frames."""
 MAX_HELLO = 4_096
@@ -30,6 +32,8 @@ _HEADER = struct.Struct(">BBHII")
 _U32 = struct.Struct(">I")
 OVERHEAD = _HEADER.size + _U32.size
 """Bytes of a frame besides its payload."""
+HEADER_BYTES = _HEADER.size
+"""Bytes of a frame before its payload."""
 SYNC_ZEROS = bytes(MAX_PAYLOAD + OVERHEAD)
 """Ends any half frame: longer than what can be missing of it."""
 
@@ -43,10 +47,10 @@ _LENGTHS = {
     EOF: (0, 0),
     CREDIT: (4, 4),
     RESET: (0, 0),
+    BULK: (1, MAX_BULK),
 }
-KIND_NAMES = dict(
-    zip(_LENGTHS, ("HELLO", "REQUEST", "REPLY", "EVENT", "DATA", "EOF", "CREDIT", "RESET"), strict=True)
-)
+_NAMES = ("HELLO", "REQUEST", "REPLY", "EVENT", "DATA", "EOF", "CREDIT", "RESET", "BULK")
+KIND_NAMES = dict(zip(_LENGTHS, _NAMES, strict=True))
 
 
 class ProtocolError(Exception):
@@ -67,11 +71,27 @@ def encode_frame(kind: int, stream: int, payload: bytes | memoryview, flags: int
     return b"".join((header, payload, _U32.pack(zlib.crc32(payload, zlib.crc32(header)))))
 
 
-def parse_frame(buffer: bytearray, pos: int) -> tuple[int, int, int, bytes] | None:
-    """Read the frame that begins at *pos*: (kind, flags, stream, payload); None while it is incomplete.
+def around_bulk(stream: int, length: int) -> tuple[bytes, bytes]:
+    """What comes before and after the payload of a BULK frame. The caller keeps to the lengths."""
+    header = _HEADER.pack(BULK, 0, 0, stream, length)
+    return header, _U32.pack(zlib.crc32(header))
+
+
+def check_bulk_end(buffer: bytes | bytearray, pos: int, stream: int, length: int) -> None:
+    """See that the 4 bytes at *pos* end such a frame.
 
     Raises:
-        ProtocolError: It is no valid frame. A bad header is noticed before its payload is there.
+        ProtocolError: They do not: what was taken for its payload is something else.
+    """
+    if buffer[pos : pos + _U32.size] != around_bulk(stream, length)[1]:
+        raise ProtocolError("a frame's checksum is wrong")
+
+
+def parse_header(buffer: bytes | bytearray, pos: int) -> tuple[int, int, int, int] | None:
+    """Read the header at *pos*: (kind, flags, stream, length of the payload); None while it is incomplete.
+
+    Raises:
+        ProtocolError: It is no valid header.
     """
     if len(buffer) - pos < _HEADER.size:
         # Do not wait for a whole header of something that cannot be one.
@@ -88,13 +108,36 @@ def parse_frame(buffer: bytearray, pos: int) -> tuple[int, int, int, bytes] | No
     # A part that is not the last one is full, or empty parts could come for ever.
     if flags and (length != MAX_PAYLOAD or kind not in (REQUEST, REPLY, EVENT)):
         raise ProtocolError("a frame is marked MORE and must not be")
-    end = pos + _HEADER.size + length
+    return kind, flags, stream, length
+
+
+def parse_frame(
+    buffer: bytes | bytearray, pos: int
+) -> tuple[int, int, int, bytes] | tuple[int, int, int, memoryview] | None:
+    """Read the frame that begins at *pos*: (kind, flags, stream, payload); None while it is incomplete.
+
+    The payload of a BULK frame is no copy, but a view of *buffer*.
+
+    Raises:
+        ProtocolError: It is no valid frame. A bad header is noticed before its payload is there.
+    """
+    if (header := parse_header(buffer, pos)) is None:
+        return None
+    kind, flags, stream, length = header
+    if kind == BULK and length > MAX_PAYLOAD:
+        raise ProtocolError("a BULK frame has a bad length")
+    start = pos + _HEADER.size
+    end = start + length
     if len(buffer) < end + _U32.size:
         return None
-    with memoryview(buffer) as view:
+    view = memoryview(buffer)
+    if kind == BULK:
+        check_bulk_end(buffer, end, stream, length)
+        return kind, flags, stream, view[start:end]
+    with view:
         if zlib.crc32(view[pos:end]) != _U32.unpack_from(buffer, end)[0]:
             raise ProtocolError("a frame's checksum is wrong")
-        return kind, flags, stream, bytes(view[pos + _HEADER.size : end])
+        return kind, flags, stream, bytes(view[start:end])
 
 
 def _no_constant(name: str) -> None:
@@ -134,7 +177,7 @@ def encode_object(content: Mapping[str, Any]) -> bytes:
 
 
 def find_hello(
-    buffer: bytearray, pos: int, is_wanted: Callable[[dict[str, Any]], bool]
+    buffer: bytes | bytearray, pos: int, is_wanted: Callable[[dict[str, Any]], bool]
 ) -> tuple[dict[str, Any] | None, int]:
     """Look, from *pos* on, for a marker that is followed by a HELLO which *is_wanted*.
 
@@ -154,7 +197,7 @@ def find_hello(
         try:
             if (frame := parse_frame(buffer, start)) is None:
                 keep = start - len(MARKER) if keep < 0 else keep
-            elif is_wanted(hello := decode_object(frame[3])):
+            elif is_wanted(hello := decode_object(bytes(frame[3]))):
                 return hello, start + OVERHEAD + len(frame[3])
         except ProtocolError:
             continue  # not the one; whatever it was is dropped

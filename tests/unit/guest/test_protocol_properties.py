@@ -69,14 +69,23 @@ def listening_host() -> Host:
 
 
 def receive(host: Host, data: bytes) -> list[str]:
-    """Names of the events that *data* causes; the host asks and opens once the session is there."""
+    """What *data* causes, data byte by byte; the host asks and opens once the session is there."""
     names = []
     for event in host.receive_data(data):
-        names.append(type(event).__name__)
+        if isinstance(event, DataReceived):
+            names += [f"byte {byte}" for byte in event.data]
+        else:
+            names.append(type(event).__name__)
         if isinstance(event, SessionStarted):
             host.new_stream(sending=False)
             host.send_request("open", {})
     return names
+
+
+def kinds(names: list[str]) -> list[str]:
+    """The same, with data as one whatever they are."""
+    found = ["data" if name.startswith("byte") else name for name in names]
+    return [name for before, name in pairwise(["", *found]) if name != before or name != "data"]
 
 
 WHOLE = receive(listening_host(), TRAFFIC)
@@ -113,9 +122,9 @@ def test_corruption_costs_the_host_its_session_at_most(
             assert held(host) <= MEMORY_BOUND + step
     except ProtocolError:
         assert held(host) == 0
-    # No event is invented: what was told is a beginning of what was sent.
-    if names:
-        assert names == WHOLE[: len(names)]
+    # No event is invented: what was told is a beginning of what was sent. Bulk data have no checksum, for the
+    # port changes nothing that it carries; what is around them has.
+    assert "".join(kinds(WHOLE)).startswith("".join(kinds(names)))
 
 
 @given(st.lists(st.binary(max_size=3000), max_size=20), st.booleans())

@@ -100,7 +100,7 @@ class Dialer:
 
     # -- what the host sends: True when the stream is one of these -----------------------------------
 
-    def data(self, stream: int, data: bytes) -> bool:
+    def data(self, stream: int, data: bytes | memoryview) -> bool:
         """Bytes for a connection."""
         if (connection := self._by_stream.get(stream)) is None:
             return False

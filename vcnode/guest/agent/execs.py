@@ -12,11 +12,15 @@ import os
 import select
 import signal
 import socket
+import stat
 import termios
+from collections import deque
 
 from vcnode.guest.agent import process, spawn, ttys
 from vcnode.guest.agent.failures import INTERNAL, Failure
 from vcnode.guest.agent.loop import IN, OUT
+from vcnode.guest.streams import BULK_FROM
+from vcnode.guest.wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.spawn import Spawned, Spawner
 
 _READ_BYTES = 32 * 1024
+_PIPE_BYTES = 256 * 1024
+"""Size of a pipe through which a lot goes: more at once, and fewer turns between process and agent."""
 _KILL_ROUNDS = 16
 HANG_UP_S = 0.2
 """Seconds in which a terminal hangs up after its session's leader has ended, far more than it takes."""
@@ -55,6 +61,8 @@ class Output:
         self._finished = finished
         self._left: int | None = None
         self._watched = False
+        self._flows: bool | None = None if not terminal and stat.S_ISFIFO(os.fstat(fd).st_mode) else False
+        """Whether pages are sent from the pipe itself; None: not yet, for it has not held much."""
 
     @property
     def is_open(self) -> bool:
@@ -77,6 +85,8 @@ class Output:
 
     def _on_ready(self, _events: int) -> None:
         if (room := self._room()) > 0:
+            if self._flows and self._send_pages():
+                return
             try:
                 data = os.read(self._fd, room)
             except BlockingIOError:
@@ -86,12 +96,35 @@ class Output:
             if not data:
                 self.finish()
                 return
+            if self._flows is None and len(data) == _READ_BYTES:
+                self._flows = True
+                widen(self._fd)
             self._port.send_data(self.stream, data)
-            if self._left is not None:
-                self._left -= len(data)
-                if not self._left:
-                    self.finish()
-                    return
+            self._sent(len(data))
+            return
+        self.resume()
+
+    def _send_pages(self) -> bool:
+        """Send what the pipe holds without reading it; False when that is too little to be worth it."""
+        held = _readable(self._fd)
+        if self._left is not None:
+            held = min(held, self._left)
+        if held < _READ_BYTES or not self._port.takes_pipes:
+            return False
+        if count := self._port.send_pipe(self.stream, self._fd, held):
+            self._sent(count)
+        else:
+            # Goes on when there is room: the pipe is ready all the time.
+            self._loop.unwatch(self._fd)
+            self._watched = False
+        return True
+
+    def _sent(self, count: int) -> None:
+        if self._left is not None:
+            self._left -= count
+            if not self._left:
+                self.finish()
+                return
         self.resume()
 
     def process_ended(self) -> None:
@@ -102,9 +135,7 @@ class Output:
             # The kernel hangs up when the session's leader has ended: what was written is read to its end.
             self._loop.call_later(HANG_UP_S, self._give_up)
             return
-        count = bytearray(4)
-        fcntl.ioctl(self._fd, termios.FIONREAD, count)
-        self._left = int.from_bytes(count, "little")
+        self._left = _readable(self._fd)
         if self._left:
             self.resume()
         else:
@@ -158,7 +189,8 @@ class Input:
         self._loop = loop
         self._port = port
         self._fd = fd
-        self._pending = bytearray()
+        self._pending: deque[bytearray | bytes | memoryview] = deque()
+        self._wide = not stat.S_ISFIFO(os.fstat(fd).st_mode)
         self._eof = False
         self._watched = False
 
@@ -172,11 +204,21 @@ class Input:
         """Whether the process can still be written to."""
         return self._fd >= 0
 
-    def data(self, data: bytes) -> None:
+    def data(self, data: bytes | memoryview) -> None:
         """The host sent *data*."""
         if self.is_open:
-            self._pending += data
-            self._write()
+            last = self._pending[-1] if self._pending else None
+            if len(data) >= BULK_FROM:
+                self._pending.append(data)
+            elif type(last) is bytearray:
+                last += data  # many small pieces must not take more memory than they hold
+            else:
+                self._pending.append(bytearray(data))
+            if not self._wide and len(data) == MAX_PAYLOAD:
+                self._wide = True
+                widen(self._fd)
+            if not self._watched:
+                self._write()
 
     def eof(self) -> None:
         """The host will send no more."""
@@ -191,8 +233,14 @@ class Input:
             return
         try:
             while self._pending:
-                count = os.write(self._fd, self._pending)
-                del self._pending[:count]
+                first = self._pending[0]
+                count = os.write(self._fd, first)
+                if count == len(first):
+                    self._pending.popleft()
+                elif type(first) is bytearray:
+                    del first[:count]
+                else:
+                    self._pending[0] = memoryview(first)[count:]
                 self._port.consumed(self.stream, count)
         except BlockingIOError:
             pass  # goes on when the process has read
@@ -201,7 +249,7 @@ class Input:
             return
         if not self._pending and self._eof:
             self.close()
-        elif bool(self._pending) != self._watched:
+        elif (len(self._pending) > 0) != self._watched:
             self._watched = not self._watched
             if self._watched:
                 self._loop.watch(self._fd, OUT, self._on_ready)
@@ -454,7 +502,7 @@ class Execs:
 
     # -- what the host sends -----------------------------------------------------------------------
 
-    def data(self, stream: int, data: bytes) -> None:
+    def data(self, stream: int, data: bytes | memoryview) -> None:
         """Bytes for an input."""
         found = self._by_stream.get(stream)
         if found is not None and found.input is not None:
@@ -501,6 +549,21 @@ class Execs:
                 self._dying.add(found)
                 signal_session(found.spawned, signal.SIGKILL)
         self._last_id = 0
+
+
+def widen(pipe: int) -> None:
+    """Let a pipe hold more, if the kernel allows that."""
+    try:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError:
+        return  # it stays as it is, and works
+
+
+def _readable(fd: int) -> int:
+    """Bytes that a pipe holds."""
+    count = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return int.from_bytes(count, "little")
 
 
 def _pipe_for(number: int, stream: int | None) -> tuple[int, int | None]:

@@ -326,7 +326,7 @@ class Attachments:
 
     # -- what the host sends: True when the stream is one of these ------------------------------------
 
-    def data(self, stream: int, data: bytes) -> bool:
+    def data(self, stream: int, data: bytes | memoryview) -> bool:
         """Bytes for the input."""
         if (found := self._by_stream.get(stream)) is None:
             return False

@@ -17,6 +17,7 @@ from vcnode.guest.agent import uevents
 from vcnode.guest.agent.failures import INTERNAL, Failure
 from vcnode.guest.agent.loop import EDGE, HUP, IN, OUT
 from vcnode.guest.agent.params import invalid
+from vcnode.guest.agent.relay import Relay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         def request(self, answer: Answer, method: str, params: dict[str, Any]) -> None:
             """Answer it, now or later."""
 
-        def data(self, stream: int, data: bytes) -> None:
+        def data(self, stream: int, data: bytes | memoryview) -> None:
             """Bytes of a stream."""
 
         def eof(self, stream: int) -> None:
@@ -54,13 +55,15 @@ NAME = protocol.PORT_NAME
 SYS_PORTS = "/sys/class/virtio-ports"
 APPEARS_WITHIN_S = 10.0
 """How long the port may take to appear after its driver was loaded."""
-WINDOW = 256 * 1024
+WINDOW = protocol.DEFAULT_WINDOW
 """Bytes of input that the agent holds for a process at most."""
 QUEUE_BYTES = 512 * 1024
 """While more than this waits to be sent, no output is read and no request taken."""
 HANG_UP_S = 0.05
 """How long a hang-up must last to count: see contracts/guest-protocol.md, Sync and hello."""
-_READ_BYTES = 64 * 1024
+_READ_BYTES = 256 * 1024
+_BUFFER_BYTES = 4096
+"""Bytes that one read(2) of the port gives at most: those of one buffer of its queue (virtio_console.c)."""
 
 
 def find(name: str = NAME, sys_ports: str = SYS_PORTS) -> str | None:
@@ -130,6 +133,10 @@ class Port:
         self._unsent = memoryview(b"")
         self._throttled = False
         self._hang_up: Timer | None = None
+        self._relay = Relay()
+        # One readv(2) takes as many of the queue's buffers as there are, as long as each fills its vector.
+        self._space = memoryview(bytearray(_READ_BYTES))
+        self._vectors = [self._space[at : at + _BUFFER_BYTES] for at in range(0, _READ_BYTES, _BUFFER_BYTES)]
         self.listener: Listener
         """To be set before `open`."""
 
@@ -144,6 +151,10 @@ class Port:
     def _queued_bytes(self) -> int:
         return self._guest.pending_bytes + len(self._unsent)
 
+    def _read(self) -> memoryview:
+        """What has come; to be used before the next read. Raises BlockingIOError."""
+        return self._space[: os.readv(self._fd, self._vectors)]
+
     def _on_ready(self, _events: int) -> None:
         """Read until there is nothing more: an edge comes once."""
         while True:
@@ -152,7 +163,7 @@ class Port:
                 self._throttled = True
                 return
             try:
-                data = os.read(self._fd, _READ_BYTES)
+                data = self._read()
             except BlockingIOError:
                 return
             if not data:
@@ -169,7 +180,7 @@ class Port:
     def _look_again(self) -> None:
         """Drop the session if nobody is connected still; what has come meanwhile is served."""
         try:
-            data = os.read(self._fd, _READ_BYTES)
+            data = self._read()
         except BlockingIOError:
             return  # somebody is, and has not spoken yet
         if data:
@@ -180,6 +191,8 @@ class Port:
             self._dispatch(ended)
 
     def _flush(self) -> None:
+        if not self._relay.push(self._fd):
+            return
         while True:
             if not self._unsent:
                 # All frames of this round in one write: each write is an exit to the host.
@@ -202,7 +215,7 @@ class Port:
 
         def flush() -> None:
             self._flush()
-            if not self._queued_bytes:
+            if not self._queued_bytes and not self._relay.busy:
                 timer.run()
 
         self._loop.before_wait = flush
@@ -220,6 +233,7 @@ class Port:
             self.listener.reset(event.stream)
         elif isinstance(event, (protocol.SessionStarted, protocol.SessionEnded)):
             self._unsent = memoryview(b"")
+            self._relay.drop()
             self.listener.end_session()
 
     # -- what the agent sends ----------------------------------------------------------------------
@@ -244,7 +258,7 @@ class Port:
 
     def room(self, stream: int) -> int:
         """How many bytes may be sent on *stream* now, as far as the host and the queue allow."""
-        if self._queued_bytes > QUEUE_BYTES:
+        if self._queued_bytes > QUEUE_BYTES or self._relay.busy:
             self._throttled = True
             return 0
         return self._guest.credit(stream)
@@ -253,9 +267,30 @@ class Port:
         """How many bytes the host takes on *stream* now; 0 when that is finished."""
         return self._guest.credit(stream)
 
-    def send_data(self, stream: int, data: bytes) -> None:
+    def send_data(self, stream: int, data: bytes | memoryview) -> None:
         """Send *data*, at most `room` bytes."""
         self._guest.send_data(stream, data)
+
+    @property
+    def takes_pipes(self) -> bool:
+        """Whether the host takes what `send_pipe` sends."""
+        return self._guest.peer_bulk > 0
+
+    def send_pipe(self, stream: int, pipe: int, count: int) -> int:
+        """Send of *count* bytes, which are in *pipe*, as many as can go now, without a copy.
+
+        Returns:
+            How many those were; 0 when there is no room: `Listener.resume_all` or `credit` is called later.
+        """
+        if not (count := min(count, self._guest.bulk_room(stream))):
+            return 0
+        self._flush()
+        if self._queued_bytes or self._relay.busy:
+            self._throttled = True
+            return 0
+        self._relay.begin(pipe, count, *self._guest.begin_bulk(stream, count))
+        self._relay.push(self._fd)
+        return count
 
     def send_eof(self, stream: int) -> None:
         """Finish a stream of output."""

@@ -150,7 +150,7 @@ class Service:
             "stats": self._stats,
         }
 
-    def data(self, stream: int, data: bytes) -> None:
+    def data(self, stream: int, data: bytes | memoryview) -> None:
         """See `port.Listener.data`."""
         if not (self._dialer.data(stream, data) or self._attachments.data(stream, data)):
             self._execs.data(stream, data)

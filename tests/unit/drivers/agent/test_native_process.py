@@ -167,7 +167,8 @@ async def test_output_in_single_bytes_is_not_kept_in_single_pieces(guest: Script
                 guest.core.send_data(guest.streams[0][name], b"x")
         guest.flush()
         await session.ping(timeout_s=LIMIT_S)
-        assert {name: len(data) for name, data in process._unread.items()} == {"stdout": 2000, "stderr": 2000}
+        held = {name: [len(piece) for piece in pieces] for name, pieces in process._unread.items()}
+        assert held == {"stdout": [2000], "stderr": [2000]}
 
 
 async def test_exit_ends_the_output_even_of_a_guest_that_sends_no_eof(guest: ScriptedGuest) -> None:

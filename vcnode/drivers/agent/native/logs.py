@@ -48,7 +48,7 @@ class NativeLogFeed:
 
     # -- called by the session ---------------------------------------------------------------------
 
-    def on_data(self, stream: int, data: bytes) -> None:
+    def on_data(self, stream: int, data: bytes | memoryview) -> None:
         """Keep it until it is read."""
         if not self._ended:
             self._unread += data

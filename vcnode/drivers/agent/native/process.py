@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
@@ -10,7 +11,10 @@ from vcnode.drivers.base import ProcessExit
 from vcnode.errors import InvalidArgumentError
 
 OutputName = Literal["stdout", "stderr"]
+Piece = bytes | bytearray | memoryview
 SIGKILL = 9
+_JOIN_BELOW = 16 * 1024
+"""Pieces of fewer bytes are joined; no other keeps more than 16 times its size in memory."""
 
 
 class Owner(Protocol):
@@ -60,7 +64,7 @@ class Owner(Protocol):
 class NativeProcess:
     """A `RunningProcess`. Its output is kept here until it is read: at most one window for each stream.
 
-    Bytes of one stream are kept as one piece, so that a guest which sends them one by one cannot make us
+    Small pieces of one stream are kept as one, so that a guest which sends them one by one cannot make us
     hold a thousand times their size.
     """
 
@@ -71,7 +75,7 @@ class NativeProcess:
         if stderr is not None:
             self._names[stderr] = "stderr"
         self._streams: dict[OutputName, int] = {name: stream for stream, name in self._names.items()}
-        self._unread: dict[OutputName, bytes | bytearray] = {}
+        self._unread: dict[OutputName, deque[Piece]] = {}
         self._ended: set[int] = set()
         self._process_id: int | None = None
         self._exit: ProcessExit | None = None
@@ -93,18 +97,16 @@ class NativeProcess:
         if self._closed:
             self._let_go(process_id)
 
-    def on_data(self, stream: int, data: bytes) -> None:
+    def on_data(self, stream: int, data: bytes | memoryview) -> None:
         """Keep output until it is read; drop it when nobody will."""
         if self._closed:
             return
-        name = self._names[stream]
-        held = self._unread.get(name)
-        if held is None:
-            self._unread[name] = data
-        elif isinstance(held, bytearray):
-            held += data
+        held = self._unread.setdefault(self._names[stream], deque())
+        if held and type(held[-1]) is bytearray and len(data) < _JOIN_BELOW:
+            held[-1] += data
         else:
-            self._unread[name] = bytearray(held) + data
+            # A small view would keep all in memory that it is a view of.
+            held.append(data if len(data) >= _JOIN_BELOW else bytearray(data))
         self.wake()
 
     def on_eof(self, stream: int) -> None:
@@ -159,9 +161,10 @@ class NativeProcess:
             changed = self._changed
             if self._unread:
                 name = next(iter(self._unread))
-                data = bytes(self._unread.pop(name))
+                pieces = self._unread.pop(name)
+                data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
                 self._owner.consumed(self._streams[name], len(data))
-                yield name, data
+                yield name, bytes(data)
                 continue
             if self._closed or self._exit is not None or len(self._ended) == len(self._names):
                 return
