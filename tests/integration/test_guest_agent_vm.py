@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -292,6 +293,36 @@ def test_many_reconnects_in_a_row(vm: GuestVm) -> None:
     for _ in range(10):
         with GuestClient.connect(vm.agent_socket) as client:
             assert client.call("ping") == {}
+
+
+def test_a_lot_goes_through_the_port_both_ways_as_it_was(guest: GuestClient) -> None:
+    """In BULK frames, out of the process's pipe without a copy; who does not read holds it up."""
+    sent = random.Random(7).randbytes(3 << 20) + b"an odd end"
+    started = guest.execute(process("busybox", "cat"))
+    out = started.streams["stdout"]
+    guest.hold_credit.add(out)
+    guest.host.send_data(started.streams["stdin"], sent[: guest.host.window])
+    guest.wait(lambda: len(started.output()) == guest.host.window, "a window of output")
+    guest.call("ping")
+    guest.hold_credit.clear()
+    guest.host.consumed(out, guest.host.window)
+    started.write(sent[guest.host.window :])
+    started.close_stdin()
+
+    assert started.finish().stdout == sent
+
+
+def test_a_hang_up_in_the_middle_of_bulk_is_overcome(vm: GuestVm) -> None:
+    with GuestClient.connect(vm.agent_socket) as client:
+        started = client.execute(process("busybox", "sleep", "1000"))
+        client.host.send_data(started.streams["stdin"], bytes(protocol.MAX_PAYLOAD))
+        client.sock.setblocking(True)
+        client.sock.sendall(client.host.data_to_send()[:20_000])
+    with GuestClient.connect(vm.agent_socket) as client:
+        flood = client.execute(process("busybox", "cat", "/dev/zero"))
+        client.wait(lambda: len(flood.output()) > 1 << 20, "a flood")
+    with GuestClient.connect(vm.agent_socket) as client:
+        assert client.run("busybox", "echo", "well").text == "well"
 
 
 def test_a_flood_that_nobody_reads_does_not_fill_the_guest(vm: GuestVm) -> None:
