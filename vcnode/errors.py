@@ -5,6 +5,7 @@
     VcnodeError
      +-- RequestError                   the caller must change something
      |    +-- InvalidArgumentError      400  does not match the schema, or a bad value
+     |    +-- PermissionDeniedError     403  the node's policy forbids it; names the rule
      |    +-- NotFoundError             404  no such pod, container, image
      |    +-- AlreadyExistsError        409  same id, different content
      |    +-- FailedPreconditionError   412  wrong state; says which states allow it
@@ -65,6 +66,16 @@ class InvalidArgumentError(RequestError):
     def field(cls, field: str, message: str) -> InvalidArgumentError:
         """Build the error for one bad *field* (dotted path as in the request)."""
         return cls(f"{field}: {message}", violations=[{"field": field, "message": message}])
+
+
+class PermissionDeniedError(RequestError):
+    """The node's policy forbids what the request asks for, whoever asks.
+
+    ``details``: ``rule`` (the setting that forbids it), ``field``, and ``denials`` with all of them.
+    """
+
+    code = "permission_denied"
+    number = 403
 
 
 class NotFoundError(RequestError):

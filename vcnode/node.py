@@ -135,7 +135,7 @@ def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_po
             NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
         },
         storage=LocalStorage(
-            settings.state_dir, settings.run_dir, settings.allowed_roots, settings.images, around=around
+            settings.state_dir, settings.run_dir, settings.host_paths, settings.images, around=around
         ),
     )
 
@@ -155,9 +155,7 @@ def _mock_drivers(settings: Settings, plan: FaultPlan, tasks: Spawner) -> Driver
                 for model in (NetworkModel.BRIDGE, NetworkModel.CNI, NetworkModel.CNM)
             },
         },
-        storage=MockStorage(
-            settings.allowed_roots, run_dir=settings.run_dir, faults=plan, world=host.storage
-        ),
+        storage=MockStorage(settings.host_paths, run_dir=settings.run_dir, faults=plan, world=host.storage),
     )
     return drivers.watched(before=host.save, after=host.save)
 
@@ -223,7 +221,13 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await _open_drivers(drivers, stack)
         mock = settings.hypervisor is HypervisorType.MOCK
         images = ImageService(
-            store, drivers.storage, tasks=tasks, settings=settings.images, clock=_now, mock=mock
+            store,
+            drivers.storage,
+            tasks=tasks,
+            settings=settings.images,
+            clock=_now,
+            mock=mock,
+            policy=settings.policy,
         )
         standing = await Standing.open(store, labels=settings.labels, taints=settings.taints, mock=mock)
         pods = PodService(

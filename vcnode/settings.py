@@ -235,6 +235,55 @@ class CnmSettings(Group):
     """A pod's ``netns_path`` must lie below one of these."""
 
 
+ImageDigest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Capability = Annotated[str, StringConstraints(pattern=r"^CAP_[A-Z_]+$")]
+
+
+class ImageRule(Group):
+    """Images that may run here. All that is given must fit; ``*`` stands for any letters."""
+
+    registry: str = "*"
+    """Where it is pulled from, such as ``registry.example`` or ``docker.io``."""
+    repository: str = "*"
+    """Its name there, without tag, such as ``team/*``."""
+    digests: tuple[ImageDigest, ...] = ()
+    """Its manifest must have one of these digests. Default: any."""
+
+
+class PolicySettings(Group):
+    """What callers may ask for, whoever they are. A refusal (``permission_denied``) names the setting here.
+    Without this group everything is allowed but host devices and parameters of kernel and hypervisor."""
+
+    host_paths: tuple[Path, ...] | None = None
+    """Roots, volumes and imports must lie below one of these, which must lie below ``allowed_roots``; links
+    that lead out of them are not followed. Default: ``allowed_roots``."""
+    images: tuple[ImageRule, ...] | None = None
+    """Images that may be pulled and run. Default: any. ``[[policy.images]]`` in the file."""
+    image_import: bool = True
+    """Whether images may be made of files of the host, and run; such images fit no rule of ``images``."""
+    capabilities: tuple[Capability, ...] | None = None
+    """Capabilities that containers and what is executed in them may have; those that name none want the
+    default set (docs/containers.md). Default: any. They reach no further than the pod's own guest."""
+    guest_exec: bool = True
+    """Whether commands may run in a guest itself, outside of its containers, with all capabilities there."""
+    devices: tuple[str, ...] = ()
+    """Devices of the host that pods may have, as paths; ``*`` stands for any letters. Default: none."""
+    kernel_params: tuple[str, ...] = ()
+    """Parameters that pods may give their guest's kernel, such as ``quiet`` or ``loglevel=*``. Default:
+    none."""
+    hypervisor_params: tuple[str, ...] = ()
+    """Parameters that pods may give their hypervisor. Whoever sets one free gives its users the host: QEMU
+    opens what its arguments name. Default: none."""
+    max_vcpu_count: int | None = Field(default=None, ge=1)
+    """Most virtual CPUs of one pod. Default: no limit but the model's."""
+    max_mem_size_mib: int | None = Field(default=None, ge=1)
+    """Most memory of one pod in MiB."""
+    max_disk_size_mib: int | None = Field(default=None, ge=0)
+    """Most MiB of all writable disks of one pod together."""
+    max_containers: int | None = Field(default=None, ge=0)
+    """Most containers of one pod."""
+
+
 class LogSettings(Group):
     """What is kept of the output of containers, each by itself."""
 
@@ -374,10 +423,23 @@ class Settings(BaseSettings):
     restarts: RestartSettings = RestartSettings()
     cni: CniSettings = CniSettings()
     cnm: CnmSettings = CnmSettings()
+    policy: PolicySettings = PolicySettings()
     logs: LogSettings = LogSettings()
     stats: StatsSettings = StatsSettings()
     limits: LimitSettings = LimitSettings()
     capacity: CapacitySettings = CapacitySettings()
+
+    @model_validator(mode="after")
+    def _policy_within_the_roots(self) -> Self:
+        for path in self.policy.host_paths or ():
+            if not any(path.is_relative_to(root) for root in self.allowed_roots):
+                raise ValueError(f"policy.host_paths: {path} must lie below one of allowed_roots")
+        return self
+
+    @property
+    def host_paths(self) -> tuple[Path, ...]:
+        """Directories below which host paths of commands must lie."""
+        return self.allowed_roots if self.policy.host_paths is None else self.policy.host_paths
 
     @property
     def agent_type(self) -> AgentType:

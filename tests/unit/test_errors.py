@@ -7,6 +7,7 @@ from vcnode.errors import from_code
 
 TABLE = [
     (errors.InvalidArgumentError, "invalid_argument", 400, False),
+    (errors.PermissionDeniedError, "permission_denied", 403, False),
     (errors.NotFoundError, "not_found", 404, False),
     (errors.AlreadyExistsError, "already_exists", 409, False),
     (errors.FailedPreconditionError, "failed_precondition", 412, False),

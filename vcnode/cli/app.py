@@ -21,6 +21,7 @@ from vcnode.cli import (
     nats,
     nodes,
     pods,
+    policy,
     ports,
     sessions,
     stats,
@@ -43,6 +44,7 @@ app.add_typer(nodes.app, name="node")
 app.add_typer(guest.app, name="guest")
 app.add_typer(contracts.app, name="contracts")
 app.add_typer(nats.app, name="nats")
+app.add_typer(policy.app, name="policy")
 app.add_typer(sessions.app, name="session")
 sessions.register(app, containers.app)
 files.register(app, containers.app)
@@ -100,7 +102,8 @@ def root(
     vcnode events --follow
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or value, 3 not found, 4 forbidden in this state, 5 no answer
-    in time, 6 resources exhausted, 7 not implemented. 'exec' ends with the command's own code.
+    in time, 6 resources exhausted, 7 not implemented, 8 denied by the node's policy. 'exec' ends with the
+    command's own code.
     """
     ctx.obj = Options(
         nats_url=nats_url, prefix=prefix, node=node, output=output, config=config, deadline_s=deadline_s

@@ -11,6 +11,7 @@ code  meaning
 5     no node answered in time (``unavailable``, ``deadline_exceeded``)
 6     the node is short of something (``resource_exhausted``)
 7     the node's driver cannot do it (``not_implemented``)
+8     the node's policy forbids it (``permission_denied``)
 130   interrupted by Ctrl-C
 ====  ==========================================================================
 
@@ -45,6 +46,7 @@ class Exit(IntEnum):
     UNAVAILABLE = 5
     EXHAUSTED = 6
     UNSUPPORTED = 7
+    DENIED = 8
     EXEC_TIMED_OUT = 124
     EXEC_FAILED = 125
     INTERRUPTED = 130
@@ -60,6 +62,7 @@ BY_CODE: Mapping[str, Exit] = {
     "deadline_exceeded": Exit.UNAVAILABLE,
     "resource_exhausted": Exit.EXHAUSTED,
     "not_implemented": Exit.UNSUPPORTED,
+    "permission_denied": Exit.DENIED,
     "internal": Exit.FAILED,
 }
 """Exit code for each error code of `vcnode.errors`."""
@@ -90,6 +93,10 @@ def as_text(error: VcnodeError) -> Iterator[str]:
             yield f"  {violation['field']}: {violation['message']}"
         if len(told) > MAX_VIOLATIONS:
             yield f"  … and {len(told) - MAX_VIOLATIONS} more"
+    denials = error.details.get("denials")
+    if _is_list_of_violations(denials):
+        for denial in denials[1:MAX_VIOLATIONS]:
+            yield f"  {denial['field']}: {denial['message']}"
     leftovers = error.details.get("leftovers")
     if isinstance(leftovers, list):
         for item in leftovers[:MAX_VIOLATIONS]:

@@ -61,7 +61,7 @@ def _group(annotation: Any) -> type[Group] | None:
     """The group that a setting holds, once or several times."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return typing.cast(type[Group], annotation)
-    if get_origin(annotation) is tuple and get_args(annotation):
+    if get_origin(annotation) in (tuple, types.UnionType) and get_args(annotation):
         return _group(get_args(annotation)[0])
     return None
 

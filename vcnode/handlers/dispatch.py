@@ -2,7 +2,7 @@
 
 The order of things, for a command that changes something::
 
-    headers -> lane -> body -> deadline -> journal.begin -> handler -> journal.finish -> reply
+    headers -> lane -> body -> deadline -> journal.begin -> policy -> handler -> journal.finish -> reply
 
 Nothing is done before ``journal.begin`` has been committed, and nothing is replied before
 ``journal.finish`` has been. A reply is never an exception: whatever happens becomes an `Outcome`.
@@ -328,6 +328,8 @@ class Dispatcher:
             _cancelled(exc)  # the entry is written and the reply is at hand: give it
 
     async def _handle(self, prepared: _Prepared) -> Outcome:
+        if prepared.command.mutates:
+            self._services.pods.permit(prepared.request)
         handler = ROUTES[prepared.command.verb]
         left_s = prepared.deadline - asyncio.get_running_loop().time()  # the journal has had its share
         async with aio.deadline_as(left_s, lambda: _too_late(prepared)):

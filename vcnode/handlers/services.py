@@ -12,6 +12,7 @@ from typing import Protocol
 
 import vcnode
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network
+from vcnode.models.base import Request
 from vcnode.models.call import Call
 from vcnode.models.commands import (
     ContainerDeleted,
@@ -57,6 +58,7 @@ from vcnode.settings import Settings
 class Pods(Protocol):
     """What the handlers need of `vcnode.pods.service.PodService`, where each method is described."""
 
+    def permit(self, request: Request) -> None: ...
     async def create(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus: ...
     async def start(self, pod_id: str, call: Call) -> PodStatus: ...
     async def run(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus: ...

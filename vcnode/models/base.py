@@ -48,6 +48,12 @@ ContainerId = Annotated[
     Id, Field(description="Container id, unique within its pod; same alphabet as pod ids.")
 ]
 NodeName = Annotated[Id, Field(description="Node name; same alphabet as pod ids.")]
+
+
+class OnHost:
+    """Marks a text that names something on the host, wherever in a request it stands: policy judges it."""
+
+
 ImageName = Annotated[
     str,
     StringConstraints(pattern=r"^[a-z0-9][a-z0-9._/:@-]{0,254}$"),
@@ -57,6 +63,7 @@ HostPath = Annotated[
     str,
     StringConstraints(pattern=r"^/[^\x00]{0,4094}$"),
     Field(description="Absolute path on the node's host, under one of the node's allowed roots."),
+    OnHost(),
 ]
 Labels = Annotated[
     dict[

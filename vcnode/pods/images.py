@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -22,8 +22,9 @@ from vcnode.models.node import ImageStatus
 from vcnode.models.records import PodRecord
 from vcnode.pods.collecting import victims
 from vcnode.pods.flights import Flights
+from vcnode.pods.policy import judge_digest, require
 from vcnode.pods.store import Store, Tx
-from vcnode.settings import ImageSettings
+from vcnode.settings import ImageSettings, PolicySettings
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class ImageService:
         settings: Watermarks.
         clock: Gives the current time, with its zone.
         mock: Whether the node only pretends; marks the events.
+        policy: Judges what registries have; that a pull may be asked for at all was judged before.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class ImageService:
         settings: ImageSettings,
         clock: Callable[[], datetime],
         mock: bool = False,
+        policy: PolicySettings = PolicySettings(),  # noqa: B008 -- frozen
     ) -> None:
+        self._policy = policy
         self._store = store
         self._storage = storage
         self._clock = clock
@@ -96,6 +100,7 @@ class ImageService:
             AbortedError: Another import or pull under this name is under way.
             InvalidArgumentError: The registry refuses the credentials, or the image cannot be used.
             NotFoundError: The registry has no such image.
+            PermissionDeniedError: The policy forbids what the registry has there; nothing was fetched.
             UnavailableError: The registry does not answer, or the node agent is stopping.
             ResourceExhaustedError: There is no space for it.
             StorageError: It could not be made; nothing of it is left.
@@ -131,6 +136,11 @@ class ImageService:
         if gone:
             log.info("Images take too much room; removed %s", ", ".join(image.name for image in gone))
         return [image.name for image in gone]
+
+    @property
+    def known(self) -> Mapping[str, ImageStatus]:
+        """All images by name, as the database has them. A snapshot."""
+        return self._store.images
 
     @property
     def names(self) -> Set[str]:
@@ -239,8 +249,12 @@ class ImageService:
                 # Progress is told, not owed: the pull itself will meet a database that cannot be written.
                 log.warning("The progress of %s cannot be told: %s", name, exc.message)
 
+        def resolved(manifest_digest: str) -> tuple[str, ImageConfig] | None:
+            require(judge_digest(request.reference, manifest_digest, self._policy))
+            return self._made_of(manifest_digest)
+
         async with self._making(name):
-            file = await self._storage.pull_image(source, self._made_of, report, timeout_s=PULL_LIMIT_S)
+            file = await self._storage.pull_image(source, resolved, report, timeout_s=PULL_LIMIT_S)
             await self._keep(name, file, request.reference, EventKind.IMAGE_PULLED, call)
         await self.collect()
 

@@ -18,6 +18,7 @@ from vcnode.errors import (
     NotFoundError,
     VcnodeError,
 )
+from vcnode.models.base import Request
 from vcnode.models.call import Call
 from vcnode.models.commands import (
     ContainerDeleted,
@@ -46,7 +47,7 @@ from vcnode.models.pod import (
 from vcnode.models.records import PodRecord
 from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.models.subjects import Subjects
-from vcnode.pods import host
+from vcnode.pods import host, policy
 from vcnode.pods.admission import Admission, agent_type_of, new_id
 from vcnode.pods.audit import Auditor
 from vcnode.pods.capacity import Capacity
@@ -219,6 +220,21 @@ class PodService:
         """The commands that open sessions."""
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
         self._restarter = Restarter(parts, self._containers, self._starter, sleep)
+
+    # ---- policy --------------------------------------------------------------------------------------
+
+    def permit(self, request: Request) -> None:
+        """Refuse what the node's policy forbids; each command that changes something comes by here first.
+
+        Raises:
+            PermissionDeniedError: Something in it is forbidden; names the rule.
+        """
+        policy.require(self.denials(request))
+
+    def denials(self, request: Request) -> Sequence[policy.Denial]:
+        """What of *request* the policy forbids."""
+        known = policy.Known(self._parts.images.known, self._ledger.records)
+        return policy.judge(request, self._parts.settings.policy, known)
 
     # ---- pods ----------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ def test_every_error_code_has_an_exit_code(cls: type[errors.VcnodeError]) -> Non
         (errors.DeadlineExceededError("x"), 5),
         (errors.ResourceExhaustedError("x"), 6),
         (errors.UnsupportedError("x"), 7),
+        (errors.PermissionDeniedError("x"), 8),
         (errors.HypervisorError("x"), 1),
         (errors.CleanupError("x", ["y"]), 1),
     ],

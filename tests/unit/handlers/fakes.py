@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from vcnode.errors import VcnodeError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.services import NodeService, Services
-from vcnode.models.base import Blob
+from vcnode.models.base import Blob, Request
 from vcnode.models.call import Call
 from vcnode.models.commands import (
     ContainerDeleted,
@@ -111,6 +112,7 @@ class FakePods:
         self.gates: dict[str, Gate] = {}
         self.errors: dict[str, BaseException] = {}
         self.undone: list[str] = []
+        self.denied: VcnodeError | None = None
         self.pods: list[PodStatus] = []
 
     async def _note(self, method: str, call: Call, *arguments: Any) -> None:
@@ -127,6 +129,10 @@ class FakePods:
 
     def count(self, method: str) -> int:
         return sum(name == method for name, _ in self.calls)
+
+    def permit(self, request: Request) -> None:
+        if self.denied is not None:
+            raise self.denied
 
     async def create(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus:
         await self._note("create", call, spec)

@@ -245,6 +245,7 @@ class World:
             settings=self.settings.images,
             clock=self.clock,
             mock=True,
+            policy=self.settings.policy,
         )
         self.hypervisor = MockHypervisor(plan, world=self.vms, templates=self._templates)
         self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)

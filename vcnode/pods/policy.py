@@ -1,0 +1,261 @@
+"""What the node's policy says to a request. Pure: settings and what is known go in, denials come out.
+
+A request is searched for kinds of values, not asked for its verb: whatever names a path on the host, a
+capability or a size is judged wherever it stands, also in commands that come later. The one caller is
+`vcnode.pods.service.PodService.permit`, which every command that changes something passes first.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from vcnode.errors import PermissionDeniedError
+from vcnode.models.base import OnHost
+from vcnode.models.commands import ContainerCreate, ImageImport, ImagePull, PodExec
+from vcnode.models.node import ImageStatus
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
+from vcnode.models.records import PodRecord
+from vcnode.models.sessions import SessionExec
+from vcnode.pods.process import DEFAULT_CAPABILITIES
+from vcnode.settings import ImageRule, PolicySettings
+
+DOCKER_HUB = "docker.io"
+MAX_DENIALS = 20
+"""Most denials that one error lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """One thing that is not allowed."""
+
+    rule: str
+    """The setting that forbids it, such as ``policy.capabilities``."""
+    field: str
+    """Where it stands in the request."""
+    message: str
+    """What is forbidden, and what would be allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the node knows that a request only names."""
+
+    images: Mapping[str, ImageStatus]
+    """By name."""
+    pods: Mapping[str, PodRecord]
+    """By id."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A field somewhere in a request."""
+
+    owner: BaseModel
+    """The model that holds it."""
+    name: str
+    """Its name there."""
+    path: str
+    """Where that is in the request, such as ``pod.containers[0].cmd``."""
+    content: Any
+
+
+def judge(request: BaseModel, policy: PolicySettings, known: Known) -> tuple[Denial, ...]:
+    """Everything in *request* that the policy denies, in the order of its fields."""
+    found = [*_whole(request, policy, known)]
+    for value in _values(request, ""):
+        found += _value(value, policy)
+        if isinstance(value.content, BaseModel):
+            found += _model(value.content, value.path, policy, known)
+    return tuple(found)
+
+
+def judge_digest(reference: str, digest: str, policy: PolicySettings) -> tuple[Denial, ...]:
+    """The same for what a registry turned out to have under *reference*: the manifest of that digest."""
+    return _image(reference, digest, "reference", policy)
+
+
+def require(denials: Sequence[Denial]) -> None:
+    """Raise PermissionDeniedError if there are any; it names the first, and has all as ``denials``."""
+    if not denials:
+        return
+    first, more = denials[0], len(denials) - 1
+    raise PermissionDeniedError(
+        f"{first.field}: {first.message} (rule {first.rule}){f', and {more} more denials' if more else ''}.",
+        rule=first.rule,
+        field=first.field,
+        denials=[{"rule": d.rule, "field": d.field, "message": d.message} for d in denials[:MAX_DENIALS]],
+    )
+
+
+def _values(model: BaseModel, where: str) -> Iterator[_Value]:
+    """Every field of *model* and of the models in it, item by item where it holds several."""
+    for name in type(model).model_fields:
+        path = f"{where}.{name}" if where else name
+        content = getattr(model, name)
+        several = isinstance(content, tuple)
+        for index, item in enumerate(content if several else (content,)):
+            value = _Value(model, name, f"{path}[{index}]" if several else path, item)
+            yield value
+            if isinstance(item, BaseModel):
+                yield from _values(item, value.path)
+
+
+def _whole(request: BaseModel, policy: PolicySettings, known: Known) -> Iterator[Denial]:
+    """What only the request as a whole tells."""
+    if isinstance(request, ImageImport) and not policy.image_import:
+        yield Denial("policy.image_import", "path", "images may not be made of files of the host")
+    if isinstance(request, ImagePull):
+        yield from _image(request.reference, None, "reference", policy)
+    in_guest = isinstance(request, PodExec) or (
+        isinstance(request, SessionExec) and request.container_id is None
+    )
+    if in_guest and not policy.guest_exec:
+        yield Denial(
+            "policy.guest_exec", "pod_id", "commands may run in containers only, not in the guest itself"
+        )
+    if isinstance(request, ContainerCreate) and (record := known.pods.get(request.pod_id)) is not None:
+        there = [c.spec for c in record.containers if c.spec.id != request.container.id]
+        yield from _containers([*there, request.container], "container", policy)
+
+
+def _model(model: BaseModel, path: str, policy: PolicySettings, known: Known) -> Iterator[Denial]:
+    """What only a model as a whole tells."""
+    if isinstance(model, PodSpec):
+        yield from _containers(model.containers, f"{path}.containers", policy)
+    if isinstance(model, ContainerSpec):
+        if model.cmd.capabilities is None:
+            yield from _capabilities(DEFAULT_CAPABILITIES, f"{path}.cmd.capabilities", policy, default=True)
+        if model.image is not None and (image := known.images.get(model.image)) is not None:
+            yield from _known_image(image, f"{path}.image", policy)
+
+
+def _value(value: _Value, policy: PolicySettings) -> Iterator[Denial]:
+    """What one value tells by itself."""
+    name, content = value.name, value.content
+    if content is None:
+        return
+    if name in _names_host_paths(type(value.owner)):
+        yield from _host_path(content, value.path, policy)
+    elif name == "capabilities" and isinstance(value.owner, Cmd):
+        yield from _capabilities((content,), value.path, policy)
+    elif name in ("devices", "kernel_params", "hypervisor_params"):
+        yield from _listed(_spelled(content), f"policy.{name}", value.path, getattr(policy, name))
+    elif name in ("vcpu_count", "mem_size_mib") and isinstance(content, int):
+        yield from _at_most(content, f"max_{name}", value.path, policy)
+
+
+def _host_path(path: str, field: str, policy: PolicySettings) -> Iterator[Denial]:
+    allowed = policy.host_paths
+    if allowed is None:
+        return
+    tidy = Path("/" + os.path.normpath(path).lstrip("/"))
+    if not any(tidy.is_relative_to(root) for root in allowed):
+        names = ", ".join(map(str, allowed)) or "nothing"
+        yield Denial("policy.host_paths", field, f"{path!r} lies outside of what is allowed, {names}")
+
+
+def _capabilities(
+    wanted: Sequence[str], field: str, policy: PolicySettings, *, default: bool = False
+) -> Iterator[Denial]:
+    allowed = policy.capabilities
+    if allowed is None or not (denied := [name for name in wanted if name not in allowed]):
+        return
+    names = ", ".join(allowed) or "none"
+    what = "the default set has " if default else ""
+    yield Denial(
+        "policy.capabilities", field, f"{what}{', '.join(denied)}, which is not allowed; allowed: {names}"
+    )
+
+
+def _containers(specs: Sequence[ContainerSpec], field: str, policy: PolicySettings) -> Iterator[Denial]:
+    """What all containers of one pod have together."""
+    yield from _at_most(len(specs), "max_containers", field, policy)
+    disks = sum(spec.wanted_disk_mib for spec in specs)
+    yield from _at_most(disks, "max_disk_size_mib", field, policy)
+
+
+def _at_most(wanted: int, setting: str, field: str, policy: PolicySettings) -> Iterator[Denial]:
+    limit: int | None = getattr(policy, setting)
+    if limit is not None and wanted > limit:
+        unit = " MiB" if setting.endswith("_mib") else ""
+        yield Denial(f"policy.{setting}", field, f"{wanted}{unit} is more than a pod may have, {limit}{unit}")
+
+
+def _listed(text: str, rule: str, field: str, allowed: Sequence[str]) -> Iterator[Denial]:
+    if not any(fnmatchcase(text, pattern) for pattern in allowed):
+        yield Denial(rule, field, f"{text!r} is not allowed; allowed: {', '.join(allowed) or 'none'}")
+
+
+def _spelled(content: object) -> str:
+    """A device or parameter as the settings spell it: ``/dev/x``, ``name`` or ``name=value``."""
+    if isinstance(content, BaseModel):
+        fields = content.model_dump(mode="json", exclude_none=True)
+        key = next((str(fields[n]) for n in ("key", "name", "path", "host_path") if n in fields), str(fields))
+        return f"{key}={fields['value']}" if fields.get("value") not in (None, "") else key
+    return str(content)
+
+
+def _known_image(image: ImageStatus, field: str, policy: PolicySettings) -> Iterator[Denial]:
+    if image.reference is not None:
+        yield from _image(image.reference, image.manifest_digest, field, policy)
+    elif not policy.image_import:
+        yield Denial("policy.image_import", field, f"{image.name!r} was made of files of the host")
+    elif policy.images is not None:
+        yield Denial("policy.images", field, f"{image.name!r} was not pulled, so no rule fits it")
+
+
+def _image(reference: str, digest: str | None, field: str, policy: PolicySettings) -> tuple[Denial, ...]:
+    """An image of a registry; *digest* None: what it has there is not known yet, and will be judged then."""
+    rules = policy.images
+    if rules is None or any(_fits(rule, reference, digest) for rule in rules):
+        return ()
+    told = "; ".join(f"{r.registry}/{r.repository}{' by digest' * bool(r.digests)}" for r in rules)
+    what = f"{reference!r}" if digest is None else f"{reference!r} with manifest {digest}"
+    return (Denial("policy.images", field, f"{what} fits no rule; there are: {told or 'none'}"),)
+
+
+def _fits(rule: ImageRule, reference: str, digest: str | None) -> bool:
+    registry, repository, pinned = split_reference(reference)
+    return (
+        fnmatchcase(registry, rule.registry)
+        and fnmatchcase(repository, rule.repository)
+        and (not rule.digests or digest is None or bool({digest, pinned} & set(rule.digests)))
+    )
+
+
+def split_reference(reference: str) -> tuple[str, str, str | None]:
+    """Registry, repository and digest of a reference. Source: distribution/reference, its grammar."""
+    name, at, pinned = reference.partition("@")
+    first, slash, rest = name.partition("/")
+    if not (slash and ("." in first or ":" in first or first == "localhost")):
+        first, rest = DOCKER_HUB, name
+    head, slash, last = rest.rpartition("/")
+    repository = f"{head}{slash}{last.partition(':')[0]}"
+    if first == DOCKER_HUB and "/" not in repository:
+        repository = f"library/{repository}"
+    return first, repository, pinned if at else None
+
+
+@functools.cache
+def _names_host_paths(model: type[BaseModel]) -> frozenset[str]:
+    """Fields of *model* that hold a path on the host, by the mark in their type."""
+    return frozenset(
+        name
+        for name, field in model.model_fields.items()
+        if any(isinstance(mark, OnHost) for mark in field.metadata) or _marked(field.annotation)
+    )
+
+
+def _marked(annotation: Any) -> bool:
+    """Whether `OnHost` stands in ``Annotated[…]``, or in a union or tuple of such."""
+    marks = getattr(annotation, "__metadata__", ())
+    return any(isinstance(mark, OnHost) for mark in marks) or any(map(_marked, typing.get_args(annotation)))
