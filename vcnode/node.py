@@ -251,6 +251,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             max_entries=settings.limits.journal_entries,
             max_age_s=settings.limits.journal_age_s,
             max_unpublished=settings.limits.outbox_events,
+            mock=mock,
         )
         await _tell_rebuilt(store, pods)
         tasks.spawn(_after_rebuilds(store, pods, standing), name="rebuilds of the database")
@@ -413,6 +414,8 @@ def _join_bus(
         max_request_bytes=settings.limits.request_bytes,
         observer=metrics,
         clock=_now,
+        audits=settings.audit_events,
+        trusts_request_info=settings.nats.trust_request_info,
     )
     publisher = EventPublisher(
         connection,

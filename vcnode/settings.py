@@ -82,6 +82,12 @@ class NatsSettings(Group):
     """Age in seconds at which a durable command that nobody took is dropped, if this node makes the queue."""
     stream_storage: Literal["file", "memory"] = "file"
     """Where streams and buckets are kept that this node makes; ``memory`` ends with the NATS server."""
+    actor: str | None = Field(default=None, min_length=1, max_length=256)
+    """What a client says of itself with each command; audit events have it as a claim. Default: on the
+    command line the user's name and host, else nothing."""
+    trust_request_info: bool = False
+    """Whether the header ``Nats-Request-Info`` of a command can only be the NATS server's own: set it where
+    all commands come from other accounts. Audit events then call their sender verified."""
     lease_s: float = Field(default=30.0, ge=1)
     """Seconds after which a node that is not heard of loses its name; renewed three times as often."""
 
@@ -402,6 +408,9 @@ class Settings(BaseSettings):
     """Default of ``pod.stop``: seconds that containers and guest may take."""
     audit_interval_s: float = Field(default=300.0, ge=0)
     """Seconds between two looks for what is on the host and no pod's, which is removed; 0: at start only."""
+    audit_events: bool = True
+    """Whether an event ``audit.*`` tells of each command that may change something: who, what, what came of
+    it."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
     """Seconds that running commands may take when the node agent stops."""
     metrics_address: str = "127.0.0.1:9750"

@@ -88,8 +88,8 @@ def _patches() -> Iterator[Any]:
     dispatch, answer = Dispatcher.dispatch, Dispatcher.answer
     emit, request, parse = Tx.emit, Requester.request, Event.model_validate_json
 
-    async def checked_dispatch(self: Any, verb: str, headers: Any, body: bytes) -> Any:
-        outcome = await dispatch(self, verb, headers, body)
+    async def checked_dispatch(self: Any, verb: str, headers: Any, body: bytes, **options: Any) -> Any:
+        outcome = await dispatch(self, verb, headers, body, **options)
         check_exchange(verb, body, outcome.body, ok=outcome.ok)
         return outcome
 

@@ -33,11 +33,14 @@ from vcnode.errors import InvalidArgumentError, NodeError, VcnodeError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.outcome import Outcome
 from vcnode.models import wire
+from vcnode.models.audit import AuditRecord
 from vcnode.models.base import JsonObject
 from vcnode.models.commands import COMMANDS
 from vcnode.models.events import EventKind
 from vcnode.models.subjects import Subjects
 from vcnode.pods.received import Receipt
+from vcnode.pods.stored import Stored
+from vcnode.pods.trail import concluded
 from vcnode.settings import NatsSettings
 
 if TYPE_CHECKING:
@@ -86,7 +89,14 @@ class Received(Protocol):
         """Count a delivery."""
         ...
 
-    async def conclude(self, message: str, kind: EventKind, command_id: str, data: JsonObject) -> None:
+    async def conclude(
+        self,
+        message: str,
+        kind: EventKind,
+        command_id: str,
+        data: JsonObject,
+        audit: AuditRecord | None = None,
+    ) -> None:
         """Tell the outcome, once."""
         ...
 
@@ -315,11 +325,22 @@ class DurableCommands:
             return False
         kind, data = tell(held.verb, outcome, deliveries=receipt.deliveries, max_deliveries=MAX_DELIVERIES)
         command_id = outcome.headers[wire.COMMAND_ID]
-        told = await self._surely(lambda: self._tell(held.message, kind, command_id, data))
+        audit = None
+        if outcome.audit is not None:
+            stored = Stored(outcome.ok, outcome.body, None if outcome.ok else outcome.code, outcome.number)
+            audit = concluded(outcome.audit, stored)
+        told = await self._surely(lambda: self._tell(held.message, kind, command_id, data, audit))
         return told is not None
 
-    async def _tell(self, message: str, kind: EventKind, command_id: str, data: JsonObject) -> bool:
-        await self._received.conclude(message, kind, command_id, data)
+    async def _tell(
+        self,
+        message: str,
+        kind: EventKind,
+        command_id: str,
+        data: JsonObject,
+        audit: AuditRecord | None,
+    ) -> bool:
+        await self._received.conclude(message, kind, command_id, data, audit)
         return True
 
     async def _carry_out(self, held: _Held) -> Outcome | None:
@@ -348,7 +369,7 @@ class DurableCommands:
         except VcnodeError as exc:
             return self._dispatcher.refuse(held.verb, held.headers, exc)
         try:
-            return await self._dispatcher.dispatch(held.verb, held.headers, held.body)
+            return await self._dispatcher.dispatch(held.verb, held.headers, held.body, way="cmd")
         finally:
             slot.free()
 

@@ -13,8 +13,10 @@ must come at once.
 from __future__ import annotations
 
 import asyncio
+import getpass
 import inspect
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -138,7 +140,8 @@ class Cli:
         from vcnode.cli.settings import load
 
         flags = {"url": self.options.nats_url, "prefix": self.options.prefix}
-        return load(self.options.config, nats=flags).nats
+        found = load(self.options.config, nats=flags).nats
+        return found if found.actor is not None else found.model_copy(update={"actor": who_runs_this()})
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
@@ -162,6 +165,15 @@ class Cli:
         """
         async with self.client() as client:
             yield client.node(self.options.node or await only_node(client))
+
+
+def who_runs_this() -> str | None:
+    """The user and host that a command is typed by and on, for audit events; None if that has no name."""
+    try:
+        name = f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # no entry in passwd
+        return None
+    return name[:256] if name.isascii() and name.isprintable() else None
 
 
 async def only_node(client: Client) -> str:

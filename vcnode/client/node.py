@@ -686,7 +686,7 @@ class NodeClient(StreamMethods):
         command = COMMANDS.get(verb)
         if command is None or not command.mutates:
             raise InvalidArgumentError.field("verb", f"{verb!r} is no command that changes something")
-        headers = _headers(options)
+        headers = _headers(options, self._requester.actor)
         command_id = headers.setdefault(wire.COMMAND_ID, f"c-{uuid.uuid4().hex}")
         try:
             await self._requester.enqueue(
@@ -703,7 +703,7 @@ class NodeClient(StreamMethods):
         """Send one command and read its reply."""
         command = COMMANDS[verb]
         deadline_s = options.get("deadline_s")
-        headers = _headers(options)
+        headers = _headers(options, self._requester.actor)
         if command.mutates:
             headers.setdefault(wire.COMMAND_ID, f"c-{uuid.uuid4().hex}")
         try:
@@ -737,8 +737,8 @@ class NodeClient(StreamMethods):
         )
 
 
-def _headers(options: Read | Change) -> dict[str, str]:
-    headers = {}
+def _headers(options: Read | Change, actor: str | None) -> dict[str, str]:
+    headers = {} if actor is None else {wire.ACTOR: actor}
     if (command_id := options.get("command_id")) is not None:
         headers[wire.COMMAND_ID] = str(command_id)
     if (deadline_s := options.get("deadline_s")) is not None:

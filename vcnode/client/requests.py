@@ -123,6 +123,11 @@ class Requester:
         self._last_error: Exception | None = None
 
     @property
+    def actor(self) -> str | None:
+        """What this client says of itself with each command."""
+        return self._settings.actor
+
+    @property
     def client(self) -> SturdyClient:
         """The connection itself."""
         return self._client

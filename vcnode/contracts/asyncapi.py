@@ -43,6 +43,15 @@ _REQUEST_HEADERS: dict[str, JsonObject] = {
         "description": "The command is refused unless the pod has this revision.",
     },
     wire.TRACEPARENT: {"type": "string", "description": "W3C trace context."},
+    wire.ACTOR: {
+        "type": "string",
+        "pattern": "^[ -~]{1,256}$",
+        "description": "Who sends it, by his own word; audit events have it as a claim.",
+    },
+    wire.REQUEST_INFO: {
+        "type": "string",
+        "description": "Who sends it, as JSON; added by the NATS server to what comes from another account.",
+    },
 }
 _REPLY_HEADERS: dict[str, JsonObject] = {
     wire.COMMAND_ID: {"type": "string", "description": "Id of the command, given or made."},

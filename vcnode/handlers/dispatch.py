@@ -18,7 +18,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol, cast
 
@@ -33,17 +33,20 @@ from vcnode.errors import (
     UnavailableError,
     VcnodeError,
 )
+from vcnode.handlers import auditing
 from vcnode.handlers import headers as meta_headers
+from vcnode.handlers.auditing import Way
 from vcnode.handlers.decode import decode, decode_again
 from vcnode.handlers.lanes import Lanes, Slot
 from vcnode.handlers.outcome import Outcome, as_duplicate, error_outcome, from_stored, with_id
 from vcnode.handlers.routes import AT_ONCE, ROUTES
 from vcnode.handlers.services import Services
 from vcnode.models import wire
+from vcnode.models.audit import AuditRecord
 from vcnode.models.base import Reply, Request
 from vcnode.models.call import Call
 from vcnode.models.commands import COMMANDS, Command
-from vcnode.pods.journal import Stored
+from vcnode.pods.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,9 @@ JOURNAL_TIMEOUT_S = 30.0
 class Journal(Protocol):
     """What dispatch needs of `vcnode.pods.journal.Journal`."""
 
-    async def begin(self, command_id: str, verb: str, digest: str) -> Stored | None:
+    async def begin(
+        self, command_id: str, verb: str, digest: str, audit: AuditRecord | None = None
+    ) -> Stored | None:
         """Note a command as in progress (None), or find the reply that it got before."""
         ...
 
@@ -89,6 +94,8 @@ class _Prepared:
     deadline: float
     """Loop time at which these have passed."""
     digest: str
+    audit: AuditRecord | None
+    """What is to be told of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,8 @@ class Dispatcher:
         max_request_bytes: Largest body.
         observer: Hears how each command ended.
         clock: The time of day, with zone.
+        audits: Whether commands that may change something are told of in audit events.
+        trusts_request_info: Whether the NATS server's word on a sender cannot be somebody else's.
     """
 
     def __init__(
@@ -123,7 +132,11 @@ class Dispatcher:
         max_request_bytes: int,
         observer: Observer,
         clock: Callable[[], datetime],
+        audits: bool = False,
+        trusts_request_info: bool = False,
     ) -> None:
+        self._audits = audits
+        self._trusts_request_info = trusts_request_info
         self._services = services
         self._journal = journal
         self._lanes = Lanes(max_concurrent, max_waits)
@@ -162,13 +175,16 @@ class Dispatcher:
         self._observer.command_done(verb, outcome.code, 0.0)
         return outcome
 
-    async def dispatch(self, verb: str, headers: Mapping[str, str], body: bytes) -> Outcome:
+    async def dispatch(
+        self, verb: str, headers: Mapping[str, str], body: bytes, *, way: Way = "rpc"
+    ) -> Outcome:
         """Carry out one command.
 
         Args:
             verb: Such as ``pod.create``.
             headers: As received.
             body: As received.
+            way: How it came.
 
         Returns:
             The reply, for errors of every kind too. A cancellation (the node stops) is answered with
@@ -184,7 +200,7 @@ class Dispatcher:
             meta = meta_headers.parse(headers)
             command_id = meta.command_id or command_id
             with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
-                return await self._run(self._prepare(verb, meta, command_id, body))
+                return await self._run(self._prepare(verb, meta, command_id, body, way))
 
         outcome = await _settled(verb, work())
         self._observer.command_done(verb, outcome.code, time.monotonic() - started)
@@ -234,7 +250,9 @@ class Dispatcher:
             )
         return seconds
 
-    def _prepare(self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes) -> _Prepared:
+    def _prepare(
+        self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes, way: Way
+    ) -> _Prepared:
         command = _command(verb)
         if self._draining and command.mutates:
             raise UnavailableError("The node is stopping and takes no new commands.")
@@ -252,7 +270,18 @@ class Dispatcher:
             traceparent=meta.traceparent,
         )
         digest = digest_of(request) if command.mutates else ""
-        return _Prepared(command, request, call, seconds, deadline, digest)
+        audit = None
+        if command.mutates and self._audits:
+            audit = auditing.begin(
+                verb,
+                command_id,
+                request,
+                meta,
+                way=way,
+                now=self._clock(),
+                trusted=self._trusts_request_info,
+            )
+        return _Prepared(command, request, call, seconds, deadline, digest, audit)
 
     async def _run(self, prepared: _Prepared) -> Outcome:
         if not prepared.command.mutates:
@@ -289,11 +318,12 @@ class Dispatcher:
             return as_duplicate(from_stored(stored))
         outcome = await _settled(prepared.call.verb, self._handle(prepared), begun=True)
         await self._conclude(prepared.call.command_id, outcome)
-        return outcome
+        # What the journal has forgotten is told by whoever gives up repeating it, if anybody does.
+        return replace(outcome, audit=prepared.audit) if outcome.retryable else outcome
 
     async def _begin(self, prepared: _Prepared) -> Stored | None:
         command_id = prepared.call.command_id
-        begin = self._journal.begin(command_id, prepared.call.verb, prepared.digest)
+        begin = self._journal.begin(command_id, prepared.call.verb, prepared.digest, prepared.audit)
         try:
             return await aio.finish(begin, timeout_s=JOURNAL_TIMEOUT_S)
         except TimeoutError as exc:

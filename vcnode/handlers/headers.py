@@ -13,6 +13,7 @@ from vcnode.models import wire
 _COMMAND_ID = re.compile(wire.COMMAND_ID_PATTERN)
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _REVISION = re.compile(r"[1-9]\d{0,17}", re.ASCII)
+_ACTOR = re.compile(r"[\x20-\x7e]{1,256}", re.ASCII)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -25,6 +26,10 @@ class Meta:
     deadline: datetime | None = None
     expected_revision: int | None = None
     traceparent: str | None = None
+    actor: str | None = None
+    """What the sender says of himself."""
+    request_info: str | None = None
+    """What the NATS server says of the sender, as JSON."""
 
 
 _NOTHING = Meta()
@@ -52,12 +57,16 @@ def parse(headers: Mapping[str, str]) -> Meta:
     revision = value_of(wire.EXPECTED_REVISION)
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InvalidArgumentError.field(wire.EXPECTED_REVISION, "must be a positive decimal number")
+    if (actor := value_of(wire.ACTOR)) is not None and not _ACTOR.fullmatch(actor):
+        raise InvalidArgumentError.field(wire.ACTOR, "must be 1 to 256 printable ASCII characters")
     trace = value_of(wire.TRACEPARENT)
     return Meta(
         command_id=command_id,
         deadline=_deadline(value_of(wire.DEADLINE)),
         expected_revision=None if revision is None else int(revision),
         traceparent=trace if trace is not None and _TRACEPARENT.fullmatch(trace) else None,
+        actor=actor,
+        request_info=value_of(wire.REQUEST_INFO),
     )
 
 

@@ -16,7 +16,8 @@ from vcnode.errors import (
     VcnodeError,
 )
 from vcnode.models import wire
-from vcnode.pods.journal import Stored
+from vcnode.models.audit import AuditRecord
+from vcnode.pods.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Outcome:
     number: int | None = None
     """The error's number; None when the command succeeded."""
     retryable: bool = False
+    audit: AuditRecord | None = None
+    """What is still to be told of it if this outcome stays; None: nothing, or the journal has told it."""
     quiet: bool = False
     """Whether a node that was asked among all does not answer at all."""
 
@@ -118,7 +121,7 @@ def from_stored(stored: Stored) -> Outcome:
 
 def as_duplicate(outcome: Outcome) -> Outcome:
     """Mark a reply as one that was not made anew."""
-    return replace(outcome, headers={**outcome.headers, wire.DUPLICATE: "true"})
+    return replace(outcome, headers={**outcome.headers, wire.DUPLICATE: "true"}, audit=None)
 
 
 def with_id(outcome: Outcome, command_id: str) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from vcnode.models.audit import AuditRecord
 from vcnode.models.base import JsonObject, Reply
 from vcnode.models.events import EventKind
 from vcnode.models.fleet import DrainProgress, DrainReport, NodeStanding
@@ -107,6 +108,9 @@ _SPECIAL: dict[EventKind, type[BaseModel]] = {
     EventKind.COMMAND_DONE: CommandOutcome,
     EventKind.COMMAND_EXPIRED: CommandOutcome,
     EventKind.COMMAND_REJECTED: CommandOutcome,
+    EventKind.AUDIT_DONE: AuditRecord,
+    EventKind.AUDIT_FAILED: AuditRecord,
+    EventKind.AUDIT_DENIED: AuditRecord,
     EventKind.NODE_STARTED: NodeFacts,
     EventKind.NODE_STOPPING: NodeFacts,
     EventKind.NODE_RECOVERED: NodeRecovered,

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from vcnode.errors import AbortedError, AlreadyExistsError, ResourceExhaustedError
+from vcnode.models.audit import AuditRecord
 from vcnode.models.commands import COMMANDS
 from vcnode.models.events import Event
 from vcnode.models.records import PodRecord
 from vcnode.pods.store import Store, Tx
+from vcnode.pods.stored import Stored
+from vcnode.pods.trail import concluded, tell
 
 PRUNE_EVERY = 256
 """The journal is pruned once per so many finished commands; it may exceed its bound by as many."""
@@ -32,20 +35,6 @@ _LAST_EVENT = {
 }
 """Commands that are done once this event of theirs is committed, and have its data as their reply."""
 RESTARTED = "The node restarted while this command ran; ask for the pod's status."
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A reply as it was sent."""
-
-    ok: bool
-    """Whether the command succeeded."""
-    body: bytes
-    """The reply's body, or the error's."""
-    code: str | None = None
-    """The error's code, such as ``not_found``; None if it succeeded."""
-    number: int | None = None
-    """The error's number, such as 404; None if it succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +56,35 @@ class Journal:
         max_entries: Replies kept; the oldest go first.
         max_age_s: Age in seconds at which a reply is forgotten.
         max_unpublished: At so many unpublished events no command is begun.
+        mock: Whether the node only pretends; marks the events.
     """
 
-    def __init__(self, store: Store, *, max_entries: int, max_age_s: float, max_unpublished: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_entries: int,
+        max_age_s: float,
+        max_unpublished: int,
+        mock: bool = False,
+    ) -> None:
         self._store = store
+        self._mock = mock
         self._max_entries = max_entries
         self._max_age_s = max_age_s
         self._max_unpublished = max_unpublished
         self._finished_count = 0
 
-    async def begin(self, command_id: str, verb: str, digest: str) -> Stored | None:
+    async def begin(
+        self, command_id: str, verb: str, digest: str, audit: AuditRecord | None = None
+    ) -> Stored | None:
         """Note a command, or find the reply that it got before.
 
         Args:
             command_id: Its idempotency key.
             verb: What it is.
             digest: Digest of its body.
+            audit: What is to be told of it, once, together with its outcome; None: nothing.
 
         Returns:
             None: it is new, and committed as in progress. Otherwise its reply.
@@ -107,8 +109,8 @@ class Journal:
                     unpublished=tx.unpublished_count,
                 )
             tx.execute(
-                "INSERT INTO journal (command_id, verb, digest, started_at) VALUES (?, ?, ?, ?)",
-                (command_id, verb, digest, self._now()),
+                "INSERT INTO journal (command_id, verb, digest, started_at, audit) VALUES (?, ?, ?, ?, ?)",
+                (command_id, verb, digest, self._now(), None if audit is None else audit.model_dump_json()),
             )
             return None
 
@@ -178,11 +180,14 @@ class Journal:
         return found
 
     def _finish(self, tx: Tx, command_id: str, stored: Stored) -> None:
-        tx.execute(
+        row = tx.execute(
             "UPDATE journal SET finished_at = ?, ok = ?, code = ?, number = ?, body = ? "
-            "WHERE command_id = ? AND finished_at IS NULL",
+            "WHERE command_id = ? AND finished_at IS NULL RETURNING audit",
             (self._now(), int(stored.ok), stored.code, stored.number, stored.body, command_id),
-        )
+        ).fetchone()
+        if row is not None and row[0] is not None:
+            record = AuditRecord.model_validate_json(row[0])
+            tell(tx, concluded(record, stored), time=self._store.clock(), mock=self._mock)
 
     def _prune(self, tx: Tx) -> None:
         tx.execute("DELETE FROM journal WHERE finished_at < ?", (self._now() - self._max_age_s,))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vcnode.models.audit import AuditRecord
 from vcnode.models.base import JsonObject
 from vcnode.models.events import EventKind
 from vcnode.pods.store import Store, Tx
+from vcnode.pods.trail import tell
 
 PRUNE_EVERY = 256
 """Old entries are removed once per so many outcomes."""
@@ -61,8 +63,17 @@ class Received:
 
         return await self._store.write(receive)
 
-    async def conclude(self, message: str, kind: EventKind, command_id: str, data: JsonObject) -> None:
+    async def conclude(
+        self,
+        message: str,
+        kind: EventKind,
+        command_id: str,
+        data: JsonObject,
+        audit: AuditRecord | None = None,
+    ) -> None:
         """Emit the outcome of *message* as an event; no effect if it has been told before.
+
+        *audit* is told along with it: what the journal has not told.
 
         Raises:
             ResourceExhaustedError, StorageError: The database cannot be written; neither event nor mark.
@@ -86,6 +97,8 @@ class Received:
                     mock=self._mock,
                     command_id=command_id,
                 )
+                if audit is not None:
+                    tell(tx, audit, time=self._store.clock(), mock=self._mock)
             if prune:
                 self._prune(tx)
 

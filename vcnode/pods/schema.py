@@ -56,7 +56,12 @@ _VERSION_2 = (
     "CREATE INDEX received_at ON received (received_at)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
+_VERSION_3 = (
+    # what the audit event of a command will say, until its outcome is known; NULL: it has none
+    "ALTER TABLE journal ADD COLUMN audit TEXT",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 """Statements that lead from version n to n + 1; only ever appended to."""
 
 

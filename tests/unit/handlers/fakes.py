@@ -51,7 +51,7 @@ from vcnode.models.sessions import (
     SessionSubjects,
 )
 from vcnode.models.stats import PodStats, PodStatsOf
-from vcnode.pods.journal import Stored
+from vcnode.pods.stored import Stored
 from vcnode.settings import Settings
 
 NOW = datetime(2031, 5, 6, 7, 8, 9, tzinfo=UTC)
@@ -324,7 +324,7 @@ class MemoryJournal:
         self.begin_gate: Gate | None = None
         self.finish_error: Exception | None = None
 
-    async def begin(self, command_id: str, verb: str, digest: str) -> Stored | None:
+    async def begin(self, command_id: str, verb: str, digest: str, audit: Any = None) -> Stored | None:
         if self.begin_gate is not None:
             await self.begin_gate.pass_through()
         if command_id in self.stored:
@@ -395,6 +395,7 @@ class World:
         max_request_bytes: int = 64 * 1024,
         node_name: str = "n1",
         clock: Callable[[], datetime] = lambda: NOW,
+        **options: Any,
     ) -> None:
         self.pods = FakePods()
         self.journal = MemoryJournal() if journal is None else journal
@@ -424,4 +425,5 @@ class World:
             max_request_bytes=max_request_bytes,
             observer=self.counter,
             clock=clock,
+            **options,
         )

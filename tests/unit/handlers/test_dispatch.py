@@ -349,7 +349,7 @@ async def test_a_command_cancelled_while_the_journal_writes_leaves_no_entry(task
 async def test_a_journal_that_cannot_begin_stops_the_command() -> None:
     world = World()
 
-    async def begin(command_id: str, verb: str, digest: str) -> None:
+    async def begin(command_id: str, verb: str, digest: str, audit: object) -> None:
         raise StorageError("The node's database failed; nothing was changed.")
 
     world.journal.begin = begin

@@ -19,11 +19,12 @@ from vcnode.models.pod import AgentType, HypervisorType, PodSpec, PodState, PodS
 from vcnode.models.records import PodRecord
 from vcnode.pods import salvage
 from vcnode.pods import store as store_module
-from vcnode.pods.journal import RESTARTED, Journal, Stored
+from vcnode.pods.journal import RESTARTED, Journal
 from vcnode.pods.outbox import Outbox
 from vcnode.pods.salvage import damaged_files
 from vcnode.pods.statuses import pod_status
 from vcnode.pods.store import Store, Tx
+from vcnode.pods.stored import Stored
 
 CLOCK = Clock()
 

@@ -15,7 +15,7 @@ def found(checks: tuple[traces.Check, ...]) -> dict[str, tuple[str, ...]]:
 
 def test_nothing_left(short_dir: Path) -> None:
     assert found(traces.of_demo(short_dir)) == {}
-    assert found(traces.of_pod(short_dir, traces.Held("vm-1"))) == {}
+    assert found(traces.of_pod(short_dir, traces.Held("vm-none-1"))) == {}
 
 
 def test_a_process_that_names_the_directory_is_found(short_dir: Path) -> None:
@@ -46,20 +46,20 @@ def test_a_mount_is_found_even_below_a_name_with_blanks(short_dir: Path) -> None
 
 
 def test_other_vms_are_not_the_pods(short_dir: Path) -> None:
-    for vm_id in ("vm-1", "vm-2"):
+    for vm_id in ("vm-none-1", "vm-none-2"):
         (short_dir / "run/vms" / vm_id).mkdir(parents=True)
 
-    left = found(traces.of_pod(short_dir, traces.Held("vm-1")))
+    left = found(traces.of_pod(short_dir, traces.Held("vm-none-1")))
 
-    assert left == {"directory or socket of the VM": (str(short_dir / "run/vms/vm-1"),)}
+    assert left == {"directory or socket of the VM": (str(short_dir / "run/vms/vm-none-1"),)}
 
 
 def test_network_leftovers_are_found(short_dir: Path) -> None:
     namespace = short_dir / "netns"
     namespace.touch()
 
-    assert list(traces.links(traces.Held("vm-1", str(namespace), ("lo", "no-such-tap")))) == [
+    assert list(traces.links(traces.Held("vm-none-1", str(namespace), ("lo", "no-such-tap")))) == [
         str(namespace),
         "lo",
     ]
-    assert list(traces.links(traces.Held("vm-1", str(short_dir / "gone")))) == []
+    assert list(traces.links(traces.Held("vm-none-1", str(short_dir / "gone")))) == []
