@@ -63,6 +63,7 @@ from vcnode.models.node import NodeLease
 from vcnode.models.pod import AgentType, ContainerState, HypervisorType, PodState
 from vcnode.models.sessions import SessionKind
 from vcnode.models.subjects import Subjects
+from vcnode.pods import keyring
 from vcnode.pods.fleet import FleetService
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
@@ -135,7 +136,12 @@ def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_po
             NetworkModel.BRIDGE: BridgeNetwork(settings.bridge, mark_of(settings), Nft.find()),
         },
         storage=LocalStorage(
-            settings.state_dir, settings.run_dir, settings.host_paths, settings.images, around=around
+            settings.state_dir,
+            settings.run_dir,
+            settings.host_paths,
+            settings.images,
+            around=around,
+            secret_dirs=settings.policy.secret_dirs,
         ),
     )
 
@@ -155,7 +161,13 @@ def _mock_drivers(settings: Settings, plan: FaultPlan, tasks: Spawner) -> Driver
                 for model in (NetworkModel.BRIDGE, NetworkModel.CNI, NetworkModel.CNM)
             },
         },
-        storage=MockStorage(settings.host_paths, run_dir=settings.run_dir, faults=plan, world=host.storage),
+        storage=MockStorage(
+            settings.host_paths,
+            run_dir=settings.run_dir,
+            secret_dirs=settings.policy.secret_dirs,
+            faults=plan,
+            world=host.storage,
+        ),
     )
     return drivers.watched(before=host.save, after=host.save)
 
@@ -244,6 +256,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             metrics=metrics,
             clock=_now,
             takes_pods=standing.check_takes_pods,
+            keys=keyring.load(settings.state_dir, settings.secrets.key_files),
         )
         stack.push_async_callback(pods.close)
         journal = Journal(
@@ -498,6 +511,7 @@ def _lease(settings: Settings, pods: PodService, service: NodeService, identity:
         templates=tuple(sorted(shapes)),
         images=tuple(sorted(pods.image_names)[:MAX_LEASE_IMAGES]),
         queued_starts=pods.queued_starts,
+        xkeys=pods.public_keys,
     )
 
 

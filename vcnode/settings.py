@@ -258,7 +258,8 @@ class ImageRule(Group):
 
 class PolicySettings(Group):
     """What callers may ask for, whoever they are. A refusal (``permission_denied``) names the setting here.
-    Without this group everything is allowed but host devices and parameters of kernel and hypervisor."""
+    Without this group everything is allowed but secrets in files of the host, its devices, and parameters of
+    kernel and hypervisor."""
 
     host_paths: tuple[Path, ...] | None = None
     """Roots, volumes and imports must lie below one of these, which must lie below ``allowed_roots``; links
@@ -272,6 +273,9 @@ class PolicySettings(Group):
     default set (docs/containers.md). Default: any. They reach no further than the pod's own guest."""
     guest_exec: bool = True
     """Whether commands may run in a guest itself, outside of its containers, with all capabilities there."""
+    secret_dirs: tuple[Path, ...] = ()
+    """Directories of the host whose files may be given to containers as secrets. Default: none. What lies
+    there can be had by everybody who may command the node; links that lead out are not followed."""
     devices: tuple[str, ...] = ()
     """Devices of the host that pods may have, as paths; ``*`` stands for any letters. Default: none."""
     kernel_params: tuple[str, ...] = ()
@@ -288,6 +292,14 @@ class PolicySettings(Group):
     """Most MiB of all writable disks of one pod together."""
     max_containers: int | None = Field(default=None, ge=0)
     """Most containers of one pod."""
+
+
+class SecretSettings(Group):
+    """Keys that open sealed secrets, besides the node's own, which it makes in ``state_dir``."""
+
+    key_files: tuple[Path, ...] = ()
+    """Files with a seed (``SX…``) each, such as one that the whole fleet shares: what is sealed for it opens
+    on every node that has it. ``vcnode secret key`` makes one."""
 
 
 class LogSettings(Group):
@@ -433,6 +445,7 @@ class Settings(BaseSettings):
     cni: CniSettings = CniSettings()
     cnm: CnmSettings = CnmSettings()
     policy: PolicySettings = PolicySettings()
+    secrets: SecretSettings = SecretSettings()
     logs: LogSettings = LogSettings()
     stats: StatsSettings = StatsSettings()
     limits: LimitSettings = LimitSettings()

@@ -60,8 +60,9 @@ async def test_it_runs_a_pod_and_follows_its_events(mock_node: Node, nats_server
     assert {"pod.created", "container.created", "pod.started", "container.started", "pod.deleted"} <= set(
         kinds
     )
+    # Others of the node's events, such as audit.done, come in between.
     numbers = [int(event["sequence"]) for event in events]
-    assert sorted(numbers) == list(range(min(numbers), max(numbers) + 1))
+    assert len(set(numbers)) == len(numbers)
 
 
 async def test_it_shows_what_the_node_refuses(mock_node: Node, nats_server: NatsServer) -> None:

@@ -23,6 +23,7 @@ from vcnode.cli import (
     pods,
     policy,
     ports,
+    secrets,
     sessions,
     stats,
     top,
@@ -45,6 +46,7 @@ app.add_typer(guest.app, name="guest")
 app.add_typer(contracts.app, name="contracts")
 app.add_typer(nats.app, name="nats")
 app.add_typer(policy.app, name="policy")
+app.add_typer(secrets.app, name="secret")
 app.add_typer(sessions.app, name="session")
 sessions.register(app, containers.app)
 files.register(app, containers.app)

@@ -711,6 +711,15 @@ class Storage(Protocol):
         """
         ...
 
+    async def read_secret(self, path: str) -> bytes:
+        """What a file below the directories of secrets holds.
+
+        Raises:
+            InvalidArgumentError: Outside of them, links resolved; no plain file; or too long.
+            NotFoundError: It does not exist.
+        """
+        ...
+
     async def share(self, vm_id: str, name: str, path: str) -> None:
         """Make the host directory *path* appear as ``shared/<name>`` of the VM; checks as `check_rootfs`."""
         ...

@@ -33,7 +33,7 @@ OPERATIONS = frozenset(
         " list_containers execute ping shutdown",
         "network": "prepare attach open_taps detach recover held free",
         "storage": "make_vm_dir remove_vm_dir check_rootfs share unshare build_image image_file image_files"
-        " remove_image pull_image blank_image make_layer remove_layer held write_note read_notes",
+        " remove_image pull_image blank_image make_layer remove_layer held write_note read_notes read_secret",
     }.items()
     for verb in verbs.split()
 ) | {"vm"}

@@ -126,7 +126,7 @@ def _of_guest(guest: MockGuest) -> _Guest:
         config=None if guest.config is None else guest.config.model_copy(update={"entropy": b""}),
         containers=[
             _Container(
-                spec=container.spec,
+                spec=_veiled(container.spec),
                 running=container.is_running,
                 exit_code=container.exit_code,
                 finished_at=container.finished_at,
@@ -134,6 +134,14 @@ def _of_guest(guest: MockGuest) -> _Guest:
             for container in guest.containers.values()
         ],
     )
+
+
+def _veiled(spec: GuestContainer) -> GuestContainer:
+    """The container without its secrets: they are in the guest's memory, never in a file."""
+    if not spec.secret_envs and not spec.secrets:
+        return spec
+    envs = tuple((name, "***" if name in spec.secret_envs else value) for name, value in spec.process.envs)
+    return spec.model_copy(update={"process": spec.process.model_copy(update={"envs": envs}), "secrets": ()})
 
 
 def _to_guest(config: GuestConfig | None, containers: Sequence[_Container]) -> MockGuest:

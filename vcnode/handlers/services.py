@@ -58,6 +58,8 @@ from vcnode.settings import Settings
 class Pods(Protocol):
     """What the handlers need of `vcnode.pods.service.PodService`, where each method is described."""
 
+    @property
+    def public_keys(self) -> tuple[str, ...]: ...
     def permit(self, request: Request) -> None: ...
     async def create(self, spec: PodSpec, call: Call, *, reservation: str | None = None) -> PodStatus: ...
     async def start(self, pod_id: str, call: Call) -> PodStatus: ...
@@ -231,6 +233,7 @@ class NodeService:
             mem_total_mib=total_mib,
             mem_available_mib=available_mib,
             allowed_roots=tuple(str(root) for root in settings.allowed_roots),
+            xkeys=self._pods.public_keys,
             pool=self._pods.pool_statuses(),
         )
 

@@ -83,6 +83,8 @@ class NodeInfo(Reply):
     """Memory that the host could still give, in MiB."""
     allowed_roots: tuple[str, ...]
     """Directories under which host paths must lie."""
+    xkeys: tuple[str, ...] = ()
+    """Public curve keys for which secrets may be sealed: the node's own, then those that it shares."""
     pool: tuple[PoolStatus, ...] = ()
     """Spare VMs that wait for pods; their memory is taken, but given up when a pod needs it."""
 
@@ -145,6 +147,8 @@ class NodeLease(Reply):
     """Names of images at hand, in their order; at most 64."""
     queued_starts: int = 0
     """Pods that wait to be started."""
+    xkeys: tuple[str, ...] = ()
+    """Public curve keys for which secrets may be sealed: the node's own, then those that it shares."""
 
 
 class NodePing(Reply):

@@ -21,6 +21,7 @@ from vcnode.models.base import (
 )
 from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
 from vcnode.models.probes import Probes
+from vcnode.models.secrets import MAX_SECRETS, Sealed, SecretFile, SecretPath, check_one
 from vcnode.models.signals import Signal
 
 MIN_MEM_SIZE_MIB = 128
@@ -96,8 +97,17 @@ class EnvVar(Request):
 
     var: Annotated[str, StringConstraints(pattern=r"^[^=\x00]+$", max_length=4096)]
     """Name."""
-    value: Annotated[NoNul, StringConstraints(max_length=131072)]
-    """Value."""
+    value: Annotated[NoNul, StringConstraints(max_length=131072)] | None = None
+    """Value, for everybody to see who sees the request or the node's database."""
+    sealed: Sealed | None = None
+    """Value, sealed for the node (docs/security.md); UTF-8 without NUL."""
+    file: SecretPath | None = None
+    """The value is what this file on the host holds when the process is made, without a last newline."""
+
+    @model_validator(mode="after")
+    def _one_value(self) -> Self:
+        check_one({"value": self.value, "sealed": self.sealed, "file": self.file})
+        return self
 
 
 class Rlimit(Request):
@@ -173,6 +183,8 @@ class ContainerSpec(Request):
     """Main process."""
     resources: ContainerResources = ContainerResources()
     """Limits."""
+    secrets: tuple[SecretFile, ...] = Field(default=(), max_length=MAX_SECRETS)
+    """Files that only the container sees, in its ``/run/secrets``."""
     stdin: bool = False
     """Whether ``container.attach`` can write to the main process's input; otherwise that is /dev/null."""
     tty: bool = False
@@ -201,6 +213,9 @@ class ContainerSpec(Request):
         if self.rootfs is not None and not self.cmd.args:
             raise ValueError("'cmd.args' is required with 'rootfs' (only an image has a default command)")
         _check_max_restarts(self.restart_policy, self.max_restarts)
+        names = [secret.name for secret in self.secrets]
+        if len(set(names)) < len(names):
+            raise ValueError("'secrets' must have distinct names")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vcnode.models.base import Moment
 from vcnode.models.network import DnsConfig, Endpoint, NetworkConfig, NetworkModel, NetworkNamespace
@@ -122,13 +122,24 @@ class ContainerRoot(Data):
     """With ``disk_id``: attached disk for what is written over the image. None: the guest's memory."""
 
 
+class GuestSecret(Data):
+    """A file in a container's ``/run/secrets``."""
+
+    name: str
+    """Its name there."""
+    mode: int
+    """Its permissions."""
+    data: bytes = Field(repr=False)
+    """Its content."""
+
+
 class GuestProcess(Data):
     """A process as the guest agent starts it; users and groups are resolved inside the root."""
 
     args: tuple[str, ...]
     """Program and arguments."""
-    envs: tuple[tuple[str, str], ...] = ()
-    """Environment."""
+    envs: tuple[tuple[str, str], ...] = Field(default=(), repr=False)
+    """Environment; secrets are in clear here, and nowhere before."""
     workdir: str = "/"
     """Working directory."""
     user: str = "0"
@@ -158,6 +169,10 @@ class GuestContainer(Data):
     """In its UTS namespace."""
     process: GuestProcess
     """Main process."""
+    secrets: tuple[GuestSecret, ...] = ()
+    """Files for it alone."""
+    secret_envs: tuple[str, ...] = ()
+    """Variables of its environment that nobody may write down."""
     resources: ContainerResources = ContainerResources()
     """cgroup limits."""
     probes: Probes = Probes()

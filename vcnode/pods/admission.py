@@ -95,6 +95,7 @@ class Admission:
             guest_process(spec, config)
         except InvalidArgumentError as exc:
             raise _placed(exc, where) from exc
+        await self.parts.secrets.check(spec, where)
         if spec.rootfs is not None:
             await self._check_rootfs(spec.rootfs, f"{where}.rootfs")
         return ContainerRecord(

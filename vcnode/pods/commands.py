@@ -38,8 +38,8 @@ from vcnode.pods.lifecycle import (
 )
 from vcnode.pods.live import LivePod, require_live
 from vcnode.pods.locks import RESTART_CONTAINER
+from vcnode.pods.opened import opened_process
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
-from vcnode.pods.process import exec_process
 from vcnode.pods.release import remove_layers
 from vcnode.pods.statuses import container_id
 from vcnode.pods.watch import Watcher
@@ -215,9 +215,9 @@ class ContainerCommands:
         if container is not None:
             require(f"Container {pod_id}/{cid}", container.state, _CONTAINER_RUNNING, call.verb)
         if container is None:
-            process = exec_process(options.cmd, None)
+            process = await opened_process(self._parts.secrets, options.cmd, None)
         else:
-            process = exec_process(options.cmd, container.spec, container.image_config)
+            process = await opened_process(self._parts.secrets, options.cmd, container)
         live = self._live(record, call)
         what = f"The command in {pod_id if cid is None else f'{pod_id}/{cid}'}"
         try:

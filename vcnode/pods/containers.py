@@ -12,6 +12,7 @@ from vcnode.pods.lifecycle import CONTAINER_ALIVE
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
 from vcnode.pods.process import guest_process
+from vcnode.pods.secrets import secret_names
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.undo import UndoStack
 
@@ -138,12 +139,16 @@ class Containers:
             await live.vm.attach_disk(disk, timeout_s=REQUEST_LIMIT_S)
         if root.layer_disk_id is not None:
             await self._attach_layer(live, container, root.layer_disk_id)
+        spec = container.spec
+        opened = spec.model_copy(update={"cmd": await self._parts.secrets.cmd(spec.cmd)})
         wanted = GuestContainer(
             container_id=cid,
             root=root,
             readonly=container.spec.readonly_rootfs,
             hostname=hostname_of(record),
-            process=guest_process(container.spec, container.image_config),
+            process=guest_process(opened, container.image_config),
+            secrets=await self._parts.secrets.files(spec),
+            secret_envs=secret_names(spec.cmd),
             resources=container.spec.resources,
             probes=container.spec.probes,
             stop_signal=stop_signal(container),

@@ -62,6 +62,7 @@ class FleetService:
         )
         name, epoch = now.standing.node, self._pods.epoch
         reasons = bids.obstacles(request.pod, request.constraints, now)
+        reasons += [f"A secret is sealed for {key}." for key in self._pods.missing_keys(request.pod)]
         reasons += [f"{d.field}: {d.message} (rule {d.rule})." for d in self._pods.denials(request)]
         held_s = None
         if short := shortage(need, now.left):

@@ -22,6 +22,7 @@ from vcnode.pods.live import LivePod
 from vcnode.pods.locks import PodLocks
 from vcnode.pods.logs import LogPump
 from vcnode.pods.queue import StartQueue
+from vcnode.pods.secrets import Secrets
 from vcnode.settings import Settings
 
 REQUEST_LIMIT_S = 30.0
@@ -83,6 +84,8 @@ class Parts:
     clock: Callable[[], datetime]
     memory: Callable[[], HostMemory]
     logs: LogPump
+    secrets: Secrets
+    """Opens what only guests are to see."""
     starts: StartQueue
     """Bounds the pods that start at once."""
     forecast: Forecast = field(default_factory=Forecast)

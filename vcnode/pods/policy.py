@@ -24,6 +24,7 @@ from vcnode.models.commands import ContainerCreate, ImageImport, ImagePull, PodE
 from vcnode.models.node import ImageStatus
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 from vcnode.models.records import PodRecord
+from vcnode.models.secrets import HostSecret
 from vcnode.models.sessions import SessionExec
 from vcnode.pods.process import DEFAULT_CAPABILITIES
 from vcnode.settings import ImageRule, PolicySettings
@@ -143,8 +144,10 @@ def _value(value: _Value, policy: PolicySettings) -> Iterator[Denial]:
     name, content = value.name, value.content
     if content is None:
         return
-    if name in _names_host_paths(type(value.owner)):
-        yield from _host_path(content, value.path, policy)
+    if name in _marked_fields(type(value.owner), OnHost):
+        yield from _below(content, "host_paths", value.path, policy.host_paths)
+    elif name in _marked_fields(type(value.owner), HostSecret):
+        yield from _below(content, "secret_dirs", value.path, policy.secret_dirs)
     elif name == "capabilities" and isinstance(value.owner, Cmd):
         yield from _capabilities((content,), value.path, policy)
     elif name in ("devices", "kernel_params", "hypervisor_params"):
@@ -153,14 +156,13 @@ def _value(value: _Value, policy: PolicySettings) -> Iterator[Denial]:
         yield from _at_most(content, f"max_{name}", value.path, policy)
 
 
-def _host_path(path: str, field: str, policy: PolicySettings) -> Iterator[Denial]:
-    allowed = policy.host_paths
+def _below(path: str, setting: str, field: str, allowed: Sequence[Path] | None) -> Iterator[Denial]:
     if allowed is None:
         return
     tidy = Path("/" + os.path.normpath(path).lstrip("/"))
     if not any(tidy.is_relative_to(root) for root in allowed):
         names = ", ".join(map(str, allowed)) or "nothing"
-        yield Denial("policy.host_paths", field, f"{path!r} lies outside of what is allowed, {names}")
+        yield Denial(f"policy.{setting}", field, f"{path!r} lies outside of what is allowed, {names}")
 
 
 def _capabilities(
@@ -246,16 +248,18 @@ def split_reference(reference: str) -> tuple[str, str, str | None]:
 
 
 @functools.cache
-def _names_host_paths(model: type[BaseModel]) -> frozenset[str]:
-    """Fields of *model* that hold a path on the host, by the mark in their type."""
+def _marked_fields(model: type[BaseModel], mark: type) -> frozenset[str]:
+    """Fields of *model* that hold a path on the host, by the *mark* in their type."""
     return frozenset(
         name
         for name, field in model.model_fields.items()
-        if any(isinstance(mark, OnHost) for mark in field.metadata) or _marked(field.annotation)
+        if any(isinstance(each, mark) for each in field.metadata) or _marked(field.annotation, mark)
     )
 
 
-def _marked(annotation: Any) -> bool:
-    """Whether `OnHost` stands in ``Annotated[…]``, or in a union or tuple of such."""
+def _marked(annotation: Any, mark: type) -> bool:
+    """Whether *mark* stands in ``Annotated[…]``, or in a union or tuple of such."""
     marks = getattr(annotation, "__metadata__", ())
-    return any(isinstance(mark, OnHost) for mark in marks) or any(map(_marked, typing.get_args(annotation)))
+    return any(isinstance(each, mark) for each in marks) or any(
+        _marked(inner, mark) for inner in typing.get_args(annotation)
+    )

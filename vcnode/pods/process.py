@@ -157,7 +157,8 @@ def _process(
 
 
 def _merged(base: tuple[tuple[str, str], ...], cmd: Cmd) -> tuple[tuple[str, str], ...]:
-    return tuple({**dict(base), **{e.var: e.value for e in cmd.envs}}.items())
+    # A secret that was not opened (at admission: nothing runs there) counts as empty.
+    return tuple({**dict(base), **{e.var: e.value or "" for e in cmd.envs}}.items())
 
 
 def _split(cmd: Cmd, config: ImageConfig) -> tuple[str, str | None]:

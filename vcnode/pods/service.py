@@ -47,6 +47,7 @@ from vcnode.models.pod import (
 from vcnode.models.records import PodRecord
 from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.models.subjects import Subjects
+from vcnode.models.xkeys import CurveKey
 from vcnode.pods import host, policy
 from vcnode.pods.admission import Admission, agent_type_of, new_id
 from vcnode.pods.audit import Auditor
@@ -70,6 +71,7 @@ from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.release import remove_layers
 from vcnode.pods.restarts import Restarter
 from vcnode.pods.samples import PodSamples
+from vcnode.pods.secrets import Secrets
 from vcnode.pods.sessions import SessionRegistry
 from vcnode.pods.start import Starter
 from vcnode.pods.stats import StatsCommands
@@ -109,6 +111,7 @@ class PodService:
         clock: The current time, with its zone.
         sleep: Waits for restarts that are not due yet.
         memory: The host's memory.
+        keys: Open sealed secrets; the node's own first.
         takes_pods: Raises when the node takes no new pods; see `Standing.check_takes_pods`.
     """
 
@@ -130,6 +133,7 @@ class PodService:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         memory: Callable[[], host.HostMemory] = host.read_memory,
         takes_pods: Callable[[], None] = lambda: None,
+        keys: Sequence[CurveKey] = (),
     ) -> None:
         self.node_name = node_name
         self.epoch = epoch
@@ -170,6 +174,7 @@ class PodService:
             clock=clock,
             memory=memory,
             logs=self.logs,
+            secrets=Secrets(keys, storage.read_secret),
             starts=StartQueue(slots=settings.limits.concurrent_starts, places=settings.limits.queued_starts),
         )
         containers = Containers(parts)
@@ -360,6 +365,15 @@ class PodService:
         settings, parts = self._parts.settings, self._parts
         found = host.MOCK_HOST if self._mock else host.read_host(parts.memory(), settings.state_dir)
         return host.capacity(found, settings.capacity, pods=settings.limits.pods)
+
+    @property
+    def public_keys(self) -> tuple[str, ...]:
+        """For whom secrets of pods here may be sealed."""
+        return self._parts.secrets.public_keys
+
+    def missing_keys(self, spec: PodSpec) -> Sequence[str]:
+        """Keys that secrets of *spec* were sealed for and that this node does not have."""
+        return sorted({key for c in spec.containers for key in self._parts.secrets.sealed_for_others(c)})
 
     @property
     def image_names(self) -> Set[str]:

@@ -23,8 +23,8 @@ from vcnode.pods.edits import find_container
 from vcnode.pods.forwarding import ForwardWork
 from vcnode.pods.lifecycle import require
 from vcnode.pods.live import require_live
+from vcnode.pods.opened import opened_process
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
-from vcnode.pods.process import exec_process
 from vcnode.pods.sessions import LiveSession, SessionRegistry, Work
 
 _RUNNING = frozenset({PodState.RUNNING})
@@ -56,9 +56,9 @@ class StreamCommands:
                 _CONTAINER_RUNNING,
                 call.verb,
             )
-            process = exec_process(request.cmd, container.spec, container.image_config)
+            process = await opened_process(self._parts.secrets, request.cmd, container)
         else:
-            process = exec_process(request.cmd, None)
+            process = await opened_process(self._parts.secrets, request.cmd, None)
         tty = request.tty
         running = await guest.execute(
             process,

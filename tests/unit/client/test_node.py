@@ -39,6 +39,8 @@ class Message:
 class DirectRequester:
     """Hands requests straight to a dispatcher, and notes them."""
 
+    actor: str | None = None
+
     def __init__(self) -> None:
         self.world = World()
         self.sent: list[tuple[str, dict[str, Any], dict[str, str], float]] = []

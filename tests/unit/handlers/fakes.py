@@ -130,6 +130,10 @@ class FakePods:
     def count(self, method: str) -> int:
         return sum(name == method for name, _ in self.calls)
 
+    @property
+    def public_keys(self) -> tuple[str, ...]:
+        return ()
+
     def permit(self, request: Request) -> None:
         if self.denied is not None:
             raise self.denied

@@ -27,6 +27,7 @@ def test_every_kind_of_event_can_be_parsed_back_and_found_by_its_filters(kind: E
         "node": "n1",
         "image": "image/a.b/c:1",
         "command": "command/x",
+        "audit": "command/x",
     }[kind.split(".")[0]]
     published = S.event("n1", event(1).model_copy(update={"type": f"vcnode.{kind}", "subject": subject}))
     address = S.parse_event(published)

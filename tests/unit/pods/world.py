@@ -33,6 +33,7 @@ from vcnode.models.pod import (
     RestartPolicy,
 )
 from vcnode.models.vm import NetworkAttachment
+from vcnode.models.xkeys import CurveKey
 from vcnode.pods.host import HostMemory
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
@@ -218,6 +219,8 @@ class World:
         self.memory = HostMemory(total_mib=8192, available_mib=4096)
         self._command_ids = itertools.count(1)
         self._faults = faults
+        self.keys: tuple[CurveKey, ...] = ()
+        """Open sealed secrets."""
 
     async def start(self, faults: str | None = None) -> World:
         """Open the node on what is there; its pods are not recovered yet."""
@@ -237,7 +240,13 @@ class World:
             max_age_s=limits.journal_age_s,
             max_unpublished=limits.outbox_events,
         )
-        self.storage = MockStorage((Path("/roots"),), run_dir=Path("/run/vc"), faults=plan, world=self.host)
+        self.storage = MockStorage(
+            (Path("/roots"),),
+            run_dir=Path("/run/vc"),
+            secret_dirs=self.settings.policy.secret_dirs,
+            faults=plan,
+            world=self.host,
+        )
         self.images = ImageService(
             self.store,
             self.storage,
@@ -271,6 +280,7 @@ class World:
             clock=self.clock,
             sleep=self.naps,
             memory=lambda: self.memory,
+            keys=self.keys,
         )
         return self
 

@@ -14,6 +14,7 @@ from vcnode.drivers.storage.images import Around, ImageStore, no_points
 from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.registry import Progress
+from vcnode.drivers.storage.secrets import read_secret
 from vcnode.drivers.storage.threads import in_thread, make_in_thread
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import StorageError
@@ -45,6 +46,7 @@ class LocalStorage:
         allowed_roots: Directories under which shared directories and image sources must lie.
         images: Limits of images, and how registries are reached.
         around: As of `ImageStore`.
+        secret_dirs: Directories under which files with secrets must lie.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class LocalStorage:
         images: ImageSettings = ImageSettings(),  # noqa: B008 -- frozen
         *,
         around: Around = no_points,
+        secret_dirs: Sequence[Path] = (),
     ) -> None:
+        self._secret_roots = AllowedRoots(secret_dirs, private=(state_dir, run_dir))
         roots = AllowedRoots(allowed_roots, private=(state_dir, run_dir))
         self._roots = roots
         self._dirs = VmDirs(run_dir, roots)
@@ -122,6 +126,11 @@ class LocalStorage:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated(f"Looking at {path!r}"):
             await in_thread(self._roots.check_directory, path)
+
+    async def read_secret(self, path: str) -> bytes:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated("Reading a secret"):
+            return await in_thread(read_secret, self._secret_roots, path)
 
     async def share(self, vm_id: str, name: str, path: str) -> None:
         """See `vcnode.drivers.base.Storage`. AlreadyExistsError when *name* is taken."""

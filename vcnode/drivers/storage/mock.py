@@ -47,6 +47,7 @@ class MockStorage:
 
     Args:
         allowed_roots: As of the real driver; judged by name.
+        secret_dirs: As of the real driver; a file there holds ``secret of <path>``.
         faults: Operations are ``storage.make_vm_dir``, ``storage.share`` and so on.
         world: What is there already.
     """
@@ -56,10 +57,12 @@ class MockStorage:
         allowed_roots: Sequence[Path],
         *,
         run_dir: Path = Path("/run/vcnode"),
+        secret_dirs: Sequence[Path] = (),
         faults: FaultPlan | None = None,
         world: MockWorld | None = None,
     ) -> None:
         self._roots = AllowedRoots(allowed_roots, private=())
+        self._secret_roots = AllowedRoots(secret_dirs, private=())
         self._run_dir = run_dir
         self._faults = faults
         self.world = world if world is not None else MockWorld()
@@ -131,6 +134,14 @@ class MockStorage:
         """See `vcnode.drivers.base.Storage`; nothing is looked at."""
         await self._hit("check_rootfs")
         self._check(path)
+
+    async def read_secret(self, path: str) -> bytes:
+        """See `vcnode.drivers.base.Storage`; nothing is read."""
+        await self._hit("read_secret")
+        self._secret_roots.judge(path)
+        if "missing" in Path(path).parts:
+            raise NotFoundError(f"Host path {path!r} does not exist.", path=path)
+        return f"secret of {path}".encode()
 
     async def share(self, vm_id: str, name: str, path: str) -> None:
         """See `vcnode.drivers.base.Storage`."""

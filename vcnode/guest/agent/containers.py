@@ -64,6 +64,7 @@ class ContainerSpec:
         "probes",
         "process",
         "readonly",
+        "secrets",
         "shared_name",
         "stdin",
         "stop_signal",
@@ -87,7 +88,10 @@ class ContainerSpec:
         stop_timeout_s: float,
         stdin: bool = False,
         tty: bool = False,
+        secrets: tuple[tuple[str, int, bytes], ...] = (),
     ) -> None:
+        self.secrets = secrets
+        """Name, mode and content of each file of its ``/run/secrets``."""
         self.stdin = stdin
         self.tty = tty
         self.container_id = container_id
@@ -277,6 +281,7 @@ class Containers:
         if spec.disk_id is None:
             self._mounts.make_container(spec.container_id, undo)
             self._mounts.bind_shared(spec.container_id, spec.shared_name or "")
+            self._mounts.keep_secrets(spec.container_id, spec.secrets, undo)
             return
         for disk_id, name in disks.items():
             undo.push(f"release disk {disk_id}", partial(self._disks.release, disk_id))
@@ -284,6 +289,7 @@ class Containers:
         layer = spec.layer_disk_id and self._disks.path(spec.layer_disk_id)
         self._mounts.make_container(spec.container_id, undo)
         self._mounts.overlay(spec.container_id, self._disks.path(spec.disk_id), layer)
+        self._mounts.keep_secrets(spec.container_id, spec.secrets, undo)
 
     # -- start -------------------------------------------------------------------------------------
 
@@ -318,6 +324,7 @@ class Containers:
                 readonly=spec.readonly,
                 hostname=spec.hostname,
                 cgroup_procs_fd=procs_fd,
+                secrets=self._mounts.secrets(spec.container_id) if spec.secrets else "",
             )
             stdio = (opened[0], opened[1], opened[2])
             plan = process.Plan(spec.process, entry.root, spec.hostname, SIZE if spec.tty else None)

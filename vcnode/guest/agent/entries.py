@@ -44,11 +44,20 @@ class Entry:
         return cls(GUEST, hostname=os.uname().nodename)
 
     @classmethod
-    def main(cls, root: str, *, readonly: bool, hostname: str, cgroup_procs_fd: int) -> Entry:
-        """New namespaces around *root*, a mount point; *cgroup_procs_fd* is cgroup.procs of the group."""
-        return cls(
-            MAIN, hostname=hostname, root=root, fields=(root, readonly, hostname), fds=(cgroup_procs_fd,)
-        )
+    def main(
+        cls, root: str, *, readonly: bool, hostname: str, cgroup_procs_fd: int, secrets: str = ""
+    ) -> Entry:
+        """New namespaces around *root*, a mount point.
+
+        Args:
+            root: The root.
+            readonly: Whether it is mounted read-only.
+            hostname: In its UTS namespace.
+            cgroup_procs_fd: cgroup.procs of its group.
+            secrets: Directory that it sees as /run/secrets; empty: none.
+        """
+        fields = (root, readonly, hostname, secrets)
+        return cls(MAIN, hostname=hostname, root=root, fields=fields, fds=(cgroup_procs_fd,))
 
     @classmethod
     def join(cls, pid: int, pidfd: int, *, hostname: str, cgroup_procs_fd: int) -> Entry:

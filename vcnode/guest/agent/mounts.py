@@ -48,6 +48,24 @@ class Mounts:
         """The container's root."""
         return f"{self.container(container_id)}/root"
 
+    def secrets(self, container_id: str) -> str:
+        """The directory with its secrets, in memory."""
+        return f"{self.container(container_id)}/secrets"
+
+    def keep_secrets(self, container_id: str, files: tuple[tuple[str, int, bytes], ...], undo: Undo) -> None:
+        """Write the container's secrets, each a name, a mode and a content; nothing if there are none."""
+        if not files:
+            return
+        directory = self.secrets(container_id)
+        undo.push(f"remove {directory}", partial(_remove_files, directory))
+        os.makedirs(directory, exist_ok=True)
+        os.chmod(directory, 0o755)  # noqa: S103 -- its container sees nothing else of the guest's files
+        for name, mode, content in files:
+            fd = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                file.write(content)
+                os.fchmod(file.fileno(), mode)
+
     def make_container(self, container_id: str, undo: Undo) -> None:
         """Make the directories; their undo also takes off whatever is mounted there by then."""
         directory = self.container(container_id)
@@ -106,6 +124,17 @@ def _copy_mode(source: str, target: str) -> None:
     found = os.stat(source)
     os.chown(target, found.st_uid, found.st_gid)
     os.chmod(target, stat.S_IMODE(found.st_mode))
+
+
+def _remove_files(path: str) -> None:
+    """Remove a directory of plain files; nothing when it is not there."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return
+    for name in names:
+        os.unlink(f"{path}/{name}")
+    os.rmdir(path)
 
 
 def remove_directory(path: str) -> None:

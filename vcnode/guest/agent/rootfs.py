@@ -14,7 +14,7 @@ import stat
 
 from vcnode.guest.agent import syscalls
 from vcnode.guest.agent.entries import ended, is_gone
-from vcnode.guest.agent.failures import printable
+from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure, printable
 from vcnode.guest.agent.params import invalid
 from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC, MS_REMOUNT
 
@@ -72,6 +72,8 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
+SECRETS = "/run/secrets"
+"""Where a container finds its secrets; the place that Docker and Kubernetes have made usual."""
 ETC = "/run/vcnode/etc"
 ETC_FILES = ("hostname", "hosts", "resolv.conf")
 """Files of the guest that every container sees in its own /etc."""
@@ -79,7 +81,7 @@ ETC_FILES = ("hostname", "hosts", "resolv.conf")
 
 def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
     """Make the namespaces of a container around its root, and move into them. See `entries.Entry.main`."""
-    root, readonly, hostname = fields
+    root, readonly, hostname, secrets = fields
     # First the group, then its namespace: what a cgroup namespace shows starts at the group of its maker.
     os.write(fds[0], b"0")
     syscalls.unshare(_NAMESPACES)
@@ -87,6 +89,7 @@ def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
     files = [
         (name, syscalls.open_tree(f"{ETC}/{name}")) for name in ETC_FILES if os.path.exists(f"{ETC}/{name}")
     ]
+    secrets_fd = syscalls.open_tree(secrets) if secrets else -1
     _exchange_root(root)
     for target, fstype, flags, options in _MOUNTS:
         _mount(target, fstype, flags, options)
@@ -94,6 +97,8 @@ def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
             _fill_dev()
     for name, fd in files:
         _put_over(fd, f"/etc/{name}")
+    if secrets_fd >= 0:
+        _put_secrets(secrets_fd)
     for path in MASKED_PATHS:
         _mask(path)
     for path in READONLY_PATHS:
@@ -179,6 +184,24 @@ def _put_over(fd: int, path: str) -> None:
     except OSError as exc:
         if exc.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
+    finally:
+        os.close(fd)
+
+
+def _put_secrets(fd: int) -> None:
+    """Mount the directory of secrets, read-only.
+
+    Raises:
+        Failure: ``failed_precondition``; the root cannot be written to and has no such directory.
+    """
+    try:
+        os.makedirs(SECRETS, exist_ok=True)
+        syscalls.move_mount(fd, SECRETS)
+        flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY
+        syscalls.mount(None, SECRETS, None, MS_REMOUNT | MS_BIND | flags)
+    except OSError as exc:
+        text = f"The container's root has no directory {SECRETS}, and none can be made: {exc.strerror}."
+        raise Failure(FAILED_PRECONDITION, text) from exc
     finally:
         os.close(fd)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 import signal
@@ -31,10 +33,14 @@ if TYPE_CHECKING:
 _ID = re.compile(r"[a-z0-9]([a-z0-9_-]{0,62}[a-z0-9])?")
 _DISK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,19}")
 _SHARED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+_SECRET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _LAST_STREAM = (1 << 32) - 1
 _MAX_SIZE = 10_000
 """Most rows or columns of a terminal."""
 MAX_KNOWN_LOGS = 1024
+MAX_SECRETS = 64
+MAX_SECRET_CHARS = 96 * 1024
+"""Longest content of a secret, in base64."""
 
 
 def _matching(params: Params, field: str, pattern: re.Pattern[str]) -> str:
@@ -56,6 +62,20 @@ def _known_log(item: Any, path: str) -> tuple[str, tuple[int, int]]:
     instance, offset = known.integer("instance", 0, 1 << 62), known.integer("offset", 0, 1 << 62)
     known.done()
     return container_id, (instance, offset)
+
+
+def _secret(item: Any, path: str) -> tuple[str, int, bytes]:
+    if type(item) is not dict:
+        raise invalid(path, "must be of type dict")
+    secret = Params(item, path)
+    name = _matching(secret, "name", _SECRET_NAME)
+    mode = secret.integer("mode", 0, 0o777)
+    text = secret.text("data", longest=MAX_SECRET_CHARS)
+    secret.done()
+    try:
+        return name, mode, base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid(f"{path}.data", "is not base64") from None
 
 
 def container_spec(params: Params) -> ContainerSpec:
@@ -86,6 +106,7 @@ def container_spec(params: Params) -> ContainerSpec:
         stop_timeout_s=params.integer("stop_timeout_ms", 0, 3_600_000, 0) / 1000,
         stdin=params.flag("stdin", False),
         tty=params.flag("tty", False),
+        secrets=params.array("secrets", _secret, longest=MAX_SECRETS),
     )
     params.done()
     return spec

@@ -60,6 +60,7 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "remove_layer": lambda: storage.remove_layer("vm-1"),
         "held": lambda: storage.held("vm-"),
         "write_note": lambda: storage.write_note("vm-1", "note"),
+        "read_secret": lambda: storage.read_secret("/secrets/a"),
         "read_notes": lambda: storage.read_notes("vm-"),
     }
     with pytest.raises(StorageError):

@@ -92,7 +92,20 @@ def create_container_params(container: GuestContainer) -> dict[str, Any]:
         "process": container.process.model_dump(),
         "resources": container.resources.model_dump(),
         **{name: True for name in ("stdin", "tty") if getattr(container, name)},
+        **_secret_params(container),
         **_probe_params(container),
+    }
+
+
+def _secret_params(container: GuestContainer) -> dict[str, Any]:
+    """What ``create_container`` says of secrets; nothing if there are none, as older agents want."""
+    if not container.secrets:
+        return {}
+    return {
+        "secrets": [
+            {"name": s.name, "mode": s.mode, "data": base64.b64encode(s.data).decode("ascii")}
+            for s in container.secrets
+        ]
     }
 
 
