@@ -78,9 +78,10 @@ async def test_only_the_guest_gets_it_in_clear(
     assert [(s.name, s.mode, s.data) for s in given.secrets] == [("f", 0o400, b"\x00" + MARKER.encode())]
     assert MARKER not in repr(given)
 
-    options = ExecOptions(cmd=Cmd(args=("sh", "-c", "echo $A"), envs=(EnvVar(var="D", sealed=seal()),)))
+    options = ExecOptions(cmd=Cmd(args=("env",), envs=(EnvVar(var="D", sealed=seal()),)))
     result = await world.pods.exec("p1", "c1", options, world.call("container.exec"))
-    assert result.stdout.data == f"{MARKER}\n"  # what the container says of it is its own affair
+    # What a container says of it is its own affair.
+    assert {f"A={MARKER}", f"D={MARKER}"} <= set(result.stdout.data.splitlines())
 
     host = MockHost(tmp_path / "host.json")
     host.guests = world.guests
