@@ -106,6 +106,16 @@ class QemuSettings(Group):
     """Limit of that test boot."""
     boot_timeout_s: float = Field(default=60.0, gt=0)
     """Limit from the launch of a VM to the first answer of its agent."""
+    uid_base: int | None = Field(default=None, ge=1000, le=4_000_000_000)
+    """First of the host's user ids under which QEMU runs, one for each VM, without any capability; nobody
+    else may have them. VMs that host directories are shared with (``rootfs``) still need root. Default: all VMs
+    run as the node agent's user."""
+    uid_count: int = Field(default=65_536, ge=1, le=1_000_000)
+    """How many user ids there are from ``uid_base`` on."""
+    cgroup_limits: bool = True
+    """Whether a VM's cgroup bounds its memory, CPU and processes to what its size explains."""
+    io_max_mib_per_s: float | None = Field(default=None, gt=0)
+    """Most that a VM reads, and writes, on the disk of ``state_dir`` in a second. Default: no limit."""
     console_max_bytes: int = Field(default=256 * 1024, ge=4096)
     """Size at which a VM's console log is rotated; one older file is kept."""
 

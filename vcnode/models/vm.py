@@ -37,6 +37,8 @@ class VmSpec(Data):
     """Network namespace to run in; None: the node agent's own."""
     clone_of: str | None = None
     """Key of the template to start from; None: boot."""
+    host_dirs: bool = True
+    """Whether directories of the host may be shared with it; its process then needs the node agent's rights."""
     template_key: str | None = None
     """Set when the VM is booted to become the template of this key (see `Templating.save_template`)."""
 
@@ -85,6 +87,8 @@ class VmRecord(Data):
     """Start time of that process (field 22 of /proc/PID/stat): a reused pid has another."""
     accelerator: str | None = None
     """``kvm`` or ``tcg``."""
+    uid: int | None = None
+    """User id that its process has to itself; None: the node agent's."""
 
 
 class VmExit(Data):

@@ -13,6 +13,7 @@ from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
 from vcnode.pods.process import guest_process
 from vcnode.pods.secrets import secret_names
+from vcnode.pods.shares import check_can_share
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.undo import UndoStack
 
@@ -131,6 +132,7 @@ class Containers:
         session = live.require_session()
         root = root_of(container)
         undo.push(f"root of container {cid}", lambda: self._withdraw(live, cid, root))
+        check_can_share(live.vm.record, container, live.pod_id)
         if root.shared_name is not None and container.spec.rootfs is not None:
             await self._parts.storage.share(live.vm.record.vm_id, root.shared_name, container.spec.rootfs)
         elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):

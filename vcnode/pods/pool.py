@@ -24,6 +24,7 @@ from vcnode.pods.host import HostMemory
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.queue import StartQueue
 from vcnode.pods.rehearsal import Rehearsal
+from vcnode.pods.shares import shares_host_dirs
 from vcnode.pods.templates import Kind, Templates, prepare
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.wiring import netdevs
@@ -201,6 +202,7 @@ class Pool:
             or record.spec.template == "never"
             or record.network_model is not self._settings.network
             or record.spec.network.interworking is Interworking.MACVTAP  # which has no use for a tap
+            or (self._settings.qemu.uid_base is not None and shares_host_dirs(record))
         ):
             return None
         kind = self._templates.kind_of(record)
@@ -291,7 +293,7 @@ class Pool:
             directory = await self._storage.make_vm_dir(vm_id)
             spec, network = await prepare(kind, vm_id, directory, undo)
             async with netdevs(kind.network, network) as devices:
-                update = {"netdevs": devices, "clone_of": kind.key}
+                update = {"netdevs": devices, "clone_of": kind.key, "host_dirs": False}
                 vm = await kind.hypervisor.launch(spec.model_copy(update=update), timeout_s=MAKE_LIMIT_S)
             undo.push(f"handle of {vm_id}", vm.close)
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))

@@ -35,6 +35,7 @@ from vcnode.pods.notes import Notes
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.pool import Pool, Spare
 from vcnode.pods.release import Holdings, request_of
+from vcnode.pods.shares import shares_host_dirs
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
 from vcnode.pods.undo import UndoStack
@@ -264,6 +265,7 @@ class Starter:
                 shared_dir=str(directory / "shared"),
                 netns_path=held.network.netns_path,
                 netdevs=devices,
+                host_dirs=shares_host_dirs(record),
             )
             return await self._clone_or_boot(record, spec, template, phases)
 

@@ -62,7 +62,8 @@ def of_demo(root: Path) -> tuple[Check, ...]:
 
 
 def processes(needle: str) -> Iterator[str]:
-    """Processes, but this one, whose command line holds *needle*; each as its id and command."""
+    """Processes, but this one, whose command line or working directory holds *needle*; each as its id and
+    command."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
@@ -70,9 +71,17 @@ def processes(needle: str) -> Iterator[str]:
             line = (entry / "cmdline").read_bytes()
         except OSError:  # it ended meanwhile
             continue
-        if os.fsencode(needle) in line:
+        if os.fsencode(needle) in line + b"\0" + _directory_of(entry):
             words = line.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
             yield f"{entry.name} {words[:100]}"
+
+
+def _directory_of(process: Path) -> bytes:
+    """Where a process works: a QEMU names its files by that."""
+    try:
+        return os.fsencode(os.readlink(process / "cwd"))
+    except OSError:  # it ended meanwhile, or is somebody else's
+        return b""
 
 
 def mounts(root: Path) -> list[str]:

@@ -386,6 +386,10 @@ class Launch:
     """Open /dev/vhost-net, one for each network device; inherited. Empty: QEMU moves the frames itself."""
     incoming: str | None = None
     """Where the state comes from, such as ``defer``; None: boot."""
+    share: Path | None = None
+    """The directory behind the 9p share, as QEMU is to open it; None: as the VM has it."""
+    file_fds: Sequence[int] = ()
+    """Descriptors of files that paths above name as ``/proc/self/fd/N``; inherited."""
 
 
 def switches(launch: Launch) -> Iterator[Switch]:
@@ -415,7 +419,7 @@ def switches(launch: Launch) -> Iterator[Switch]:
     yield SocketChardev(id="agent0", fd=launch.agent_fd)
     yield VirtSerialPort(bus="serial0.0", chardev="agent0", name=AGENT_PORT)
     yield VirtioScsiDevice(id="scsi0")
-    yield LocalFsdev(id="share0", path=Path(spec.shared_dir))
+    yield LocalFsdev(id="share0", path=launch.share or Path(spec.shared_dir))
     yield Virtio9pDevice(fsdev="share0", mount_tag=SHARE_TAG)
     for index, netdev in enumerate(spec.netdevs):
         vhost_fd = launch.vhost_fds[index] if launch.vhost_fds else None
@@ -438,5 +442,6 @@ def inherited_fds(launch: Launch) -> tuple[int, ...]:
         launch.agent_fd,
         *(netdev.tap_fd for netdev in launch.spec.netdevs),
         *launch.vhost_fds,
+        *launch.file_fds,
         *(fd for fd in (launch.ram_fd, launch.state_fd) if fd is not None),
     )

@@ -7,7 +7,9 @@ Source: QEMU qapi/block-core.json, qapi/qdev.json.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import re
 from collections.abc import Coroutine, Mapping
 from typing import Any
@@ -32,14 +34,17 @@ def node_name(disk_id: str) -> str:
     return f"n-{disk_id}"
 
 
-def blockdev_arguments(disk: Disk) -> dict[str, object]:
-    """Arguments of ``blockdev-add``. What a guest discards on a writable disk becomes a hole in its file."""
+def blockdev_arguments(disk: Disk, filename: str | None = None) -> dict[str, object]:
+    """Arguments of ``blockdev-add``. What a guest discards on a writable disk becomes a hole in its file.
+
+    *filename* is what QEMU opens, if not the disk's path.
+    """
     common = {"read-only": disk.read_only, "discard": "ignore" if disk.read_only else "unmap"}
     return {
         "driver": "raw",
         "node-name": node_name(disk.disk_id),
         **common,
-        "file": {"driver": "file", "filename": disk.path, **common},
+        "file": {"driver": "file", "filename": filename or disk.path, **common},
     }
 
 
@@ -54,10 +59,22 @@ def device_arguments(disk: Disk) -> dict[str, object]:
     }
 
 
-class Disks:
-    """The disks of one VM."""
+def _opaque(disk_id: str) -> str:
+    """What QEMU keeps beside a disk's descriptor: by it a later node agent finds it again."""
+    return f"disk {disk_id}"
 
-    def __init__(self, vm_id: str, qmp: QmpSession) -> None:
+
+class Disks:
+    """The disks of one VM.
+
+    Args:
+        vm_id: For messages.
+        qmp: The session.
+        by_descriptor: Whether QEMU may open no file itself, and gets each disk as a descriptor.
+    """
+
+    def __init__(self, vm_id: str, qmp: QmpSession, *, by_descriptor: bool = False) -> None:
+        self._by_descriptor = by_descriptor
         self._vm_id = vm_id
         self._qmp = qmp
         self._lock = asyncio.Lock()  # one change at a time: an undo must not meet its own repetition
@@ -82,11 +99,14 @@ class Disks:
             )
         async with self._lock:
             try:
-                await self._execute("blockdev-add", blockdev_arguments(disk))
+                filename = await self._hand_over(disk) if self._by_descriptor else None
+                await self._execute("blockdev-add", blockdev_arguments(disk, filename))
                 await self._execute("device_add", device_arguments(disk))
             except CommandRefusedError as exc:
                 if exc.command == "device_add":
                     await self._undo(self._remove_node(disk.disk_id), disk)
+                elif exc.command == "blockdev-add" and self._by_descriptor:
+                    await self._undo(self._take_back(disk.disk_id), disk)
                 raise
             except BaseException:
                 # Not refused, but unanswered: either step may have been carried out.
@@ -126,6 +146,31 @@ class Disks:
             nodes = await self._execute("query-named-block-nodes", {"flat": True})
             if any(node.get("node-name") == node_name(disk_id) for node in nodes):
                 raise
+        if self._by_descriptor:
+            await self._take_back(disk_id)
+
+    async def _hand_over(self, disk: Disk) -> str:
+        """Give QEMU the disk's file as a descriptor; what it opens to have it."""
+        flags = os.O_CLOEXEC | (os.O_RDONLY if disk.read_only else os.O_RDWR)
+        try:
+            fd = os.open(disk.path, flags)
+        except OSError as exc:
+            raise HypervisorError(f"Disk {disk.disk_id} of VM {self._vm_id} cannot be opened.") from exc
+        try:
+            number = await self._qmp.add_fd(fd, _opaque(disk.disk_id), timeout_s=COMMAND_LIMIT_S)
+        finally:
+            os.close(fd)
+        return f"/dev/fdset/{number}"
+
+    async def _take_back(self, disk_id: str) -> None:
+        """Let QEMU forget the descriptor of a disk, if it has one."""
+        sets = await self._execute("query-fdsets", {})
+        for each in sets:
+            if any(fd.get("opaque") == _opaque(disk_id) for fd in each.get("fds", ())):
+                with contextlib.suppress(
+                    CommandRefusedError
+                ):  # its last user closed it, and it was gone then
+                    await self._execute("remove-fd", {"fdset-id": each["fdset-id"]})
 
     async def _has_device(self, disk_id: str) -> bool:
         devices = await self._execute("qom-list", {"path": "/machine/peripheral"})

@@ -17,9 +17,9 @@ from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.hypervisor.qemu import accel, tsc, vhost
+from vcnode.drivers.hypervisor.qemu import accel, privileges, tsc, vhost
 from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
-from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups
+from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups, Limits, disk_of
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
 from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, spawn
@@ -73,10 +73,14 @@ class QemuHypervisor:
         self._kernel_params: tuple[str, ...] = KERNEL_PARAMS
         self._notes: tuple[str, ...] = ()
         self._sources = Sources(state_dir / "templates")
+        self._setpriv: str | None = None
+        self._uids: set[int] = set()
+        """Given to launches under way."""
 
     @functools.cached_property
     def _cgroups(self) -> Cgroups:
-        return Cgroups.find()
+        disk = disk_of(self._state_dir)
+        return Cgroups.find(disks=() if disk is None else (disk,))
 
     @property
     def info(self) -> DriverInfo:
@@ -100,6 +104,8 @@ class QemuHypervisor:
             HypervisorError: One of them is missing or does not work; says what to do.
         """
         self._check_guest()
+        if self._settings.uid_base is not None:
+            self._setpriv = privileges.find_setpriv()
         self._build = await accel.find_build(self._settings.binary)
         self._choice = await accel.choose(
             self._settings.accel,
@@ -210,8 +216,9 @@ class QemuHypervisor:
         files.check()
         vm: QemuVm | None = None
         argv: Sequence[str] = ()
+        uid = await self._user_for(spec)
         try:
-            vm, argv, state_fd = self._start(spec, files)
+            vm, argv, state_fd = self._start(spec, files, uid)
             await self._greet(vm, timeout_s)
             if spec.clone_of is not None:
                 await self._restore(vm, spec.clone_of, state_fd, timeout_s)
@@ -226,6 +233,9 @@ class QemuHypervisor:
             files.remove()
             self._sources.forget(spec.vm_id)
             raise
+        finally:
+            if uid is not None:  # from here on the process itself shows that it is taken
+                self._uids.discard(uid)
 
     async def _restore(self, vm: QemuVm, key: str, state_fd: int | None, timeout_s: float) -> None:
         if state_fd is None:
@@ -239,11 +249,52 @@ class QemuHypervisor:
             await self._sources.drop(key)
             raise BrokenTemplateError(f"QEMU could not resume a clone of template {key}.") from exc
 
-    def _start(self, spec: VmSpec, files: VmFiles) -> tuple[QemuVm, Sequence[str], int | None]:
+    async def _user_for(self, spec: VmSpec) -> int | None:
+        """The user id that a VM gets to itself; None: it runs as the node agent does."""
+        base = self._settings.uid_base
+        # What becomes a template runs no workload, and maps a file of the state directory.
+        if base is None or spec.host_dirs or spec.template_key is not None:
+            return None
+        taken = self._uids | await asyncio.to_thread(privileges.users)
+        uid = privileges.choose(spec.vm_id, base, self._settings.uid_count, taken)
+        self._uids.add(uid)
+        return uid
+
+    def _limits(self, spec: VmSpec) -> Limits | None:
+        """What the VM's cgroup bounds it to."""
+        settings = self._settings
+        if not settings.cgroup_limits:
+            return None
+        cache_mib = settings.tcg_cache_mib if self.accelerator == "tcg" else 0
+        io = None if settings.io_max_mib_per_s is None else round(settings.io_max_mib_per_s * (1 << 20))
+        return Limits.of(spec.vcpu_count, spec.mem_size_mib, cache_mib, io_bytes_per_s=io)
+
+    def _confine(self, launch: Launch, uid: int, ours: contextlib.ExitStack) -> Launch:
+        """The same launch with nothing in it that an ordinary user could not open.
+
+        Its working directory is the VM's own, which it may go through but not list or write to.
+        """
+        fds = []
+        for path in (launch.kernel, launch.initrd):
+            fds.append(privileges.open_for_all(path))
+            ours.callback(os.close, fds[-1])
+        kernel, initrd = (Path(f"/proc/self/fd/{fd}") for fd in fds)
+        return replace(
+            launch,
+            kernel=kernel,
+            initrd=initrd,
+            file_fds=tuple(fds),
+            console=Path(launch.console.name),
+            share=Path(Path(launch.spec.shared_dir).name),
+        )
+
+    def _start(
+        self, spec: VmSpec, files: VmFiles, uid: int | None
+    ) -> tuple[QemuVm, Sequence[str], int | None]:
         """Make files and process; on an error the caller removes the files."""
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as undo:
             try:
-                files.make_fifos()
+                files.make_fifos(uid)
                 qmp = ours.enter_context(listen(files.qmp_socket))
                 agent = ours.enter_context(listen(files.agent_socket))
                 console, stderr = self._open_logs(files, undo)
@@ -257,9 +308,14 @@ class QemuHypervisor:
             launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
             if launch.accelerator == "kvm":  # TCG has no use for it: no interrupts without QEMU
                 launch = replace(launch, vhost_fds=vhost.open_for(len(spec.netdevs), ours))
+            if uid is not None:
+                launch = self._confine(launch, uid, ours)
             argv = build(launch)
+            if uid is not None and self._setpriv is not None:
+                groups = privileges.kvm_groups() if launch.accelerator == "kvm" else ()
+                argv = [*privileges.prefix(self._setpriv, uid, groups), *argv]
             fds = inherited_fds(launch)
-            files.group.make()
+            files.group.make(self._limits(spec))
             process = spawn(
                 argv,
                 stderr_fd=stderr_fd,
@@ -270,7 +326,7 @@ class QemuHypervisor:
             )
             files.group.take(process.pid)
             undo.pop_all()
-            record = self._make_record(spec, process)
+            record = self._make_record(spec, process, uid)
             vm = QemuVm(record, process=process, files=files, console=console, stderr=stderr)
             return vm, argv, source.state_fd
 
@@ -295,7 +351,7 @@ class QemuHypervisor:
             incoming=source.incoming,
         )
 
-    def _make_record(self, spec: VmSpec, process: Process) -> VmRecord:
+    def _make_record(self, spec: VmSpec, process: Process, uid: int | None) -> VmRecord:
         return VmRecord(
             vm_id=spec.vm_id,
             uuid=spec.uuid,
@@ -304,6 +360,7 @@ class QemuHypervisor:
             pid=process.pid,
             pid_start_ticks=process.start_ticks,
             accelerator=self.accelerator,
+            uid=uid,
         )
 
     def _open_logs(self, files: VmFiles, undo: contextlib.ExitStack) -> tuple[FifoLog, FifoLog]:

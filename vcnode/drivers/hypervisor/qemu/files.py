@@ -83,10 +83,18 @@ class VmFiles:
                 f" {MAX_SOCKET_PATH_BYTES} bytes."
             )
 
-    def make_fifos(self) -> None:
-        """Make the FIFOs, for root only. Raises OSError."""
+    def make_fifos(self, uid: int | None = None) -> None:
+        """Make the FIFOs, for one user only; None: root's. Raises OSError.
+
+        A user of its own may also go through the directory, and do nothing else there.
+        """
         for path in self.fifos:
             os.mkfifo(path, 0o600)
+            if uid is not None:
+                os.chown(path, uid, uid)
+        if uid is not None:
+            os.chown(self.directory, -1, uid)
+            self.directory.chmod(0o710)
 
     def remove(self) -> None:
         """Remove sockets, FIFOs and cgroup, once the process has ended; logs stay. Idempotent."""

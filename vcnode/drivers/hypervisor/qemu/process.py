@@ -91,7 +91,10 @@ class Named(NamedTuple):
 
 
 def named(mark: str) -> list[Named]:
-    """All QEMUs of this user whose VM's id begins with *mark*, as ``-name guest=vcnode-<vm_id>`` says it."""
+    """All QEMUs whose VM's id begins with *mark*, as ``-name guest=vcnode-<vm_id>`` says it.
+
+    Of this user; of all users for root.
+    """
     found = []
     prefix = f"guest={NAME_PREFIX}"
     for entry in os.listdir("/proc"):
@@ -107,10 +110,10 @@ def named(mark: str) -> list[Named]:
 
 
 def _arguments(pid: int) -> list[str] | None:
-    """The command line of a process of this user; None when there is no such process any more."""
+    """The command line of a process of this user, of any for root; None when there is none any more."""
     directory = Path(f"/proc/{pid}")
     try:
-        if directory.stat().st_uid != os.geteuid():
+        if os.geteuid() not in (0, directory.stat().st_uid):
             return None
         return (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -87,6 +87,20 @@ class QmpSession:
             client.send_fd_scm(fd)
             await client.execute("getfd", {"fdname": name})
 
+    async def add_fd(self, fd: int, opaque: str, *, timeout_s: float) -> int:
+        """Let QEMU have a duplicate of *fd* as a set of its own, for ``/dev/fdset/N``; gives N.
+
+        Raises as `execute`. Source: QEMU qapi/misc.json, ``add-fd``.
+        """
+        async with self._translated("add-fd", timeout_s):
+            client = await self._connected()
+            client.send_fd_scm(fd)
+            answer = await client.execute("add-fd", {"opaque": opaque})
+        number = answer.get("fdset-id") if isinstance(answer, Mapping) else None
+        if not isinstance(number, int):
+            raise HypervisorError(f"QEMU of VM {self._vm_id} did not say where a descriptor went.")
+        return number
+
     async def ended(self, *, timeout_s: float) -> None:
         """Wait until QEMU has closed the connection, at most so long: all its events have come by then."""
         client = self._client

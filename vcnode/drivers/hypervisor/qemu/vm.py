@@ -55,7 +55,7 @@ class QemuVm:
         self._console = console
         self._stderr = stderr
         self.qmp = QmpSession(record.vm_id, files.qmp_socket, self._on_event)
-        self._disks = Disks(record.vm_id, self.qmp)
+        self._disks = Disks(record.vm_id, self.qmp, by_descriptor=record.uid is not None)
         self.migration = Migration(record.vm_id, self.qmp)
         self.restore_s: float | None = None
         """See Protocol Vm; set by the driver."""
