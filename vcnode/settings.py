@@ -108,8 +108,8 @@ class QemuSettings(Group):
     """Limit from the launch of a VM to the first answer of its agent."""
     uid_base: int | None = Field(default=None, ge=1000, le=4_000_000_000)
     """First of the host's user ids under which QEMU runs, one for each VM, without any capability; nobody
-    else may have them. VMs that host directories are shared with (``rootfs``) still need root. Default: all VMs
-    run as the node agent's user."""
+    else may have them. VMs that host directories are shared with (``rootfs``) still need root. Default: all
+    VMs run as the node agent's user."""
     uid_count: int = Field(default=65_536, ge=1, le=1_000_000)
     """How many user ids there are from ``uid_base`` on."""
     cgroup_limits: bool = True

@@ -107,9 +107,9 @@ async def test_a_vm_of_images_has_no_right_on_its_host(guest_image: Path, short_
         users = {check_confined(pid_of(status)) for status in (spare, other)}
         assert len(users) == 2
         assert await said(node, "p1", "c", "echo kept > /file; cat /file") == "kept\n"
+        shared = ContainerSpec(id="d", rootfs=str(short_dir / "box"), cmd=SLEEP)
+        await node.pods.create_container("p2", shared, call("container.create"))
         with pytest.raises(FailedPreconditionError, match=r"qemu\.uid_base"):
-            shared = ContainerSpec(id="d", rootfs=str(short_dir / "box"), cmd=SLEEP)
-            await node.pods.create_container("p2", shared, call("container.create"))
             await node.pods.start_container("p2", "d", call("container.start"))
     # Another process of the node agent takes both over, and can still take disks away and end them.
     async with running(settings) as node:
@@ -128,7 +128,7 @@ async def test_a_vm_of_images_has_no_right_on_its_host(guest_image: Path, short_
             assert [n for n in files if not n.startswith(expected)] == []
             await node.pods.delete_container("p1", "c", True, call("container.delete"))
             assert not any("/layers/" in n or "/images/" in n for n in open_files(pid))
-            # With a directory of the host the pod needs the node agent's rights, and has them from its next start on.
+            # With a directory of the host the pod needs root, and has it from its next start on.
             await node.pods.stop("p2", 0, call("pod.stop"))
             rooted = await node.pods.start("p2", call("pod.start"))
             assert set(facts(pid_of(rooted))["Uid"]) == {"0"}

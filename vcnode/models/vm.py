@@ -38,7 +38,7 @@ class VmSpec(Data):
     clone_of: str | None = None
     """Key of the template to start from; None: boot."""
     host_dirs: bool = True
-    """Whether directories of the host may be shared with it; its process then needs the node agent's rights."""
+    """Whether directories of the host may be shared with it: its process then needs rights on them."""
     template_key: str | None = None
     """Set when the VM is booted to become the template of this key (see `Templating.save_template`)."""
 
