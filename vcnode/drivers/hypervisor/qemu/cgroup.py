@@ -68,7 +68,11 @@ def _write(path: Path, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         for line in text.splitlines():  # one device a write
             try:
-                (path / name).write_text(line)
+                fd = os.open(path / name, os.O_WRONLY | os.O_CLOEXEC)  # not made: cgroupfs would say EPERM
+                try:
+                    os.write(fd, line.encode())
+                finally:
+                    os.close(fd)
             except FileNotFoundError:
                 continue
             except OSError as exc:
