@@ -102,7 +102,7 @@ async def test_a_vm_lives_in_a_session_and_a_cgroup_of_its_own(make_node: Node, 
         assert (group.path / "cgroup.procs").read_text().split() == [str(pid)]
         usage = group.usage()
         assert usage is not None
-        assert usage.cpu_s > 0
+        assert usage.cpu.usage_us > 0
         group.kill()
         assert (await asyncio.wait_for(vm.wait(), LIMIT_S)).exit_code == -signal.SIGKILL
     assert not group.path.exists()
