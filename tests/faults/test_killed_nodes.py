@@ -126,6 +126,7 @@ ELSEWHERE = {
     "network.prepare": "for spares and templates, whose VMs are no pod's: test_audit.py",
     "storage.blank_image": "as network.prepare",
     "storage.read_notes": "here, in the sweep of recovery; it reads",
+    "storage.read_secret": "reads",
     "agent.ping": "changes nothing",
     "agent.list_containers": "here, in the sweep of recovery; it reads",
     "agent.list_processes": "reads",
