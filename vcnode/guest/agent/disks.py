@@ -1,7 +1,7 @@
 """SCSI disks that the host plugs in: found by their serial, mounted (see `Disks.acquire`), let go again.
 
-A disk appears some milliseconds after the host has asked for it. The kernel announces it by a uevent, so
-nobody polls; the socket for these exists only while somebody waits.
+A disk appears some milliseconds after the host has asked for it, which a host does early. The kernel
+announces it by a uevent, so nobody polls; the socket for these exists only while somebody waits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def find(disk_id: str, sys_block: str = SYS_BLOCK) -> str | None:
         if not name.startswith("sd"):
             continue
         try:
-            with open(f"{sys_block}/{name}/device/vpd_pg80", "rb") as file:
-                page = file.read(256)
+            fd = os.open(f"{sys_block}/{name}/device/vpd_pg80", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                page = os.read(fd, 256)
+            finally:
+                os.close(fd)
         except OSError:
             continue  # unplugged meanwhile, or a disk without a serial: not ours in either case
         if serial_of(page) == disk_id:
@@ -87,11 +90,13 @@ class Disks:
             None when one of the two was called already, else a function that gives up now (calls *missing*).
         """
         waiting = _Waiting(disk_id, found, missing)
-        # The socket is opened before the first look: what appears between the two is not missed.
         self._waiting.append(waiting)
         try:
-            self._listen()
             name = find_usable(disk_id, self._sys_block, self._dev)
+            if name is None:
+                # What has appeared between that look and the opening of the socket is seen by a second one.
+                self._listen()
+                name = find_usable(disk_id, self._sys_block, self._dev)
         except OSError as exc:
             self._stop_waiting(waiting)
             missing(Failure.of(exc, "wait for a disk"))
@@ -152,7 +157,7 @@ class Disks:
         count = self._users.get(disk_id, 0)
         self._users[disk_id] = count + 1
         if count == 0:
-            os.makedirs(self.path(disk_id), exist_ok=True)
+            make_directory(self.path(disk_id))
             if writable:
                 modules.load(modules.EXT4)
                 syscalls.mount(f"/dev/{name}", self.path(disk_id), "ext4", MS_NODEV, EXT4_OPTIONS)
@@ -188,6 +193,16 @@ class _Waiting:
         self.found = found
         self.missing = missing
         self.timer: Timer | None = None
+
+
+def make_directory(path: str) -> None:
+    """Make sure that there is this directory, its parents included; mostly these are there."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        os.makedirs(path, exist_ok=True)
 
 
 def _sync(path: str) -> None:

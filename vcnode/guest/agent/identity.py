@@ -9,7 +9,7 @@ import re
 import struct
 import time
 
-from vcnode.guest.agent import network, syscalls
+from vcnode.guest.agent import files, network, syscalls
 from vcnode.guest.agent.params import Params, invalid
 
 ETC = "/run/vcnode/etc"
@@ -19,6 +19,7 @@ MAX_ENTROPY_BYTES = 4096
 # include/uapi/linux/random.h
 _RNDADDENTROPY = 0x4008_5203
 _RNDRESEEDCRNG = 0x5207
+_POOL_INFO = struct.Struct("<ii")
 
 _HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?")
 _MACHINE_ID = re.compile(r"[0-9a-f]{32}")
@@ -74,18 +75,16 @@ def apply(identity: Identity) -> None:
     set_clock(identity.time_ns)
     add_entropy(identity.entropy)
     syscalls.sethostname(identity.hostname)
-    os.makedirs(ETC, exist_ok=True)
-    _replace(f"{ETC}/machine-id", f"{identity.machine_id}\n")
-    _replace(f"{ETC}/hostname", f"{identity.hostname}\n")
-    _replace(f"{ETC}/hosts", network.hosts_file(identity.hostname, identity.interfaces, identity.resolver))
-    _replace(f"{ETC}/resolv.conf", identity.resolver.resolv_conf())
+    _write_etc("machine-id", f"{identity.machine_id}\n")
+    _write_etc("hostname", f"{identity.hostname}\n")
+    _write_etc("hosts", network.hosts_file(identity.hostname, identity.interfaces, identity.resolver))
+    _write_etc("resolv.conf", identity.resolver.resolv_conf())
     network.apply(identity.interfaces)
 
 
 def boot_id() -> str:
     """The kernel's boot id, which it makes up at the first reading: not before `add_entropy`."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    return files.read("/proc/sys/kernel/random/boot_id")
 
 
 def add_entropy(entropy: bytes) -> None:
@@ -96,13 +95,17 @@ def add_entropy(entropy: bytes) -> None:
     """
     fd = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("<ii", 8 * len(entropy), len(entropy)) + entropy)
+        fcntl.ioctl(fd, _RNDADDENTROPY, _POOL_INFO.pack(8 * len(entropy), len(entropy)) + entropy)
         fcntl.ioctl(fd, _RNDRESEEDCRNG, 0)
     finally:
         os.close(fd)
 
 
-def _replace(path: str, content: str) -> None:
-    with open(f"{path}.new", "w", encoding="ascii") as file:
-        file.write(content)
-    os.rename(f"{path}.new", path)
+def _write_etc(name: str, content: str) -> None:
+    """Write a file of `ETC` in its place: containers see the file itself, and what it says from now on."""
+    flags = os.O_CREAT | os.O_TRUNC
+    try:
+        files.write(f"{ETC}/{name}", content, flags)
+    except FileNotFoundError:
+        os.makedirs(ETC, exist_ok=True)
+        files.write(f"{ETC}/{name}", content, flags)

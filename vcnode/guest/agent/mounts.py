@@ -12,7 +12,7 @@ import stat
 from functools import partial
 
 from vcnode.guest.agent import syscalls
-from vcnode.guest.agent.disks import unmount_directory
+from vcnode.guest.agent.disks import make_directory, unmount_directory
 from vcnode.guest.agent.failures import NOT_FOUND, Failure
 from vcnode.guest.agent.syscalls import MS_BIND, MS_NODEV
 
@@ -70,11 +70,11 @@ class Mounts:
         """Make the directories; their undo also takes off whatever is mounted there by then."""
         directory = self.container(container_id)
         undo.push(f"remove {directory}", lambda: remove_directory(directory))
-        os.makedirs(directory, exist_ok=True)
+        make_directory(directory)
         # The root lies over the layer, so it is made later and undone earlier.
         for path in (f"{directory}/rw", self.root(container_id)):
             undo.push(f"unmount {path}", partial(unmount_directory, path))
-            os.makedirs(path, exist_ok=True)
+            make_directory(path)
 
     def bind_shared(self, container_id: str, name: str) -> None:
         """Make directory *name* of the share the root; the undo of `make_container` covers it.
@@ -109,12 +109,14 @@ class Mounts:
         if layer is None:
             layer = f"{self.container(container_id)}/rw"
             syscalls.mount("tmpfs", layer, "tmpfs", MS_NODEV, "mode=0755")
-        if not os.path.exists(f"{layer}/upper"):
+            os.mkdir(f"{layer}/upper", 0o755)
+            _copy_mode(lower, f"{layer}/upper")
+        elif not os.path.exists(f"{layer}/upper"):
             # Under another name until its mode is right: a VM may end at any moment, and a disk remains.
             os.makedirs(f"{layer}/made", exist_ok=True)
             _copy_mode(lower, f"{layer}/made")
             os.rename(f"{layer}/made", f"{layer}/upper")
-        os.makedirs(f"{layer}/work", exist_ok=True)
+        make_directory(f"{layer}/work")
         options = f"lowerdir={lower},upperdir={layer}/upper,workdir={layer}/work{volatile}"
         syscalls.mount("overlay", self.root(container_id), "overlay", 0, options)
 
@@ -122,8 +124,11 @@ class Mounts:
 def _copy_mode(source: str, target: str) -> None:
     """The root directory of an overlay is its upper directory: give it what the image says."""
     found = os.stat(source)
-    os.chown(target, found.st_uid, found.st_gid)
-    os.chmod(target, stat.S_IMODE(found.st_mode))
+    made = os.stat(target)
+    if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
+        os.chown(target, found.st_uid, found.st_gid)
+    if found.st_mode != made.st_mode:
+        os.chmod(target, stat.S_IMODE(found.st_mode))
 
 
 def _remove_files(path: str) -> None:

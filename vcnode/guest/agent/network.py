@@ -10,6 +10,7 @@ import os
 import re
 import socket
 
+from vcnode.guest.agent import files
 from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure
 from vcnode.guest.agent.netlink import Netlink
 from vcnode.guest.agent.params import Params, encoded, invalid
@@ -183,10 +184,10 @@ def _tune(name: str, interface: Interface) -> None:
     """The host says what the addresses are: nothing is taken from the network, and nothing asked there."""
     values = {"disable_ipv6": "01"[not interface.has_ipv6], "accept_ra": "0", "accept_dad": "0"}
     for key, value in values.items():
-        path = f"{_CONF}/{name}/{key}"
-        if os.path.exists(path):
-            with open(path, "w", encoding="ascii") as file:
-                file.write(value)
+        try:
+            files.write(f"{_CONF}/{name}/{key}", value)
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
 
 
 def _matched(interfaces: tuple[Interface, ...]) -> list[tuple[int, str]]:
@@ -213,5 +214,4 @@ def _devices() -> list[tuple[int, str, str]]:
 
 
 def _read(name: str, attribute: str) -> str:
-    with open(f"{_NET}/{name}/{attribute}", encoding="ascii") as file:
-        return file.read().strip()
+    return files.read(f"{_NET}/{name}/{attribute}")

@@ -86,9 +86,7 @@ def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
     os.write(fds[0], b"0")
     syscalls.unshare(_NAMESPACES)
     syscalls.sethostname(hostname)
-    files = [
-        (name, syscalls.open_tree(f"{ETC}/{name}")) for name in ETC_FILES if os.path.exists(f"{ETC}/{name}")
-    ]
+    files = _own_files()
     secrets_fd = syscalls.open_tree(secrets) if secrets else -1
     _exchange_root(root)
     for target, fstype, flags, options in _MOUNTS:
@@ -126,6 +124,17 @@ def enter_files(fields: tuple[Any, ...], _fds: list[int]) -> None:
     syscalls.set_undumpable()
     syscalls.unshare(syscalls.CLONE_NEWNS)
     _exchange_root(fields[0])
+
+
+def _own_files() -> list[tuple[str, int]]:
+    """Copies of the mounts of those of `ETC_FILES` that there are, with their names."""
+    found = []
+    for name in ETC_FILES:
+        try:
+            found.append((name, syscalls.open_tree(f"{ETC}/{name}")))
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def _exchange_root(root: str) -> None:
@@ -177,9 +186,13 @@ def _put_over(fd: int, path: str) -> None:
 
     A root that cannot be written to and lacks the file goes without.
     """
+    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
     try:
-        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        try:
+            os.close(os.open(path, flags, 0o644))
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+            os.close(os.open(path, flags, 0o644))
         syscalls.move_mount(fd, path)
     except OSError as exc:
         if exc.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -62,6 +62,8 @@ _NUMBERS = {
     },
 }
 
+_OWN_NUMBERS = _NUMBERS.get(os.uname().machine, {})
+
 # reboot(2); include/uapi/linux/reboot.h
 RB_POWER_OFF = 0x4321_FEDC
 RB_AUTOBOOT = 0x0123_4567
@@ -89,7 +91,7 @@ def _check(result: int, path: str | bytes | None = None) -> int:
 
 def _numbered(name: str, *arguments: object) -> int:
     """Call by number; every integer is widened to a register, as syscall(2) wants it."""
-    number = _NUMBERS[os.uname().machine][name]
+    number = _OWN_NUMBERS[name]
     wide = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     return _check(_libc.syscall(ctypes.c_long(number), *wide))
 
@@ -143,7 +145,7 @@ def fork_sibling() -> int:
 
     Python is not told, so this is for a process with a single thread whose child calls execve soon.
     """
-    number = ctypes.c_long(_NUMBERS[os.uname().machine]["clone"])
+    number = ctypes.c_long(_OWN_NUMBERS["clone"])
     unused = ctypes.c_long(0)
     flags = ctypes.c_long(_CLONE_PARENT | _SIGCHLD)
     return _check(_libc_locked.syscall(number, flags, unused, unused, unused, unused))
