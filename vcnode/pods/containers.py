@@ -62,6 +62,14 @@ class Containers:
             await undo.unwind()
             raise
 
+    async def attach_images(self, live: LivePod, record: PodRecord) -> None:
+        """Plug in what the pod's containers will need, so that the guest finds it while it does other things.
+
+        Nothing is undone on failure: for starts, which end with the VM then.
+        """
+        for container in record.containers:
+            await self._attach_image(live, container)
+
     async def halt(self, live: LivePod, container: ContainerRecord, *, grace_s: float) -> None:
         """Ask a running container's main process to end; kill all of it when the grace is over.
 
@@ -135,10 +143,8 @@ class Containers:
         check_can_share(live.vm.record, container, live.pod_id)
         if root.shared_name is not None and container.spec.rootfs is not None:
             await self._parts.storage.share(live.vm.record.vm_id, root.shared_name, container.spec.rootfs)
-        elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):
-            file = await self._parts.storage.image_file(container.image_digest or "")
-            disk = Disk(disk_id=root.disk_id, path=str(file.path))
-            await live.vm.attach_disk(disk, timeout_s=REQUEST_LIMIT_S)
+        else:
+            await self._attach_image(live, container)
         if root.layer_disk_id is not None:
             await self._attach_layer(live, container, root.layer_disk_id)
         spec = container.spec
@@ -168,6 +174,17 @@ class Containers:
         live.provided[cid] = root
         undo.push(f"note of container {cid}", lambda: _forget(live, cid))
 
+    async def _attach_image(self, live: LivePod, container: ContainerRecord) -> None:
+        """Plug the image's disk in, unless the container has none or it is there already."""
+        disk_id = root_of(container).disk_id
+        if disk_id is None or disk_id in live.plugged:
+            return
+        if live.disk_in_use(disk_id, besides=container_id(container)):
+            return
+        file = await self._parts.storage.image_file(container.image_digest or "")
+        await live.vm.attach_disk(Disk(disk_id=disk_id, path=str(file.path)), timeout_s=REQUEST_LIMIT_S)
+        live.plugged.add(disk_id)
+
     async def _attach_layer(self, live: LivePod, container: ContainerRecord, layer_id: str) -> None:
         """Plug the container's writable disk in, made at its first start; it stays until `remove_layers`."""
         size_mib = container.spec.wanted_disk_mib
@@ -181,6 +198,7 @@ class Containers:
         if root.shared_name is not None:
             await self._parts.storage.unshare(live.vm.record.vm_id, root.shared_name)
         elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):
+            live.plugged.discard(root.disk_id)
             await live.vm.detach_disk(root.disk_id, timeout_s=REQUEST_LIMIT_S)
 
 

@@ -35,6 +35,8 @@ class LivePod:
         """While the pod starts: to be interrupted when the VM ends or the session is lost."""
         self.provided: dict[str, ContainerRoot] = {}
         """Containers that exist in the guest, with their roots."""
+        self.plugged: set[str] = set()
+        """Disks of images that this process has plugged in."""
         self.starting: set[str] = set()
         """Containers whose start is under way and not yet recorded."""
         self.early_exits: dict[str, ContainerExited] = {}

@@ -305,6 +305,7 @@ class Starter:
             live.session = session
             phases.done("boot")
         self._watcher.follow(live)
+        await self._containers.attach_images(live, record)
         config = GuestConfig(
             hostname=hostname_of(record),
             time_ns=int(parts.clock().timestamp() * 1_000_000) * 1000,
