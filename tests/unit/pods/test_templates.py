@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.pods.world import World, pod
+from vcnode.drivers.hypervisor.mock import MockHypervisor
 from vcnode.errors import FailedPreconditionError, UnsupportedError
 from vcnode.models.pod import PodState, PodStatus
 from vcnode.settings import PoolSettings, ShapeSettings, TemplateSettings
@@ -83,6 +84,28 @@ async def test_require_fails_where_the_driver_has_none(make: Make):
     world = await make(templates=False).start()
     with pytest.raises(UnsupportedError, match="requires a template"):
         await run(world, "p1", template="require")
+
+
+async def test_a_template_serves_the_next_life_of_the_node_agent(make: Make):
+    world = await make().start()
+    await run(world, "p1")
+    await made(world)
+    await world.restart()
+    await world.pods.recover()
+    assert "restore" in (await run(world, "p2", template="require")).phases_ms
+    assert world.plan.log.count("hypervisor.save_template") == 0
+
+
+async def test_another_input_costs_one_slow_start_and_makes_the_template_anew(make: Make, monkeypatch):
+    world = await make().start()
+    await run(world, "p1")
+    await made(world)
+    plain = MockHypervisor.template_key
+    monkeypatch.setattr(MockHypervisor, "template_key", lambda self, shape: f"new-{plain(self, shape)}")
+    assert "boot" in (await run(world, "p2")).phases_ms
+    await made(world)
+    assert "restore" in (await run(world, "p3")).phases_ms
+    assert world.observed.templates_made == 2
 
 
 @pytest.mark.parametrize("step", ["hypervisor.clone:1", "agent.connect:3"])
