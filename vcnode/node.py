@@ -64,6 +64,7 @@ from vcnode.models.pod import AgentType, ContainerState, HypervisorType, PodStat
 from vcnode.models.sessions import SessionKind
 from vcnode.models.subjects import Subjects
 from vcnode.pods import keyring
+from vcnode.pods.contact import Contact
 from vcnode.pods.fleet import FleetService
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
@@ -242,6 +243,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             policy=settings.policy,
         )
         standing = await Standing.open(store, labels=settings.labels, taints=settings.taints, mock=mock)
+        contact = Contact.open(settings.state_dir / "contact.json")
         pods = PodService(
             node_name=settings.node_name,
             epoch=store.epoch,
@@ -257,6 +259,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             clock=_now,
             takes_pods=standing.check_takes_pods,
             keys=keyring.load(settings.state_dir, settings.secrets.key_files),
+            contact=contact,
         )
         stack.push_async_callback(pods.close)
         journal = Journal(
@@ -299,6 +302,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             outbox,
             services,
             lambda: _lease(settings, pods, service, store.identity),
+            contact,
             tasks,
             stack,
         )
@@ -318,6 +322,8 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         pods.templates.warm()
         tasks.spawn(pods.templates.evict_forever(EVICT_EVERY_S), name="old templates")
         pods.pool.start()
+        # Before restarts, and before there can be any contact: what is due by now has to end for good.
+        pods.disconnects.start()
         pods.start_restarts()
         if settings.audit_interval_s:
             tasks.spawn(pods.audit_forever(settings.audit_interval_s), name="audit")
@@ -394,6 +400,7 @@ def _join_bus(
     outbox: Outbox,
     services: Services,
     describe_lease: Callable[[], NodeLease],
+    contact: Contact,
     tasks: Tasks,
     stack: contextlib.AsyncExitStack,
 ) -> _Bus:
@@ -405,6 +412,7 @@ def _join_bus(
     lease = Lease(
         connection,
         describe_lease,
+        contact,
         subjects=subjects,
         settings=settings.nats,
     )

@@ -36,7 +36,15 @@ from vcnode.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from vcnode.models.vm import ContainerRoot, GuestConfig, GuestContainer, GuestContainerState, GuestProcess
+from vcnode.models.pod import ContainerResources
+from vcnode.models.vm import (
+    ContainerRoot,
+    GuestConfig,
+    GuestContainer,
+    GuestContainerState,
+    GuestProcess,
+    Watchdog,
+)
 
 pytestmark = pytest.mark.timeout(240)  # the first test waits for the boot, without KVM and on a busy host
 
@@ -496,3 +504,38 @@ async def test_what_containers_write_is_followed_from_where_it_is_kept(rig: Rig)
         again.pop(0)  # the end of the first run, which may come again
     assert {(r.instance, r.offset >= 8) for r in again} == {(found[0].instance, True)}
     assert b"".join(sorted(r.data for r in again)) == b"one\ntwo\n"
+
+
+# -- limits, the end without a host --------------------------------------------------------------------
+
+
+async def test_limits_change_while_a_container_runs_and_are_told(rig: Rig, session: GuestSession) -> None:
+    container_id = await rig.running(session)
+    before = (await state_of(session, container_id)).resources
+    limits = ContainerResources(cpu_quota_us=50_000, cpu_shares=512, mem_limit_mib=32, pids_limit=8)
+    for wanted in (limits, ContainerResources(pids_limit=9), limits):  # what is not given is lifted
+        await session.update_container(container_id, wanted, timeout_s=LIMIT_S)
+        assert (await state_of(session, container_id)).resources == wanted != before
+    assert await run(session, container_id, "echo", "on") == (0, b"on\n", b"")
+    with pytest.raises(NotFoundError):
+        await session.update_container("absent", limits, timeout_s=LIMIT_S)
+
+
+async def test_a_limit_below_what_is_in_use_is_refused_and_nothing_changes(
+    rig: Rig, session: GuestSession
+) -> None:
+    container_id = await rig.running(session)
+    sleeping = await execute(session, container_id, "sleep", "infinity")
+    before = (await state_of(session, container_id)).resources
+    with pytest.raises(FailedPreconditionError, match="has 2 processes"):
+        await session.update_container(
+            container_id, ContainerResources(cpu_shares=512, pids_limit=1), timeout_s=LIMIT_S
+        )
+    assert (await state_of(session, container_id)).resources == before
+    await sleeping.close()
+
+
+async def test_a_guest_tells_what_it_could_give_away_and_takes_a_watchdog(session: GuestSession) -> None:
+    assert 16 << 20 < await session.available_memory(timeout_s=LIMIT_S) < 1 << 40
+    await session.set_watchdog(Watchdog(after_s=3600, grace_s=10), timeout_s=LIMIT_S)
+    await session.ping(timeout_s=LIMIT_S)

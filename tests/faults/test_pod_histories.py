@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from tests.unit.pods.world import Killed, World, container, pod
 from vcnode.errors import StorageError, VcnodeError
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, PodSpec, PodState, RestartPolicy
+from vcnode.models.pod import Cmd, ContainerResources, PodSpec, PodState, RestartPolicy
 from vcnode.pods import watch
 
 IDS = ("a", "b")
+FEWER = ContainerResources(pids_limit=50)
 TRUE = ExecOptions(cmd=Cmd(args=("true",)))
 
 
 def spec(world: World, pod_id: str) -> PodSpec:
     """A pod whose policies are those of the history."""
     again = world.policy
-    return pod(pod_id, [container("c1", restart_policy=again)], restart_policy=again)
+    return pod(pod_id, [container("c1", restart_policy=again)], restart_policy=again, template="never")
 
 
 async def die(world: World, pod_id: str) -> None:
@@ -55,6 +56,9 @@ COMMANDS: dict[str, Callable[[World, str], Awaitable[object]]] = {
     "stop c1": lambda w, p: w.pods.stop_container(p, "c1", 0, w.call("container.stop")),
     "pause c1": lambda w, p: w.pods.pause_container(p, "c1", w.call("container.pause")),
     "resume c1": lambda w, p: w.pods.resume_container(p, "c1", w.call("container.resume")),
+    "limit c1": lambda w, p: w.pods.update_container(p, "c1", FEWER, w.call("container.update")),
+    "shrink": lambda w, p: w.pods.resize(p, 128, w.call("pod.resize")),
+    "grow": lambda w, p: w.pods.resize(p, 256, w.call("pod.resize")),
     "delete c2": lambda w, p: w.pods.delete_container(p, "c2", True, w.call("container.delete")),
 }
 DISTURBANCES = ("none", "none", "fail", "cancel", "vm dies", "session lost", "crash")

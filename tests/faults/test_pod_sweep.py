@@ -18,12 +18,13 @@ import pytest
 from tests.unit.pods.world import SLEEP, Killed, World, container, pod
 from vcnode.errors import CleanupError, StorageError, VcnodeError
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, ContainerState, PodState, RestartPolicy
+from vcnode.models.pod import Cmd, ContainerResources, ContainerState, PodState, PodStatus, RestartPolicy
 from vcnode.pods import watch
 from vcnode.pods.marks import new_vm_id
 
 Act = Callable[[World], Awaitable[object]]
 
+FEWER = ContainerResources(pids_limit=50)
 TRUE = ExecOptions(cmd=Cmd(args=("true",)))
 IMAGE = "busybox"
 SPEC = pod(containers=[container("c1"), container("c2", image=IMAGE)])
@@ -57,6 +58,12 @@ async def paused(world: World) -> None:
 async def frozen(world: World) -> None:
     await running(world)
     await world.pods.pause_container("p1", "c2", world.call("container.pause"))
+
+
+async def shrunk(world: World) -> None:
+    await nothing(world)
+    await world.pods.run(SPEC.model_copy(update={"template": "never"}), world.call("pod.run"))
+    await world.pods.resize("p1", 160, world.call("pod.resize"))
 
 
 async def stopped(world: World) -> None:
@@ -95,6 +102,12 @@ COMMANDS: dict[str, tuple[Act, Act]] = {
         frozen,
         lambda w: w.pods.resume_container("p1", "c2", w.call("container.resume")),
     ),
+    "container update": (
+        running,
+        lambda w: w.pods.update_container("p1", "c2", FEWER, w.call("container.update")),
+    ),
+    "pod grow": (shrunk, lambda w: w.pods.resize("p1", 200, w.call("pod.resize"))),
+    "pod shrink": (shrunk, lambda w: w.pods.resize("p1", 128, w.call("pod.resize"))),
     "container delete": (
         running,
         lambda w: w.pods.delete_container("p1", "c2", True, w.call("container.delete")),
@@ -182,6 +195,7 @@ async def check(world: World, where: str) -> None:
     for status in world.pods.list({}, ()).pods:
         if status.state is PodState.RUNNING:
             assert all(machine.running for machine in world.vms.alive), where
+            check_sizes(world, status, where)
             for each in status.containers:
                 if each.state is ContainerState.PAUSED:
                     each = await world.pods.resume_container(
@@ -207,6 +221,16 @@ async def check(world: World, where: str) -> None:
     await delete_all(world, where)
     sequences = [int(e.sequence) for e in await world.events()]
     assert sequences == list(range(1, len(sequences) + 1)), where
+
+
+def check_sizes(world: World, status: PodStatus, where: str) -> None:
+    """The VM and the guest have the limits that the record tells."""
+    for machine in world.vms.alive:
+        assert machine.mem_size_mib in (0, status.mem_size_mib), where
+        guest = world.guests.by_vm_id[machine.spec.vm_id]
+        for each in status.containers:
+            if each.container_id in guest.containers:
+                assert guest.containers[each.container_id].spec.resources == each.resources, where
 
 
 async def delete_all(world: World, where: str) -> None:

@@ -98,6 +98,19 @@ async def test_containers_are_paused_watched_and_waited_for(sh: Shell, image: st
     assert (await sh("container", "wait", "p1", "main", "--for", "dead")).code == 2
 
 
+async def test_limits_and_memory_are_changed(sh: Shell, image: str) -> None:
+    rules = ("--template", "never", "--on-disconnect", "stop:60", "--readiness-probe", "period=0.1,tcp:80")
+    await ok(sh("pod", "run", "--id", "p1", "--image", image, *rules, "--", "sleep", "infinity"))
+    assert "stop after 60 s" in (await ok(sh("pod", "status", "p1"))).out
+    changed = await ok(sh("container", "update", "p1", "main", "--pids-limit", "9", "-o", "json"))
+    assert changed.json["resources"]["pids_limit"] == 9
+    lifted = await ok(sh("container", "update", "p1", "main", "--pids-limit", "none", "-o", "json"))
+    assert lifted.json["resources"]["pids_limit"] is None
+    assert (await sh("container", "update", "p1", "main")).code == 2
+    assert "128 MiB" in (await ok(sh("pod", "resize", "p1", "--memory", "128"))).out
+    assert (await sh("pod", "resize", "p1", "--memory", "4096")).code == 2
+
+
 async def test_stats_are_shown_once_or_followed(
     sh: Shell, image: str, mock_node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,10 @@ from tests.support.nats import NatsServer
 from vcnode.client import Client, Fleet
 from vcnode.client.replicas import LABEL
 from vcnode.errors import ResourceExhaustedError
+from vcnode.models import pod as pod_models
 from vcnode.models.call import Call
 from vcnode.models.fleet import Bid, Constraints
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState, PodStatus, Resources
+from vcnode.models.pod import Cmd, ContainerSpec, OnDisconnect, PodSpec, PodState, PodStatus, Resources
 from vcnode.node import Node, running
 from vcnode.settings import CapacitySettings, NatsSettings, Settings
 
@@ -244,18 +245,33 @@ async def test_replicas_are_spread_replaced_and_removed(fleet: Fleet, nodes: Nod
         keeping.cancel()
 
 
-async def test_a_copy_that_must_be_one_waits_for_its_fence(fleet: Fleet, nodes: Nodes) -> None:
+async def test_a_copy_that_must_be_one_waits_for_its_fence(
+    fleet: Fleet, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is replaced only when its own node, which was cut off and lives on, has stopped it."""
+    monkeypatch.setattr(pod_models, "DISCONNECT_MARGIN_S", 1.0)  # mock pods end at once
+    main = spec().containers[0].model_copy(update={"stop_timeout_s": 0.0})
+    rule = OnDisconnect(action="stop", after_s=LEASE_S + 2)  # seconds after it is lost
+    one = PodSpec(containers=(main,), on_disconnect=rule)
+    fence_s = one.ends_after_s
+    assert fence_s is not None
     loop = asyncio.get_running_loop()
     async with asyncio.TaskGroup() as tasks:
-        keeping = tasks.create_task(fleet.run_replicas("one", spec(), 1, fence_s=3.0))
+        keeping = tasks.create_task(fleet.run_replicas("one", one, 1))
         await until(fleet, lambda: bool(fleet.pods))
         [(first, _)] = fleet.pods
-        await nodes.nodes[first].connection.close()
+        cut_off = nodes.nodes[first]
+        await cut_off.connection.close()
         await until(fleet, lambda: not fleet.nodes[first].alive)
         lost_at = fleet.nodes[first].lost_at
         assert lost_at is not None
         await until(fleet, lambda: len(fleet.pods) == 2)
-        assert loop.time() - lost_at >= 3.0
+        assert loop.time() - lost_at >= fence_s
+        stopped = cut_off.pods.status("one-0")
+        [second] = [status for (node, _), status in fleet.pods.items() if node != first]
+        assert stopped.state is PodState.STOPPED
+        assert stopped.finished_at is not None
+        assert stopped.finished_at < second.created_at  # one clock: it is one host
         keeping.cancel()
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -590,3 +591,31 @@ class TestSessions:
         client = self.session(port)
         started = [client.execute(process("/bin/sh", "-c", f"exit {n}")) for n in range(40)]
         assert [found.finish().exit_code for found in started] == list(range(40))
+
+
+# -- the guest's own end -----------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_guest_that_hears_nothing_ends_its_containers_and_itself() -> None:
+    """The agent as a process here: its end is what powers a VM off."""
+    with guest_here() as (found, sock), GuestClient(sock) as client:
+        client.start()
+        for container_id, trap, grace_ms in (
+            ("kind", "echo bye > /told; exit", 9_000),
+            ("rude", "", 3_000_000),
+        ):
+            script = f"trap '{trap}' TERM; while :; do sleep 0.05; done"
+            params = container(container_id, "sh", "-c", script)
+            client.call("create_container", **params, stop_signal=signal.SIGTERM, stop_timeout_ms=grace_ms)
+            client.call("start_container", container_id=container_id)
+        client.call("pause_container", container_id="kind")
+        client.call("set_watchdog", watchdog={"after_ms": 100, "grace_ms": 9_000})
+        client.call("set_watchdog", watchdog={"after_ms": 700, "grace_ms": 1_000})  # heard in time
+        time.sleep(0.3)
+        assert {name: found["state"] for name, found in client.states().items()} == {
+            "kind": "paused",
+            "rude": "running",
+        }
+        os.waitid(os.P_PID, found.pid, os.WEXITED | os.WNOWAIT)
+        assert (found.share / "busybox/told").read_text() == "bye\n"

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.integration.guest_here import make_busybox
 from vcnode.errors import FailedPreconditionError
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, PodState
+from vcnode.models.pod import Cmd, ContainerResources, ContainerSpec, PodSpec, PodState
 from vcnode.models.probes import Probe, Probes
 from vcnode.models.signals import signal_number
 from vcnode.models.stats import PodStatsOf
@@ -94,6 +95,8 @@ async def test_a_life(guest_image: Path, short_dir: Path) -> None:
         async with rig.agent():
             await resume(rig)
             await freeze(rig)
+            await limits(rig)
+            await shrink(rig)
             await signals_and_waits(rig)
             await list_processes(rig)
             await stats(rig)
@@ -102,6 +105,7 @@ async def test_a_life(guest_image: Path, short_dir: Path) -> None:
             await go_away(rig)
         async with rig.agent():
             await come_back(rig)
+            await grow(rig)
             await stop_paused(rig)
     finally:
         async with rig.agent():
@@ -140,6 +144,46 @@ async def freeze(rig: Rig) -> None:
     await rig.node.pods.delete_container("p1", "busy", False, rig.call())
 
 
+async def limits(rig: Rig) -> None:
+    """Limits change under a running container; what it uses cannot be taken away."""
+    files = "cd /sys/fs/cgroup/containers/fed; cat memory.max pids.max cpu.max cpu.weight | tr '\\n' ' '"
+    hold = "dd if=/dev/zero of=/dev/shm/x bs=1M count=20 2>/dev/null; touch /tmp/full; exec sleep infinity"
+    await rig.start("fed", "sh", "-c", hold, resources={"cpu_shares": 512, "pids_limit": 9})
+    while not await rig.shell("ls /tmp | grep full; true", "fed"):
+        pass  # bounded by the test's limit
+    update = partial(rig.node.pods.update_container, "p1", "fed")
+    with pytest.raises(FailedPreconditionError, match=r"uses 2[0-9] MiB now"):
+        await update(ContainerResources(mem_limit_mib=16), rig.call())
+    assert await rig.shell(files, None) == "max 9 max 100000 20"
+    status = await update(
+        ContainerResources(mem_limit_mib=48, pids_limit=None, cpu_quota_us=20_000, cpu_shares=1024),
+        rig.call(),
+    )
+    assert (status.resources.mem_limit_mib, status.resources.pids_limit) == (48, None)
+    assert await rig.shell(files, None) == "50331648 max 20000 100000 39"
+
+
+async def shrink(rig: Rig) -> None:
+    """What a pod gives back is the host's, and the guest has so much less."""
+    total = "grep MemTotal /proc/meminfo | tr -dc 0-9"
+    before = int(await rig.shell(total, None))
+    with pytest.raises(FailedPreconditionError, match="can spare"):
+        await rig.node.pods.resize("p1", 128, rig.call("pod.resize"))
+    status = await rig.node.pods.resize("p1", 208, rig.call("pod.resize"))
+    assert status.mem_size_mib == 208
+    assert before - int(await rig.shell(total, None)) == 48 << 10
+    await rig.node.pods.delete_container("p1", "fed", True, rig.call())
+
+
+async def grow(rig: Rig) -> None:
+    """A pod has its size still when the node agent was away, and can have all of its memory again."""
+    assert rig.node.pods.status("p1").mem_size_mib == 208
+    total = "grep MemTotal /proc/meminfo | tr -dc 0-9"
+    before = int(await rig.shell(total, None))
+    await rig.node.pods.resize("p1", 256, rig.call("pod.resize"))
+    assert int(await rig.shell(total, None)) - before == 48 << 10
+
+
 async def signals_and_waits(rig: Rig) -> None:
     """A signal that was given by name reaches its handler; who waits is woken by the exit."""
     await rig.start("sig", "sh", "-c", "trap 'exit 7' 37; touch /tmp/ready; while true; do sleep 0.1; done")
@@ -164,7 +208,8 @@ async def stats(rig: Rig) -> None:
             request = PodStatsOf(pod_id="p1", after=first.time, interval_s=0.2)
             found = await rig.node.pods.stats(request, rig.call())
             busy = next(each for each in found.containers if each.container_id == "busy")
-            if busy.cpu.usage_us > 200_000 and busy.memory.used_bytes > 4 << 20:
+            done = busy.pid_count == 1  # dd has ended
+            if done and busy.cpu.usage_us > 200_000 and busy.memory.used_bytes > 4 << 20:
                 break
     assert (found.time - first.time).total_seconds() >= 0.2
     assert (busy.memory.limit_bytes, busy.pid_limit, busy.pid_count) == (32 << 20, 9, 1)

@@ -27,6 +27,7 @@ from vcnode.bus.streams import storage
 from vcnode.errors import UnavailableError, VcnodeError
 from vcnode.models.node import NodeLease
 from vcnode.models.subjects import Subjects
+from vcnode.pods.contact import Contact
 from vcnode.settings import NatsSettings
 
 if TYPE_CHECKING:
@@ -234,6 +235,8 @@ class Lease:
     Args:
         connection: Its clients are refused while the name is taken.
         describe: What the lease says now.
+        contact: Hears of each renewal, with the time at which it was begun; and of a server that has no
+            JetStream, where nobody could hear more of this node.
         subjects: Names under the prefix.
         settings: ``lease_s``, and for a bucket that does not exist yet.
     """
@@ -242,12 +245,14 @@ class Lease:
         self,
         connection: Connection,
         describe: Callable[[], NodeLease],
+        contact: Contact,
         *,
         subjects: Subjects,
         settings: NatsSettings,
     ) -> None:
         self._connection = connection
         self._describe = describe
+        self._contact = contact
         self._subjects = subjects
         self._settings = settings
         self._revision: int | None = None
@@ -260,6 +265,13 @@ class Lease:
         """Revision of somebody else's lease, and when it was first seen (monotonic)."""
         self._last_complaint = ""
         connection.on_client(self._set_up)
+        connection.on_change(self._on_connection)
+
+    def _on_connection(self, up: bool) -> None:
+        """Renew at once when the server is back: who has paused pods for want of it waits for that."""
+        if up:
+            self._published = None
+            self._changed.set()
 
     def look(self) -> None:
         """Something that the lease says may have changed."""
@@ -279,7 +291,7 @@ class Lease:
                 continue
             try:
                 async with asyncio.timeout(self._haste_s):
-                    await self._claim(self._connection.client)
+                    await self._renew(self._connection.client)
                 self._last_complaint = ""
                 renewed = True
             except (nats.errors.Error, OSError, TimeoutError, VcnodeError) as exc:
@@ -320,11 +332,21 @@ class Lease:
 
     async def _set_up(self, client: SturdyClient) -> None:
         try:
-            await self._claim(client)
+            await self._renew(client)
         except VcnodeError:
             raise
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             self._last_complaint = _complain("There is no lease", exc, self._last_complaint)
+
+    async def _renew(self, client: SturdyClient) -> None:
+        """Take or renew the lease, and note the contact. Raises as `_claim`."""
+        began_s = self._contact.clock()
+        try:
+            await self._claim(client)
+        except nats.js.errors.ServiceUnavailableError:
+            self._contact.note(began_s)
+            raise
+        self._contact.note(began_s)
 
     async def _bucket(self, client: SturdyClient) -> KeyValue:
         """The bucket; looked up once per client, or every renewal would ask for it first."""

@@ -36,6 +36,9 @@ async def create(
     open_stdin: flags.OpenStdin = False,
     open_tty: flags.OpenTty = False,
     restart: flags.Restart = None,
+    startup_probe: flags.StartupProbe = None,
+    readiness_probe: flags.ReadinessProbe = None,
+    liveness_probe: flags.LivenessProbe = None,
     command_id: flags.CommandId = None,
 ) -> None:
     """Add a container to a pod, which may be running. 'vcnode container start' starts it.
@@ -58,6 +61,9 @@ async def create(
         stdin=open_stdin,
         tty=open_tty,
         restart=restart,
+        startup_probe=startup_probe,
+        readiness_probe=readiness_probe,
+        liveness_probe=liveness_probe,
         cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
     )
     spec = specs.container_spec(flags.read_spec(file), described)
@@ -222,6 +228,39 @@ async def processes(
 
 command(app, "processes")(processes)
 command(app, "ps")(processes)
+
+
+@command(app, "update")
+async def update(
+    cli: Cli,
+    pod_id: flags.Pod,
+    container_id: flags.Container,
+    cpus: Annotated[str | None, typer.Option("--cpus", help="CPUs that it may use, or 'none'.")] = None,
+    cpu_shares: Annotated[
+        str | None, typer.Option("--cpu-shares", help="Its weight (1024 is usual), or 'none'.")
+    ] = None,
+    mem_limit: Annotated[
+        str | None, typer.Option("--memory-limit", metavar="MIB", help="Its memory limit, or 'none'.")
+    ] = None,
+    pids_limit: Annotated[
+        str | None, typer.Option("--pids-limit", help="Most processes and threads, or 'none'.")
+    ] = None,
+    command_id: flags.CommandId = None,
+) -> None:
+    """Change limits of a container, also while it runs; 'none' lifts one.
+
+    \b
+    vcnode container update web main --memory-limit 128 --cpus 0.5
+    vcnode container update web main --pids-limit none
+    """
+    from vcnode.cli import specs, views
+
+    limits = specs.limits(cpus=cpus, cpu_shares=cpu_shares, mem_limit_mib=mem_limit, pids_limit=pids_limit)
+    async with cli.node() as node:
+        reply = await node.container_update(
+            pod_id, container_id, limits, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.container)
 
 
 @command(app, "delete")

@@ -64,6 +64,39 @@ RestartPod = Annotated[
         "--restart-pod", metavar="POLICY[:MAX]", help="The same for the pod, when its VM has ended."
     ),
 ]
+OnDisconnect = Annotated[
+    str | None,
+    typer.Option(
+        "--on-disconnect",
+        metavar="ACTION:SECONDS",
+        help="When the node has had no NATS for so long: pause:60 or stop:60. Default: the pod goes on.",
+    ),
+]
+_PROBE = "[SETTING=N,...]ACTION"
+StartupProbe = Annotated[
+    str | None,
+    typer.Option(
+        "--startup-probe",
+        metavar=_PROBE,
+        help="What must succeed once before other probes begin: exec:COMMAND, tcp:PORT or http:PORT/PATH.",
+    ),
+]
+ReadinessProbe = Annotated[
+    str | None,
+    typer.Option(
+        "--readiness-probe",
+        metavar=_PROBE,
+        help="What says that the container is ready, such as period=5,http:8080/ready.",
+    ),
+]
+LivenessProbe = Annotated[
+    str | None,
+    typer.Option(
+        "--liveness-probe",
+        metavar=_PROBE,
+        help="What ends the container when it fails, such as timeout=2,failures=5,tcp:5432.",
+    ),
+]
 Label = Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label.")]
 Annotation = Annotated[
     list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Annotation.")

@@ -27,6 +27,10 @@ AgentOption = Annotated[str | None, typer.Option("--agent", help="Guest agent dr
 NetworkOption = Annotated[
     str | None, typer.Option("--network", help="Network model: bridge, cni, cnm or noop; else the node's.")
 ]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--template", help="auto, require, or never: always boot, which 'pod resize' needs."),
+]
 Join = Annotated[
     list[str] | None, typer.Option("--join", metavar="NETWORK", help="Network to join; one interface each.")
 ]
@@ -100,8 +104,13 @@ def _register(name: str, *, run: bool) -> None:
         open_stdin: flags.OpenStdin = False,
         open_tty: flags.OpenTty = False,
         restart: flags.Restart = None,
+        startup_probe: flags.StartupProbe = None,
+        readiness_probe: flags.ReadinessProbe = None,
+        liveness_probe: flags.LivenessProbe = None,
         restart_pod: flags.RestartPod = None,
+        on_disconnect: flags.OnDisconnect = None,
         hostname: Hostname = None,
+        template: TemplateOption = None,
         hypervisor: HypervisorOption = None,
         agent: AgentOption = None,
         network: NetworkOption = None,
@@ -126,6 +135,8 @@ def _register(name: str, *, run: bool) -> None:
             agent=agent,
             network=network,
             restart=restart_pod,
+            template=template,
+            on_disconnect=on_disconnect,
             join=join or (),
             netns=netns,
             interworking=interworking,
@@ -147,6 +158,9 @@ def _register(name: str, *, run: bool) -> None:
             stdin=open_stdin,
             tty=open_tty,
             restart=restart,
+            startup_probe=startup_probe,
+            readiness_probe=readiness_probe,
+            liveness_probe=liveness_probe,
             cmd=specs.CmdFlags(args=tuple(args or ()), env=tuple(env or ()), workdir=workdir, user=user),
         )
         spec = specs.pod_spec(flags.read_spec(file), pod, container)
@@ -218,6 +232,31 @@ async def resume(cli: Cli, pod_id: flags.Pod, command_id: flags.CommandId = None
 
     async with cli.node() as node:
         reply = await node.pod_resume(pod_id, command_id=command_id, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.pod)
+
+
+@command(app, "resize")
+async def resize(
+    cli: Cli,
+    pod_id: flags.Pod,
+    memory: Annotated[
+        int, typer.Option("--memory", metavar="MIB", help="Memory that it is to have.", show_default=False)
+    ],
+    command_id: flags.CommandId = None,
+) -> None:
+    """Change a running pod's memory, within what its VM was started with.
+
+    Only for pods that were created with '--template never': others share memory with a template.
+
+    \b
+    vcnode pod resize --memory 256 big
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_resize(
+            pod_id, memory, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
     cli.show(reply, views.pod)
 
 

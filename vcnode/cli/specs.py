@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from vcnode.cli.exits import UsageError
 from vcnode.cli.settings import given, invalid
 from vcnode.models import signals
 from vcnode.models.base import Request
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
+from vcnode.models.pod import Cmd, ContainerResources, ContainerSpec, PodSpec
 
 DEFAULT_CONTAINER_ID = "main"
 """Id of the container that flags of ``pod create`` and ``pod run`` describe."""
+
+CPU_PERIOD_US = 100_000
+"""The node's default, in which --cpus counts."""
 
 R = TypeVar("R", bound=Request)
 
@@ -58,6 +62,9 @@ class ContainerFlags:
     mem_limit_mib: int | None = None
     pids_limit: int | None = None
     restart: str | None = None
+    startup_probe: str | None = None
+    readiness_probe: str | None = None
+    liveness_probe: str | None = None
     stdin: bool = False
     tty: bool = False
     cmd: CmdFlags = CmdFlags()
@@ -75,9 +82,8 @@ class ContainerFlags:
         """
         if (self.image is None) == (self.rootfs is None):
             raise UsageError("A container needs exactly one of --image and --rootfs.")
-        period_us = 100_000
         resources = {
-            "cpu_quota_us": None if self.cpus is None else round(self.cpus * period_us),
+            "cpu_quota_us": None if self.cpus is None else round(self.cpus * CPU_PERIOD_US),
             "mem_limit_mib": self.mem_limit_mib,
             "pids_limit": self.pids_limit,
         }
@@ -93,6 +99,11 @@ class ContainerFlags:
                 "disk_size_mib": self.disk_size_mib,
                 "resources": resources,
                 **restart_data(self.restart),
+                "probes": {
+                    "startup": probe(self.startup_probe, "--startup-probe"),
+                    "readiness": probe(self.readiness_probe, "--readiness-probe"),
+                    "liveness": probe(self.liveness_probe, "--liveness-probe"),
+                },
                 "cmd": self.cmd.data(),
             }
         )
@@ -113,6 +124,8 @@ class PodFlags:
     agent: str | None = None
     network: str | None = None
     restart: str | None = None
+    on_disconnect: str | None = None
+    template: str | None = None
     join: Sequence[str] = ()
     netns: str | None = None
     interworking: str | None = None
@@ -127,7 +140,9 @@ class PodFlags:
         return given(
             {
                 **restart_data(self.restart),
+                "on_disconnect": on_disconnect(self.on_disconnect),
                 "id": self.pod_id,
+                "template": self.template,
                 "hostname": self.hostname,
                 "resources": {"vcpu_count": self.vcpus, "mem_size_mib": self.memory_mib},
                 "hypervisor_type": self.hypervisor,
@@ -171,6 +186,28 @@ def pod_spec(file: Mapping[str, Any] | None, flags: PodFlags, container: Contain
             raise UsageError("Give containers in the file or by flags, not both.")
         data["containers"] = [{"id": DEFAULT_CONTAINER_ID, **container.data()}]
     return model(PodSpec, data, "The pod is not described right.")
+
+
+def limits(
+    *, cpus: str | None, cpu_shares: str | None, mem_limit_mib: str | None, pids_limit: str | None
+) -> ContainerResources:
+    """The limits to change: those that were given; ``none`` lifts one.
+
+    Raises:
+        UsageError: None was given, or a value is wrong.
+    """
+    data: dict[str, Any] = {}
+    if cpus is not None:
+        lifted = cpus == "none"
+        data["cpu_quota_us"] = None if lifted else round(_number(cpus, "--cpus") * CPU_PERIOD_US)
+        data["cpu_period_us"] = CPU_PERIOD_US
+    whole = {"cpu_shares": cpu_shares, "mem_limit_mib": mem_limit_mib, "pids_limit": pids_limit}
+    for name, text in whole.items():
+        if text is not None:
+            data[name] = None if text == "none" else _number(text, name, whole=True)
+    if not data:
+        raise UsageError("Give a limit to change: --cpus, --cpu-shares, --memory-limit or --pids-limit.")
+    return model(ContainerResources, data, "The limits are not right.")
 
 
 def container_spec(file: Mapping[str, Any] | None, flags: ContainerFlags) -> ContainerSpec:
@@ -259,6 +296,69 @@ def restart_data(policy: str | None) -> dict[str, Any]:
     if colon and not (most.isascii() and most.isdecimal() and len(most) < 10):
         raise UsageError(f"The number of restarts in {policy!r} is none; give one such as on-failure:3.")
     return {"restart_policy": name, "max_restarts": int(most) if colon else None}
+
+
+def on_disconnect(text: str | None) -> dict[str, Any] | None:
+    """The rule that *text* names: ``keep``, ``pause:SECONDS`` or ``stop:SECONDS``.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if text is None:
+        return None
+    action, colon, seconds = text.partition(":")
+    if not colon:
+        return {"action": action}
+    return {"action": action, "after_s": _number(seconds, f"--on-disconnect {text}")}
+
+
+_PROBE_SETTINGS = {
+    "delay": "initial_delay_s",
+    "period": "period_s",
+    "timeout": "timeout_s",
+    "successes": "success_threshold",
+    "failures": "failure_threshold",
+}
+_SETTING = re.compile(r"([a-z]+)=([^,]*),")
+
+
+def probe(text: str | None, flag: str) -> dict[str, Any] | None:
+    """The probe that *text* names: settings, then ``exec:COMMAND``, ``tcp:PORT`` or ``http:PORT/PATH``.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if text is None:
+        return None
+    data: dict[str, Any] = {}
+    rest = text
+    while (match := _SETTING.match(rest)) is not None:
+        name = _PROBE_SETTINGS.get(match[1])
+        if name is None:
+            raise UsageError(f"{flag} has no setting {match[1]!r}; there are {', '.join(_PROBE_SETTINGS)}.")
+        data[name] = _number(match[2], f"{flag} {match[0].rstrip(',')}", whole=name.endswith("threshold"))
+        rest = rest[match.end() :]
+    kind, _, what = rest.partition(":")
+    if kind == "exec" and what.strip():
+        try:
+            data["exec"] = {"args": shlex.split(what)}
+        except ValueError as exc:
+            raise UsageError(f"{flag} {text}: {exc}.") from exc
+    elif kind == "tcp":
+        data["tcp"] = {"port": _number(what, f"{flag} {text}", whole=True)}
+    elif kind == "http":
+        port, slash, path = what.partition("/")
+        data["http"] = {"port": _number(port, f"{flag} {text}", whole=True), "path": slash + path or None}
+    else:
+        raise UsageError(f"{flag} {text}: write exec:COMMAND, tcp:PORT or http:PORT/PATH.")
+    return data
+
+
+def _number(text: str, where: str, *, whole: bool = False) -> float:
+    try:
+        return int(text) if whole else float(text)
+    except ValueError as exc:
+        raise UsageError(f"{where}: {text!r} is no {'whole ' if whole else ''}number.") from exc
 
 
 def signal_number(text: str) -> int:

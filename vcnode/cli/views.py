@@ -16,7 +16,7 @@ from vcnode.models.commands import (
 )
 from vcnode.models.network import Endpoint
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
-from vcnode.models.pod import ContainerState, ContainerStatus, PodStatus, StopOutcome
+from vcnode.models.pod import ContainerState, ContainerStatus, OnDisconnect, PodStatus, StopOutcome
 from vcnode.models.sessions import SessionClosed, Sessions
 from vcnode.models.signals import MAX_NUMBER, signal_name
 
@@ -63,7 +63,9 @@ def pod(status: PodStatus) -> None:
             ("restarts", status.restart_count or None),
             ("restarts at", status.restart_at and status.restart_at.isoformat(timespec="seconds")),
             ("mock", "yes: no VM exists" if status.mock else None),
+            ("without NATS", on_disconnect(status.on_disconnect)),
             ("size", f"{status.resources.vcpu_count} vCPU, {status.resources.mem_size_mib} MiB"),
+            ("memory now", _resized(status)),
             ("hostname", status.hostname),
             ("vm", vm and f"{vm.vm_id} ({vm.type}{f', {vm.accelerator}' if vm.accelerator else ''})"),
             ("pid", vm and vm.pid),
@@ -83,6 +85,18 @@ def pod(status: PodStatus) -> None:
     if status.containers:
         print()
         containers_table(status.containers)
+
+
+def on_disconnect(rule: OnDisconnect) -> str | None:
+    """What becomes of a pod without NATS; None when it goes on."""
+    return None if rule.after_s is None else f"{rule.action} after {rule.after_s:g} s"
+
+
+def _resized(status: PodStatus) -> str | None:
+    """The pod's memory, where that is not its VM's."""
+    if status.mem_size_mib in (0, status.resources.mem_size_mib):
+        return None
+    return f"{status.mem_size_mib} MiB"
 
 
 def pod_stopped(reply: PodStopped) -> None:

@@ -312,9 +312,11 @@ class Fleet:
             constraints: Where they may go.
             fence_s: For pods of which there must never be two: a copy on a node whose lease ran out or was
                 given back is replaced only after so many seconds, by when nothing of it may run there any
-                more; see docs/fleet.md for what that rests on. One scheduler at a time.
+                more; see docs/fleet.md for what that rests on. One scheduler at a time. Default: with an
+                ``on_disconnect`` that pauses or stops, as long as that takes; else at once.
 
         Raises:
+            InvalidArgumentError: By then ``on_disconnect`` would not have ended a copy.
             UnavailableError: The connection was closed.
         """
         await Replicas(self, name, spec, count, constraints, fence_s=fence_s).run()

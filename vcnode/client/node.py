@@ -50,6 +50,7 @@ from vcnode.models.commands import (
     ContainerName,
     ContainerStatuses,
     ContainerStop,
+    ContainerUpdate,
     Empty,
     ImageImport,
     ImagePull,
@@ -62,6 +63,7 @@ from vcnode.models.commands import (
     PodExec,
     PodList,
     PodName,
+    PodResize,
     PodStatuses,
     PodStop,
     PodStopped,
@@ -92,6 +94,7 @@ from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
     MAX_OUTPUT_BYTES,
     Cmd,
+    ContainerResources,
     ContainerSpec,
     ContainerState,
     ContainerStatus,
@@ -218,6 +221,11 @@ class NodeClient(StreamMethods):
     async def pod_resume(self, pod_id: str, **options: Unpack[Change]) -> PodStatus:
         """Let a paused pod run again, with its clock set."""
         return await self._send("pod.resume", _make(PodName, pod_id=pod_id), PodStatus, options)
+
+    async def pod_resize(self, pod_id: str, mem_size_mib: int, **options: Unpack[Change]) -> PodStatus:
+        """Change a running pod's memory, within what its VM was started with (``template`` `never` only)."""
+        request = _make(PodResize, pod_id=pod_id, mem_size_mib=mem_size_mib)
+        return await self._send("pod.resize", request, PodStatus, options)
 
     async def pod_delete(
         self,
@@ -395,6 +403,13 @@ class NodeClient(StreamMethods):
         """Let a paused container go on."""
         request = _make(ContainerName, pod_id=pod_id, container_id=container_id)
         return await self._send("container.resume", request, ContainerStatus, options)
+
+    async def container_update(
+        self, pod_id: str, container_id: str, resources: ContainerResources, **options: Unpack[Change]
+    ) -> ContainerStatus:
+        """Change limits of a container: those fields of *resources* that are set; None lifts a limit."""
+        request = _make(ContainerUpdate, pod_id=pod_id, container_id=container_id, resources=resources)
+        return await self._send("container.update", request, ContainerStatus, options)
 
     async def container_wait(
         self,

@@ -121,6 +121,32 @@ def _decide_one(index: int, copies: list[Copy], fence_s: float | None) -> list[A
     return [*actions, Place(index)]
 
 
+def fence_of(spec: PodSpec, fence_s: float | None) -> float | None:
+    """Seconds that a node must be gone before a copy on it is replaced, by the copy's ``on_disconnect``.
+
+    Args:
+        spec: The pod.
+        fence_s: What the caller wants; None: what the spec needs, if anything.
+
+    Raises:
+        InvalidArgumentError: By then a copy could still run, or run again.
+    """
+    ends_after_s = spec.ends_after_s
+    if fence_s is None or ends_after_s is None:
+        return ends_after_s if fence_s is None else fence_s
+    if spec.on_disconnect.action == "pause":
+        raise InvalidArgumentError(
+            "fence_s does not go with on_disconnect 'pause': such a copy goes on when its node is back, "
+            "beside its replacement; use 'stop'."
+        )
+    if fence_s < ends_after_s:
+        raise InvalidArgumentError(
+            f"fence_s must be at least {ends_after_s:g}, by when on_disconnect has ended a copy: after_s, "
+            "the longest stop_timeout_s, and a margin."
+        )
+    return fence_s
+
+
 class Replicas:
     """Keeps copies of a pod running; `run` until cancelled.
 
@@ -130,7 +156,11 @@ class Replicas:
         spec: The pod; its id is not used.
         count: How many copies.
         constraints: Where they may go. They are spread over the nodes in any case.
-        fence_s: See `decide`. By then nothing of a copy may run on a node that is gone.
+        fence_s: See `decide`. By then nothing of a copy may run on a node that is gone. None: as long as
+            the spec's ``on_disconnect`` takes to end a copy, if it does.
+
+    Raises:
+        InvalidArgumentError: See `fence_of`.
     """
 
     def __init__(
@@ -148,7 +178,7 @@ class Replicas:
         self._spec = spec
         self._count = count
         self._constraints = (constraints or Constraints()).model_copy(update={"spread_by": LABEL})
-        self._fence_s = fence_s
+        self._fence_s = fence_of(spec, fence_s)
         self._placed: dict[tuple[str, str], PodStatus] = {}
         """Copies that were placed and that the buckets do not show yet."""
         self._placed_at: dict[tuple[str, str], float] = {}

@@ -20,7 +20,7 @@ from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.living import ContainerProcess
 from vcnode.models.network import NetworkConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import StopOutcome
+from vcnode.models.pod import ContainerResources, StopOutcome
 from vcnode.models.stats import ContainerStats, GuestStats, VmStats
 from vcnode.models.vm import (
     Disk,
@@ -35,6 +35,7 @@ from vcnode.models.vm import (
     VmRecord,
     VmShape,
     VmSpec,
+    Watchdog,
 )
 
 
@@ -84,6 +85,17 @@ class Vm(Protocol):
 
     async def resume(self, *, timeout_s: float) -> None:
         """Let the vCPUs run again. Idempotent."""
+        ...
+
+    async def set_memory(self, mem_size_mib: int, *, timeout_s: float) -> None:
+        """Let the guest have so much memory, at most what the VM was launched with; returns when it is so.
+
+        After an error the guest has something between before and now: call it again with either.
+
+        Raises:
+            UnsupportedError: It was launched without ``balloon``.
+            FailedPreconditionError: The guest did not give back enough within *timeout_s*; says how much.
+        """
         ...
 
     async def stop(self, *, grace_s: float) -> StopOutcome:
@@ -361,6 +373,14 @@ class GuestSession(Protocol):
         """Set the guest's wall clock (nanoseconds since 1970): it stood while the vCPUs were stopped."""
         ...
 
+    async def set_watchdog(self, watchdog: Watchdog, *, timeout_s: float) -> None:
+        """Have the guest end by itself, unless it hears of this again before. Replaces what was set before.
+
+        It sends its containers their stop signals, gives each its ``stop_timeout_s``, but no more than the
+        grace, and powers off. Time in which its vCPUs are stopped does not count.
+        """
+        ...
+
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """Make a container without starting its process: mounts and cgroup. Undone on failure.
 
@@ -399,6 +419,21 @@ class GuestSession(Protocol):
         Raises:
             NotFoundError: The guest has no such container.
         """
+        ...
+
+    async def update_container(
+        self, container_id: str, resources: ContainerResources, *, timeout_s: float
+    ) -> None:
+        """Give a container these limits, all of them; None lifts one. It need not run. Undone on failure.
+
+        Raises:
+            NotFoundError: The guest has no such container.
+            FailedPreconditionError: It uses more than a limit would allow; says how much.
+        """
+        ...
+
+    async def available_memory(self, *, timeout_s: float) -> int:
+        """Bytes that the guest could give away without ending a process, by its own account."""
         ...
 
     async def list_processes(

@@ -13,6 +13,7 @@ from vcnode.models.commands import (
     ContainerName,
     ContainerStatuses,
     ContainerStop,
+    ContainerUpdate,
 )
 from vcnode.models.living import (
     ContainerProcesses,
@@ -69,6 +70,11 @@ async def container_pause(node: Services, call: Call, request: ContainerName) ->
 async def container_resume(node: Services, call: Call, request: ContainerName) -> ContainerStatus:
     """``container.resume``."""
     return await node.pods.resume_container(request.pod_id, request.container_id, call)
+
+
+async def container_update(node: Services, call: Call, request: ContainerUpdate) -> ContainerStatus:
+    """``container.update``."""
+    return await node.pods.update_container(request.pod_id, request.container_id, request.resources, call)
 
 
 async def container_wait(node: Services, call: Call, request: ContainerWait) -> ContainerWaited:

@@ -10,6 +10,7 @@ from vcnode.models.commands import (
     PodDeleted,
     PodList,
     PodName,
+    PodResize,
     PodStatuses,
     PodStop,
     PodStopped,
@@ -47,6 +48,11 @@ async def pod_pause(node: Services, call: Call, request: PodName) -> PodStatus:
 async def pod_resume(node: Services, call: Call, request: PodName) -> PodStatus:
     """``pod.resume``."""
     return await node.pods.resume(request.pod_id, call)
+
+
+async def pod_resize(node: Services, call: Call, request: PodResize) -> PodStatus:
+    """``pod.resize``."""
+    return await node.pods.resize(request.pod_id, request.mem_size_mib, call)
 
 
 async def pod_delete(node: Services, call: Call, request: PodDelete) -> PodDeleted:

@@ -18,6 +18,7 @@ from vcnode.handlers.container import (
     container_start,
     container_status,
     container_stop,
+    container_update,
     container_wait,
 )
 from vcnode.handlers.exec import container_exec, pod_exec
@@ -38,6 +39,7 @@ from vcnode.handlers.pod import (
     pod_list,
     pod_pause,
     pod_release,
+    pod_resize,
     pod_resume,
     pod_run,
     pod_start,
@@ -72,6 +74,7 @@ ROUTES: dict[str, Handler] = {
     "pod.stop": pod_stop,
     "pod.pause": pod_pause,
     "pod.resume": pod_resume,
+    "pod.resize": pod_resize,
     "pod.delete": pod_delete,
     "pod.list": pod_list,
     "pod.status": pod_status,
@@ -83,6 +86,7 @@ ROUTES: dict[str, Handler] = {
     "container.kill": container_kill,
     "container.pause": container_pause,
     "container.resume": container_resume,
+    "container.update": container_update,
     "container.wait": container_wait,
     "container.processes": container_processes,
     "container.delete": container_delete,

@@ -33,8 +33,11 @@ from vcnode.models.living import (
 from vcnode.models.logs import ContainerLogEntries, ContainerLogs
 from vcnode.models.node import ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import (
+    MAX_MEM_SIZE_MIB,
     MAX_OUTPUT_BYTES,
+    MIN_MEM_SIZE_MIB,
     Cmd,
+    ContainerResources,
     ContainerSpec,
     ContainerState,
     ContainerStatus,
@@ -86,6 +89,13 @@ class PodStop(Request):
     pod_id: PodId
     grace_s: float | None = Field(default=None, ge=0, le=3600)
     """Seconds that containers and guest may take; 0 kills at once. Default: the node's setting."""
+
+
+class PodResize(PodName):
+    """``pod.resize``."""
+
+    mem_size_mib: int = Field(ge=MIN_MEM_SIZE_MIB, le=MAX_MEM_SIZE_MIB)
+    """Memory that it is to have, in MiB; at most what its VM was started with."""
 
 
 class PodDelete(Request):
@@ -167,6 +177,19 @@ class ContainerDelete(ContainerName):
 
     force: bool = False
     """Whether a running container is killed first."""
+
+
+class ContainerUpdate(ContainerName):
+    """``container.update``."""
+
+    resources: ContainerResources
+    """Limits to change: what is not given stays as it is, null lifts a limit."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.resources.model_fields_set:
+            raise ValueError("'resources' must have at least one field")
+        return self
 
 
 class ContainerList(Request):
@@ -306,6 +329,7 @@ _ALL = (
     Command("pod.stop", PodStop, PodStopped, True, "Stop a pod's containers and VM.", 120.0),
     Command("pod.pause", PodName, PodStatus, True, "Stop a pod's vCPUs; its memory stays."),
     Command("pod.resume", PodName, PodStatus, True, "Let a paused pod run again.", 60.0),
+    Command("pod.resize", PodResize, PodStatus, True, "Change a running pod's memory.", 60.0),
     Command("pod.delete", PodDelete, PodDeleted, True, "Free and forget a pod that is not running.", 120.0),
     Command("pod.list", PodList, PodStatuses, False, "List pods."),
     Command("pod.status", PodName, PodStatus, False, "Show one pod."),
@@ -317,6 +341,7 @@ _ALL = (
     Command("container.kill", ContainerKill, ContainerStatus, True, "Send a signal to a container."),
     Command("container.pause", ContainerName, ContainerStatus, True, "Freeze all processes of a container."),
     Command("container.resume", ContainerName, ContainerStatus, True, "Let a paused container go on."),
+    Command("container.update", ContainerUpdate, ContainerStatus, True, "Change a container's limits."),
     Command("container.delete", ContainerDelete, ContainerDeleted, True, "Remove a stopped container."),
     Command("container.exec", ContainerExec, ExecResult, True, "Run a command in a container.", 600.0),
     Command("container.wait", ContainerWait, ContainerWaited, False, "Wait for a container.", 300.0),

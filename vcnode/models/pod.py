@@ -37,6 +37,14 @@ MAX_OUTPUT_BYTES = 256 * 1024
 """Most bytes of one output stream in an exec reply: two of them fit a NATS message of 1 MiB as base64."""
 
 
+DEFAULT_STOP_TIMEOUT_S = 10.0
+DISCONNECT_MARGIN_S = 30.0
+"""Seconds, besides its containers' grace, in which a pod that is stopped or paused for want of NATS has
+ended: the guest's watchdog comes `WATCHDOG_LATE_S` after the node, a power-off takes up to 5, a kill 20."""
+WATCHDOG_LATE_S = 5.0
+"""Seconds by which the node is ahead of the guest's watchdog."""
+
+
 class PodState(StrEnum):
     """Where a pod is in its life; the transitions are in ``pods/lifecycle.py``."""
 
@@ -191,7 +199,7 @@ class ContainerSpec(Request):
     """Whether the main process has a terminal. Then all its output is ``stdout``."""
     stop_signal: Signal | None = None
     """Signal that asks the main process to end, by number or name. Default: the image's, else SIGTERM."""
-    stop_timeout_s: float = Field(default=10.0, ge=0, le=3600)
+    stop_timeout_s: float = Field(default=DEFAULT_STOP_TIMEOUT_S, ge=0, le=3600)
     """Seconds between the stop signal and SIGKILL."""
     restart_policy: RestartPolicy = RestartPolicy.NEVER
     """Whether it is started again when its main process has ended: ``never``, ``on-failure`` (when the exit
@@ -240,6 +248,23 @@ def _check_max_restarts(policy: RestartPolicy, most: int | None) -> None:
         raise ValueError("'max_restarts' goes with the restart policy 'on-failure' only")
 
 
+class OnDisconnect(Request):
+    """What becomes of a pod when its node has had no NATS for a while."""
+
+    action: Literal["keep", "pause", "stop"] = "keep"
+    """``keep``: it goes on. ``pause``: its vCPUs are stopped, and run again once NATS is back. ``stop``: it
+    is stopped, and stays so; its guest ends it when the node agent is dead."""
+    after_s: float | None = Field(default=None, ge=1, le=604_800)
+    """Seconds since the node last renewed its lease; at least the node's ``nats.lease_s``. Required with
+    ``pause`` and ``stop``."""
+
+    @model_validator(mode="after")
+    def _after(self) -> Self:
+        if (self.after_s is None) != (self.action == "keep"):
+            raise ValueError("'after_s' goes with the actions 'pause' and 'stop', and is required there")
+        return self
+
+
 class PodSpec(Request):
     """A pod as callers describe it."""
 
@@ -269,6 +294,8 @@ class PodSpec(Request):
     ``on-failure`` (at most ``max_restarts`` times in a row), or ``always``. Containers have their own."""
     max_restarts: int | None = Field(default=None, ge=1, le=1_000_000)
     """With ``on-failure``: most restarts in a row. Default: any."""
+    on_disconnect: OnDisconnect = OnDisconnect()
+    """What becomes of it when the node has had no NATS for a while."""
     containers: tuple[ContainerSpec, ...] = Field(default=(), max_length=MAX_CONTAINERS)
     """Containers that start with the pod; more can be added later."""
     labels: Labels = {}
@@ -283,6 +310,21 @@ class PodSpec(Request):
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ValueError(f"container ids must be distinct; {', '.join(twice)} is used more than once")
         return self
+
+    @property
+    def disconnect_grace_s(self) -> float:
+        """Seconds that its containers, later ones included, get to end when `on_disconnect` stops it."""
+        return max(
+            (container.stop_timeout_s for container in self.containers), default=DEFAULT_STOP_TIMEOUT_S
+        )
+
+    @property
+    def ends_after_s(self) -> float | None:
+        """Seconds by which nothing of it runs any more on a node whose lease was lost; None: it goes on."""
+        if self.on_disconnect.after_s is None:
+            return None
+        grace_s = self.disconnect_grace_s if self.on_disconnect.action == "stop" else 0.0
+        return self.on_disconnect.after_s + grace_s + DISCONNECT_MARGIN_S
 
 
 class ContainerStatus(Reply):
@@ -316,6 +358,8 @@ class ContainerStatus(Reply):
     """Digest of that image's file."""
     disk_size_mib: int | None = None
     """Size of its writable disk in MiB, if it has one."""
+    resources: ContainerResources = ContainerResources()
+    """Its limits, as given or as last changed by ``container.update``."""
     created_at: Moment
     """When it was created."""
     started_at: Moment | None = None
@@ -355,7 +399,8 @@ class PodStatus(Reply):
     state: PodState
     """Where it is in its life."""
     reason: str | None = None
-    """Why it failed, with the last words of the guest's console where they help."""
+    """Why it failed, with the last words of the guest's console where they help; or why ``on_disconnect`` has
+    paused or stopped it."""
     ready: bool = False
     """Whether it runs and all of its containers are ready."""
     restart_count: int = 0
@@ -374,6 +419,8 @@ class PodStatus(Reply):
     """Hostname in the guest."""
     resources: Resources
     """Size of the VM."""
+    mem_size_mib: int = 0
+    """Memory that it has now: another than that of ``resources`` after ``pod.resize``."""
     hypervisor: HypervisorStatus | None = None
     """The VM, while there is one."""
     agent_type: AgentType
@@ -384,6 +431,8 @@ class PodStatus(Reply):
     """Its network namespace and interfaces, while it has them."""
     containers: tuple[ContainerStatus, ...] = ()
     """Its containers, in the order of creation."""
+    on_disconnect: OnDisconnect = OnDisconnect()
+    """As given."""
     leftovers: tuple[str, ...] = ()
     """What could not be freed on the host; ``pod.delete`` tries again."""
     phases_ms: dict[str, float] = {}

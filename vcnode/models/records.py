@@ -7,6 +7,7 @@ from vcnode.models.image import ImageConfig
 from vcnode.models.network import NetworkModel
 from vcnode.models.pod import (
     AgentType,
+    ContainerResources,
     ContainerSpec,
     ContainerState,
     HypervisorType,
@@ -40,6 +41,8 @@ class ContainerRecord(Data):
     """The image's file when it was created; a later import under the same name changes nothing here."""
     image_config: ImageConfig = ImageConfig()
     """What that image says about the process to run."""
+    resources: ContainerResources | None = None
+    """Its limits, once a command has changed them."""
     layer_id: str | None = None
     """Of its writable disk, if it has one: made at the first start, removed with the container."""
     ready: bool = False
@@ -60,6 +63,11 @@ class ContainerRecord(Data):
     """When it last stopped."""
     restarts: Restarts = Restarts()
     """What its restart policy does."""
+
+    @property
+    def limits(self) -> ContainerResources:
+        """Its limits now."""
+        return self.resources or self.spec.resources
 
 
 class PodNote(Data):
@@ -89,7 +97,11 @@ class PodRecord(Data):
     state: PodState
     """Where it is in its life."""
     reason: str | None = None
-    """Why it failed."""
+    """Why it failed, or why it was paused or stopped without a command."""
+    resized_mib: int | None = None
+    """Its memory, once a command has changed it."""
+    resumes: bool = False
+    """Its ``on_disconnect`` has paused it: it runs again once NATS is back."""
     revision: int = 1
     """Counts the changes."""
     created_at: Moment
@@ -110,6 +122,11 @@ class PodRecord(Data):
     """What its restart policy does."""
     phases_ms: dict[str, float] = {}
     """Milliseconds of each phase of the last start."""
+
+    @property
+    def mem_size_mib(self) -> int:
+        """Its memory now."""
+        return self.resized_mib or self.spec.resources.mem_size_mib
 
 
 PodNote.model_rebuild()

@@ -39,6 +39,9 @@ class VmSpec(Data):
     """Key of the template to start from; None: boot."""
     host_dirs: bool = True
     """Whether directories of the host may be shared with it: its process then needs rights on them."""
+    balloon: bool = False
+    """Whether its memory can be changed while it runs. Never of a clone or a template: what a balloon gives
+    back would be punched out of the template's file, which other VMs share."""
     template_key: str | None = None
     """Set when the VM is booted to become the template of this key (see `Templating.save_template`)."""
 
@@ -89,6 +92,8 @@ class VmRecord(Data):
     """``kvm`` or ``tcg``."""
     uid: int | None = None
     """User id that its process has to itself; None: the node agent's."""
+    balloon: bool = False
+    """Whether it was launched with a balloon."""
 
 
 class VmExit(Data):
@@ -191,6 +196,15 @@ class GuestContainer(Data):
     """Whether its main process has a terminal."""
 
 
+class Watchdog(Data):
+    """When a guest ends by itself, for want of news."""
+
+    after_s: float
+    """Seconds from now."""
+    grace_s: float
+    """Most seconds that its containers get then."""
+
+
 class GuestConfig(Data):
     """Identity of a guest, given once its agent answers."""
 
@@ -206,6 +220,8 @@ class GuestConfig(Data):
     """Interfaces to set up, in the order of the VM's network devices."""
     dns: DnsConfig = DnsConfig()
     """Name resolution, for the guest and its containers."""
+    watchdog: Watchdog | None = None
+    """When the guest ends by itself unless it hears otherwise; see `GuestSession.set_watchdog`."""
 
 
 class GuestContainerState(Data):
@@ -223,6 +239,8 @@ class GuestContainerState(Data):
     """Whether its memory limit ended it."""
     finished_at: Moment | None = None
     """By the guest's clock."""
+    resources: ContainerResources | None = None
+    """Its limits; None: the agent does not say."""
     ready: bool | None = None
     """Whether its probes say that it is ready; None: the agent does not know."""
     probe_failure: str | None = None

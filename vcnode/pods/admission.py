@@ -65,6 +65,7 @@ class Admission:
             self._check_containers_supported(agent_type, "pod.containers")
         if not hypervisor.info.mock:
             self._check_memory(spec)
+        _check_on_disconnect(spec, settings.nats.lease_s)
         now = parts.clock()
         containers = [
             await self._container(_with_id(c), f"pod.containers[{index}]")
@@ -136,6 +137,15 @@ class Admission:
                 wanted_mib=wanted,
                 total_mib=total,
             )
+
+
+def _check_on_disconnect(spec: PodSpec, lease_s: float) -> None:
+    after_s = spec.on_disconnect.after_s
+    if after_s is not None and after_s < lease_s:
+        raise InvalidArgumentError.field(
+            "pod.on_disconnect.after_s",
+            f"must be at least {lease_s:g}, this node's nats.lease_s: so long it may go unheard",
+        )
 
 
 def _with_id(spec: ContainerSpec) -> ContainerSpec:

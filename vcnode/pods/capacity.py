@@ -52,11 +52,16 @@ def _sum(amounts: Sequence[Amount]) -> Amount:
     )
 
 
-def need_of(spec: PodSpec, containers: Iterable[ContainerSpec], *, overhead_mib: int) -> Amount:
-    """What a pod takes: its VM with what QEMU needs besides, and the disks of its containers."""
+def need_of(
+    spec: PodSpec, containers: Iterable[ContainerSpec], *, overhead_mib: int, mem_size_mib: int | None = None
+) -> Amount:
+    """What a pod takes: its VM with what QEMU needs besides, and the disks of its containers.
+
+    *mem_size_mib*: what its guest has, if not what the spec says.
+    """
     return Amount(
         vcpu_count=spec.resources.vcpu_count,
-        mem_mib=spec.resources.mem_size_mib + overhead_mib,
+        mem_mib=(mem_size_mib or spec.resources.mem_size_mib) + overhead_mib,
         disk_mib=sum(container.wanted_disk_mib for container in containers),
         pods=1,
     )
@@ -224,7 +229,7 @@ class Capacity:
 
     def _taken(self, record: PodRecord) -> Amount:
         specs = (container.spec for container in record.containers)
-        return need_of(record.spec, specs, overhead_mib=self._overhead_mib)
+        return need_of(record.spec, specs, overhead_mib=self._overhead_mib, mem_size_mib=record.mem_size_mib)
 
     def reserved(self, records: Iterable[PodRecord]) -> Amount:
         """What pods take, and what bids have promised."""
@@ -241,7 +246,7 @@ class Capacity:
 
         Args:
             others: All other pods.
-            record: The pod, new or with one more container.
+            record: The pod, new, with one more container, or larger.
             reservation: Its own, if it has one.
 
         Raises:

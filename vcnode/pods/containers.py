@@ -157,7 +157,7 @@ class Containers:
             process=guest_process(opened, container.image_config),
             secrets=await self._parts.secrets.files(spec),
             secret_envs=secret_names(spec.cmd),
-            resources=container.spec.resources,
+            resources=container.limits,
             probes=container.spec.probes,
             stop_signal=stop_signal(container),
             stop_timeout_s=container.spec.stop_timeout_s,

@@ -19,7 +19,7 @@ from vcnode.errors import (
 )
 from vcnode.models.base import JsonObject
 from vcnode.models.events import EventKind
-from vcnode.models.pod import MAX_CONTAINERS, PodState, RestartPolicy
+from vcnode.models.pod import MAX_CONTAINERS, ContainerResources, PodState, RestartPolicy
 from vcnode.models.records import ContainerRecord, PodRecord, Restarts
 from vcnode.models.vm import NetworkAttachment, VmRecord
 from vcnode.pods.backoff import Backoff, after_end
@@ -78,7 +78,7 @@ def starting(vm: VmRecord, network: NetworkAttachment, verb: str) -> Edit:
                 f"Pod {record.pod_id} has left something on the host; stop or delete the pod first.",
                 leftovers=list(record.leftovers),
             )
-        changed = _copy(record, state=state, reason=None, vm=vm, network=network, phases_ms={})
+        changed = _copy(record, state=state, reason=None, resumes=False, vm=vm, network=network, phases_ms={})
         if verb != RESTART_POD:  # a restart stays due until it is done
             changed = _copy(changed, restarts=Restarts())
         return changed, (News(EventKind.POD_STARTING),)
@@ -123,12 +123,21 @@ def started(pids: Mapping[str, int], phases_ms: Mapping[str, float], now: dateti
     return edit
 
 
-def paused(verb: str) -> Edit:
-    """The VM's vCPUs are stopped."""
+def paused(verb: str, *, reason: str | None = None, resumes: bool = False) -> Edit:
+    """The VM's vCPUs are stopped; *resumes*: until NATS is back."""
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.PAUSE, verb)
-        return _copy(record, state=state), (News(EventKind.POD_PAUSED),)
+        return _copy(record, state=state, reason=reason, resumes=resumes), (News(EventKind.POD_PAUSED),)
+
+    return edit
+
+
+def stays_paused() -> Edit:
+    """Somebody wants a paused pod to be paused, whoever has paused it."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        return (_copy(record, resumes=False) if record.resumes else record), ()
 
     return edit
 
@@ -138,17 +147,17 @@ def resumed(verb: str) -> Edit:
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.RESUME, verb)
-        return _copy(record, state=state), (News(EventKind.POD_RESUMED),)
+        return _copy(record, state=state, reason=None, resumes=False), (News(EventKind.POD_RESUMED),)
 
     return edit
 
 
-def stopping(verb: str) -> Edit:
-    """A stop begins."""
+def stopping(verb: str, reason: str | None = None) -> Edit:
+    """A stop begins; *reason*: why, unless a command asks for it."""
 
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.STOP, verb)
-        return _copy(record, state=state), (News(EventKind.POD_STOPPING),)
+        return _copy(record, state=state, reason=reason, resumes=False), (News(EventKind.POD_STOPPING),)
 
     return edit
 
@@ -192,7 +201,9 @@ def failed(reason: str, now: datetime, backoff: Backoff | None = None) -> Edit:
     def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
         state = next_pod_state(record.pod_id, record.state, PodStep.FAIL, "fail")
         containers, news = _containers_ended(record, now)
-        changed = _copy(record, state=state, reason=reason, finished_at=now, containers=containers)
+        changed = _copy(
+            record, state=state, reason=reason, resumes=False, finished_at=now, containers=containers
+        )
         news = (*news, News(EventKind.POD_FAILED))
         if backoff is not None:
             changed = _copy(changed, restarts=_pod_restarts(changed, now, backoff))
@@ -389,6 +400,29 @@ def _container_step(cid: str, step: ContainerStep, kind: EventKind, verb: str) -
         container = find_container(record, cid)
         state = next_container_state(f"{record.pod_id}/{cid}", container.state, step, verb)
         return _with(record, container.model_copy(update={"state": state})), (News(kind, cid),)
+
+    return edit
+
+
+def container_updated(cid: str, limits: ContainerResources) -> Edit:
+    """A container has other limits."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        container = find_container(record, cid)
+        changed = container.model_copy(update={"resources": limits})
+        return _with(record, changed), (News(EventKind.CONTAINER_UPDATED, cid),)
+
+    return edit
+
+
+def resized(mem_size_mib: int, *, told: bool = True) -> Edit:
+    """A pod has other memory, or is about to get it; *told*: it has it, and that is news."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        news = (News(EventKind.POD_RESIZED),) if told else ()
+        if record.mem_size_mib == mem_size_mib:
+            return record, news
+        return _copy(record, resized_mib=mem_size_mib), news
 
     return edit
 

@@ -49,8 +49,8 @@ class Ledger:
         self._store = store
         self._clock = clock
         self._is_mock = is_mock
-        self.on_change: Callable[[str], None] | None = None
-        """Called with the id of each pod whose record has changed or gone, once that is committed."""
+        self.on_change: list[Callable[[str], None]] = []
+        """Each is called with the id of each pod whose record has changed or gone, once that is committed."""
         self._listeners: dict[str, set[Callable[[], None]]] = {}
         self._statuses: dict[str, tuple[PodRecord, PodStatus]] = {}
         self.after_change: Callable[[PodRecord], Awaitable[None]] | None = None
@@ -173,6 +173,8 @@ class Ledger:
             if len(after.containers) > len(before.containers):
                 _check_images(tx, after)
                 self._admit(tx, after)
+            elif after.mem_size_mib > before.mem_size_mib:
+                self._admit(tx, after)
             after = after.model_copy(update={"revision": before.revision + 1})
             tx.save_pod(after)
         for item in news:
@@ -231,8 +233,8 @@ class Ledger:
     def _tell(self, pod_id: str) -> None:
         for listener in tuple(self._listeners.get(pod_id, ())):
             listener()
-        if self.on_change is not None:
-            self.on_change(pod_id)
+        for told in self.on_change:
+            told(pod_id)
 
     async def announce(self, kind: EventKind, data: JsonObject, *, mock: bool) -> None:
         """Commit an event of the node itself."""

@@ -275,8 +275,8 @@ class LogPump:
 
     def _ended(self, pod_id: str, container: ContainerRecord, found: ContainerLog) -> bool:
         """Whether no more will come."""
-        if container.state in CONTAINER_ALIVE:
-            return False
+        if container.state in CONTAINER_ALIVE or container.restarts.at is not None:
+            return False  # its policy is about to start it again
         return container.state is ContainerState.READY or found.at_rest or pod_id not in self._pumping
 
 

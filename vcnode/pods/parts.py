@@ -14,6 +14,7 @@ from vcnode.models.network import NetworkModel
 from vcnode.models.pod import AgentType, HypervisorType
 from vcnode.models.records import PodRecord
 from vcnode.pods.backoff import Backoff
+from vcnode.pods.contact import Contact
 from vcnode.pods.forecast import Forecast
 from vcnode.pods.host import HostMemory
 from vcnode.pods.images import ImageService
@@ -88,6 +89,8 @@ class Parts:
     """Opens what only guests are to see."""
     starts: StartQueue
     """Bounds the pods that start at once."""
+    contact: Contact
+    """When the fleet last heard of this node."""
     forecast: Forecast = field(default_factory=Forecast)
     """Learns how long starts take."""
     live: dict[str, LivePod] = field(default_factory=dict)

@@ -35,10 +35,16 @@ class Pauser:
         self._parts = parts
         self._watcher = watcher
 
-    async def pause(self, pod_id: str, call: Call) -> PodRecord:
+    async def pause(self, pod_id: str, call: Call, *, until_connected: str | None = None) -> PodRecord:
         """Stop the vCPUs of a running pod. Idempotent: a paused pod stays paused.
 
         Commands that run in it (``container.exec``) stand still, while their own time limits go on.
+
+        Args:
+            pod_id: The pod.
+            call: The command.
+            until_connected: Set: nobody has asked for it, this is why, and it is to run again once NATS is
+                back.
 
         Raises:
             NotFoundError: There is no such pod.
@@ -48,6 +54,8 @@ class Pauser:
         """
         record = self._parts.ledger.get(pod_id, call)
         if record.state is PodState.PAUSED:
+            if until_connected is None:
+                return await self._parts.ledger.change(pod_id, edits.stays_paused(), call)
             return record
         next_pod_state(pod_id, record.state, PodStep.PAUSE, call.verb)
         live = require_live(self._parts.live, pod_id, record.state, call.verb)
@@ -56,7 +64,8 @@ class Pauser:
         live.paused = True
         try:
             await live.vm.pause(timeout_s=REQUEST_LIMIT_S)
-            return await self._parts.ledger.change(pod_id, edits.paused(call.verb), call)
+            edit = edits.paused(call.verb, reason=until_connected, resumes=until_connected is not None)
+            return await self._parts.ledger.change(pod_id, edit, call)
         except BaseException:
             if self._state(pod_id) is PodState.RUNNING:
                 await aio.finish(self._undo_pause(live), timeout_s=UNDO_LIMIT_S)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from vcnode.errors import VcnodeError
 from vcnode.models.pod import PodState
 from vcnode.models.records import PodRecord
-from vcnode.pods import edits
+from vcnode.pods import edits, resizing
 from vcnode.pods.lifecycle import POD_HAS_VM
 from vcnode.pods.live import LivePod
 from vcnode.pods.notes import Notes
@@ -117,6 +117,7 @@ class Recovery:
                 await vm.resume(timeout_s=REQUEST_LIMIT_S)
             await self._watcher.join(live, timeout_s=AGENT_LIMIT_S, set_clock=was_paused)
             self._watcher.follow(live)
+            await resizing.put_right(live, record)
         self._watcher.watch_vm(live)
         return None
 
@@ -136,7 +137,7 @@ class Recovery:
         if leftovers or record.state is PodState.STARTING:
             edit = edits.failed_and_freed(HALF_STARTED, leftovers, now)
         else:
-            edit = edits.stopped(None, now, "pod.stop")
+            edit = edits.stopped(record.reason, now, "pod.stop")
         await self._parts.ledger.change(record.pod_id, edit)
         found.undone.append(record.pod_id)
 

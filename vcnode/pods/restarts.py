@@ -72,7 +72,7 @@ class Restarter:
     def start(self) -> None:
         """Begin: restarts that became due while the node agent was away happen now."""
         self._open = True
-        self._parts.ledger.on_change = self.consider
+        self._parts.ledger.on_change.append(self.consider)
         for pod_id in self._parts.ledger.records:
             self.consider(pod_id)
 

@@ -35,6 +35,7 @@ from vcnode.models.network import NetworkModel
 from vcnode.models.node import Amount, NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
+    ContainerResources,
     ContainerSpec,
     ContainerState,
     ContainerStatus,
@@ -53,7 +54,9 @@ from vcnode.pods.admission import Admission, agent_type_of, new_id
 from vcnode.pods.audit import Auditor
 from vcnode.pods.capacity import Capacity
 from vcnode.pods.commands import ContainerCommands
+from vcnode.pods.contact import Contact
 from vcnode.pods.containers import Containers
+from vcnode.pods.disconnect import Disconnects
 from vcnode.pods.forecast import Kind
 from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
@@ -69,6 +72,7 @@ from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.rehearsal import Rehearsal
 from vcnode.pods.release import remove_layers
+from vcnode.pods.resizing import Resizing
 from vcnode.pods.restarts import Restarter
 from vcnode.pods.samples import PodSamples
 from vcnode.pods.secrets import Secrets
@@ -113,6 +117,7 @@ class PodService:
         memory: The host's memory.
         keys: Open sealed secrets; the node's own first.
         takes_pods: Raises when the node takes no new pods; see `Standing.check_takes_pods`.
+        contact: When the fleet last heard of this node.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class PodService:
         memory: Callable[[], host.HostMemory] = host.read_memory,
         takes_pods: Callable[[], None] = lambda: None,
         keys: Sequence[CurveKey] = (),
+        contact: Contact | None = None,
     ) -> None:
         self.node_name = node_name
         self.epoch = epoch
@@ -175,6 +181,7 @@ class PodService:
             memory=memory,
             logs=self.logs,
             secrets=Secrets(keys, storage.read_secret),
+            contact=contact or Contact(),
             starts=StartQueue(slots=settings.limits.concurrent_starts, places=settings.limits.queued_starts),
         )
         containers = Containers(parts)
@@ -212,6 +219,7 @@ class PodService:
         self._stats = StatsCommands(parts, node_name)
         self.samples = PodSamples(parts)
         """What pods use, for metrics."""
+        self._resizing = Resizing(parts)
         self.sessions = SessionRegistry(
             node_name=node_name,
             subjects=Subjects(settings.nats.prefix),
@@ -225,6 +233,8 @@ class PodService:
         """The commands that open sessions."""
         self._containers = ContainerCommands(parts, containers, self._watcher, self._admission)
         self._restarter = Restarter(parts, self._containers, self._starter, sleep)
+        self.disconnects = Disconnects(parts, self._pauser, self._stopper)
+        """What becomes of pods without NATS."""
 
     # ---- policy --------------------------------------------------------------------------------------
 
@@ -308,6 +318,11 @@ class PodService:
         """Let a paused pod run again; see `Pauser.resume`."""
         async with self._parts.locks.hold(pod_id, call.verb):
             return self._ledger.status(await self._pauser.resume(pod_id, call))
+
+    async def resize(self, pod_id: str, mem_size_mib: int, call: Call) -> PodStatus:
+        """Change a running pod's memory; see `Resizing.resize`."""
+        async with self._parts.locks.hold(pod_id, call.verb):
+            return self._ledger.status(await self._resizing.resize(pod_id, mem_size_mib, call))
 
     async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
         """Free and forget a pod. Idempotent; can be repeated until nothing is left.
@@ -457,6 +472,12 @@ class PodService:
         """Freeze all processes of a container."""
         return await self._life.pause(pod_id, container_id, call)
 
+    async def update_container(
+        self, pod_id: str, container_id: str, changes: ContainerResources, call: Call
+    ) -> ContainerStatus:
+        """Change limits of a container."""
+        return await self._resizing.update(pod_id, container_id, changes, call)
+
     async def resume_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
         """Let a paused container go on."""
         return await self._life.resume(pod_id, container_id, call)
@@ -488,6 +509,7 @@ class PodService:
         self._life.end_waits()
         self.logs.end_waits()
         self._stats.end_waits()
+        self.disconnects.close()
         await self._restarter.close()
 
     def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:

@@ -26,6 +26,7 @@ from vcnode.models.records import PodRecord
 from vcnode.models.vm import GuestConfig, VmRecord, VmSpec
 from vcnode.pods import edits
 from vcnode.pods.containers import Containers
+from vcnode.pods.disconnect import watchdog_of
 from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
@@ -35,6 +36,7 @@ from vcnode.pods.notes import Notes
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.pool import Pool, Spare
 from vcnode.pods.release import Holdings, request_of
+from vcnode.pods.resizing import SHRINK_LIMIT_S, has_balloon
 from vcnode.pods.shares import shares_host_dirs
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
@@ -263,6 +265,7 @@ class Starter:
                 mem_size_mib=record.spec.resources.mem_size_mib,
                 directory=str(directory),
                 shared_dir=str(directory / "shared"),
+                balloon=has_balloon(record, parts.hypervisor(record)),
                 netns_path=held.network.netns_path,
                 netdevs=devices,
                 host_dirs=shares_host_dirs(record),
@@ -313,8 +316,11 @@ class Starter:
             machine_id=uuid.UUID(held.vm.uuid).hex,
             endpoints=held.network.endpoints,
             dns=held.network.dns,
+            watchdog=watchdog_of(record, parts.contact, lease_s=parts.settings.nats.lease_s),
         )
         await session.configure(config, timeout_s=REQUEST_LIMIT_S)
+        if live.vm.record.balloon and record.mem_size_mib < record.spec.resources.mem_size_mib:
+            await live.vm.set_memory(record.mem_size_mib, timeout_s=SHRINK_LIMIT_S)
         phases.done("configure")
 
     async def _start_containers(self, record: PodRecord, live: LivePod) -> dict[str, int]:

@@ -33,7 +33,9 @@ class Stopper:
         self._parts = parts
         self._containers = containers
 
-    async def stop(self, pod_id: str, call: Call, *, grace_s: float) -> StopOutcome:
+    async def stop(
+        self, pod_id: str, call: Call, *, grace_s: float, reason: str | None = None
+    ) -> StopOutcome:
         """End a pod's containers and VM and free what it held on the host.
 
         Idempotent: a pod that does not run stays what it is (``ready``, ``stopped``, ``failed``), and what
@@ -45,6 +47,7 @@ class Stopper:
             call: The command.
             grace_s: Seconds that containers may take to end by themselves, after which they are killed and
                 the guest powers off; 0 kills the VM at once.
+            reason: Why, unless the command is reason enough.
 
         Returns:
             ``graceful``; ``forced`` when QEMU had to be killed; ``absent`` when nothing ran.
@@ -63,7 +66,7 @@ class Stopper:
         outcome: StopOutcome = "absent"
         paused = record.state is PodState.PAUSED
         try:
-            record = await parts.ledger.change(pod_id, edits.stopping(call.verb), call)
+            record = await parts.ledger.change(pod_id, edits.stopping(call.verb, reason), call)
             if (live := parts.live.get(pod_id)) is not None:
                 live.ending = True
                 # A paused guest hears nothing; asking it would only use up the grace.
@@ -72,7 +75,7 @@ class Stopper:
         finally:
             # Unless the beginning could not be saved: then nothing was done, and the pod goes on.
             if parts.ledger.get(pod_id).state is PodState.STOPPING:
-                outcome = await aio.finish(self._end(pod_id, outcome, call), timeout_s=FREE_LIMIT_S)
+                outcome = await aio.finish(self._end(pod_id, outcome, call, reason), timeout_s=FREE_LIMIT_S)
         return outcome
 
     async def free(self, record: PodRecord, call: Call) -> None:
@@ -104,7 +107,7 @@ class Stopper:
             log.info("Pod %s does not end by itself", live.pod_id, exc_info=exc)
             return "absent"
 
-    async def _end(self, pod_id: str, outcome: StopOutcome, call: Call) -> StopOutcome:
+    async def _end(self, pod_id: str, outcome: StopOutcome, call: Call, why: str | None) -> StopOutcome:
         """The certain part: kill what lives, free everything, record it."""
         parts = self._parts
         record = parts.ledger.get(pod_id)
@@ -119,7 +122,7 @@ class Stopper:
             reason = "The pod was stopped, but not everything could be freed."
             await parts.ledger.change(pod_id, edits.failed_and_freed(reason, leftovers, now), call)
             _raise_for(record, leftovers)
-        await parts.ledger.change(pod_id, edits.stopped(None, now, call.verb), call)
+        await parts.ledger.change(pod_id, edits.stopped(why, now, call.verb), call)
         return outcome
 
 

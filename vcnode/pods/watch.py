@@ -9,7 +9,14 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from vcnode.drivers.base import ContainerExited, ContainerHealth, SessionLost
-from vcnode.errors import AgentError, HypervisorError, ResourceExhaustedError, StorageError, VcnodeError
+from vcnode.errors import (
+    AgentError,
+    FailedPreconditionError,
+    HypervisorError,
+    ResourceExhaustedError,
+    StorageError,
+    VcnodeError,
+)
 from vcnode.models.events import EventKind
 from vcnode.models.pod import ContainerState, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
@@ -38,7 +45,8 @@ SAVE_PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 HOLDER = "the end of its VM"
 """How this module names itself as the holder of a pod."""
-_ENDS_ITSELF = frozenset({"pod.stop", "pod.delete", HOLDER})
+ENDS_ITSELF = frozenset({"pod.stop", "pod.delete", HOLDER})
+"""Holders that end a pod, and are waited for."""
 
 
 class Watcher:
@@ -111,6 +119,7 @@ class Watcher:
                 if state is None or state.state not in ("running", "paused"):
                     await self._ended_meanwhile(live, cid, state)
                 else:
+                    await self._put_limits_right(live, container, state)
                     if state.state != container.state:
                         await self._undo_pause(live, container)
                     if state.ready is not None:
@@ -125,7 +134,7 @@ class Watcher:
             live.pod_id,
             HOLDER,
             lambda: HypervisorError(f"Pod {live.pod_id} failed meanwhile: {reason}"),
-            waits_for=_ENDS_ITSELF,
+            waits_for=ENDS_ITSELF,
         ):
             if parts.live.get(live.pod_id) is not live or live.ending:
                 return
@@ -313,6 +322,18 @@ class Watcher:
             await live.require_session().signal_container(
                 container_id(container), SIGKILL, everyone=True, timeout_s=REQUEST_LIMIT_S
             )
+
+    async def _put_limits_right(
+        self, live: LivePod, container: ContainerRecord, state: GuestContainerState
+    ) -> None:
+        """Take back an update that was not recorded, or finish one that was."""
+        if state.resources in (None, container.limits):
+            return
+        cid = container_id(container)
+        try:
+            await live.require_session().update_container(cid, container.limits, timeout_s=REQUEST_LIMIT_S)
+        except FailedPreconditionError as exc:  # it has come to use more meanwhile: no reason to end it
+            log.warning("Container %s/%s keeps its limits", live.pod_id, cid, exc_info=exc)
 
     async def _undo_pause(self, live: LivePod, container: ContainerRecord) -> None:
         """Take back a pause or a resume that was not recorded."""

@@ -172,3 +172,59 @@ def test_flags_of_the_network_become_its_description():
 def test_a_port_that_is_none_is_told_how_to_write_it(text):
     with pytest.raises(UsageError, match="HOST:CONTAINER"):
         specs.pod_spec(None, specs.PodFlags(publish=(text,)), specs.ContainerFlags())
+
+
+def test_probes_and_what_becomes_without_nats_come_from_flags() -> None:
+    flags = ContainerFlags(
+        image="busybox",
+        startup_probe="period=0.5,failures=60,tcp:5432",
+        readiness_probe="http:8080/ready?a=1,b=2",
+        liveness_probe="timeout=5,exec:sh -c 'test -e /ok, && true'",
+    )
+    spec = pod_spec(None, PodFlags(on_disconnect="stop:60"), flags)
+    assert (spec.on_disconnect.action, spec.on_disconnect.after_s) == ("stop", 60.0)
+    startup, readiness, liveness = (
+        getattr(spec.containers[0].probes, name) for name in ("startup", "readiness", "liveness")
+    )
+    assert (startup.period_s, startup.failure_threshold, startup.tcp.port) == (0.5, 60, 5432)
+    assert (readiness.http.port, readiness.http.path) == (8080, "/ready?a=1,b=2")
+    assert (liveness.timeout_s, liveness.exec.args) == (5.0, ("sh", "-c", "test -e /ok, && true"))
+    assert specs.probe("http:80", "--x") == {"http": {"port": 80, "path": None}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8080", "write exec:COMMAND, tcp:PORT or http:PORT/PATH"),
+        ("exec: ", "write exec:COMMAND"),
+        ("exec:'a", "No closing quotation"),
+        ("tcp:http", "'http' is no whole number"),
+        ("every=5,tcp:80", "no setting 'every'; there are delay, period"),
+        ("failures=1.5,tcp:80", "'1.5' is no whole number"),
+    ],
+)
+def test_what_is_no_probe_is_refused_with_what_would_be(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        specs.probe(text, "--liveness-probe")
+
+
+def test_a_wrong_rule_for_a_node_without_nats_is_refused() -> None:
+    with pytest.raises(UsageError, match="'soon' is no number"):
+        pod_spec(None, PodFlags(on_disconnect="stop:soon"), ContainerFlags())
+    with pytest.raises(UsageError) as caught:
+        pod_spec(None, PodFlags(on_disconnect="reboot:60"), ContainerFlags())
+    assert fields(caught.value) == {"on_disconnect.action"}
+
+
+def test_limits_to_change_are_those_given_and_none_lifts_one() -> None:
+    made = specs.limits(cpus="0.5", cpu_shares=None, mem_limit_mib="none", pids_limit="9")
+    assert made.model_dump(exclude_unset=True) == {
+        "cpu_quota_us": 50_000,
+        "cpu_period_us": 100_000,
+        "mem_limit_mib": None,
+        "pids_limit": 9,
+    }
+    for wrong in ({"pids_limit": "many"}, {"mem_limit_mib": "1"}, {}):
+        given: dict[str, str | None] = dict.fromkeys(("cpus", "cpu_shares", "mem_limit_mib", "pids_limit"))
+        with pytest.raises(UsageError):
+            specs.limits(**{**given, **wrong})

@@ -23,7 +23,7 @@ from vcnode.errors import (
 )
 from vcnode.models import wire
 from vcnode.models.commands import COMMANDS
-from vcnode.models.pod import Cmd, ContainerSpec, EnvVar, PodSpec, PodState
+from vcnode.models.pod import Cmd, ContainerResources, ContainerSpec, EnvVar, PodSpec, PodState
 from vcnode.models.sessions import ContainerCopyIn, ContainerCopyOut, SessionExec
 from vcnode.models.subjects import Subjects
 
@@ -74,6 +74,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "pod.run": (PodSpec(id="p1"),),
     "pod.exec": ("p1", ["true"]),
     "container.create": ("p1", ContainerSpec(image="busybox")),
+    "container.update": ("p1", "c1", ContainerResources(pids_limit=9)),
+    "pod.resize": ("p1", 128),
     "container.exec": ("p1", "c1", Cmd(args=("true",))),
     "container.copy_in": (ContainerCopyIn(pod_id="p1", container_id="c1", path="/a"),),
     "container.copy_out": (ContainerCopyOut(pod_id="p1", container_id="c1", path="/a"),),
@@ -250,3 +252,8 @@ async def test_an_error_with_hostile_details_is_still_that_error(
         await node.pod_status("p1")
     assert caught.value.code == "not_found"
     assert caught.value.details["error_id"] == "e1"
+
+
+async def test_a_limit_that_is_lifted_is_sent_as_null(node: NodeClient, requester: DirectRequester) -> None:
+    await node.container_update("p1", "c1", ContainerResources(pids_limit=None, cpu_shares=9))
+    assert requester.sent[-1][1]["resources"] == {"pids_limit": None, "cpu_shares": 9}

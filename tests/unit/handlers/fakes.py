@@ -30,6 +30,7 @@ from vcnode.models.network import NetworkModel
 from vcnode.models.node import ImageStatus, NodeAudit, PoolStatus
 from vcnode.models.pod import (
     AgentType,
+    ContainerResources,
     ContainerSpec,
     ContainerState,
     ContainerStatus,
@@ -162,6 +163,10 @@ class FakePods:
         await self._note("resume", call, pod_id)
         return pod_status(pod_id, state=PodState.RUNNING)
 
+    async def resize(self, pod_id: str, mem_size_mib: int, call: Call) -> PodStatus:
+        await self._note("resize", call, pod_id, mem_size_mib)
+        return pod_status(pod_id, state=PodState.RUNNING)
+
     async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
         await self._note("delete", call, pod_id, force)
         return PodDeleted(pod_id=pod_id, existed=True)
@@ -216,6 +221,12 @@ class FakePods:
 
     async def resume_container(self, pod_id: str, container_id: str, call: Call) -> ContainerStatus:
         await self._note("resume_container", call, pod_id, container_id)
+        return container_status(pod_id, container_id)
+
+    async def update_container(
+        self, pod_id: str, container_id: str, changes: ContainerResources, call: Call
+    ) -> ContainerStatus:
+        await self._note("update_container", call, pod_id, container_id, changes)
         return container_status(pod_id, container_id)
 
     async def wait_container(

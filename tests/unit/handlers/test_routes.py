@@ -19,6 +19,8 @@ REQUESTS = {
     "pod.exec": b'{"pod_id": "p1", "cmd": {"args": ["true"]}}',
     "container.exec": b'{"pod_id": "p1", "container_id": "c1", "cmd": {"args": ["true"]}}',
     "container.create": b'{"pod_id": "p1", "container": {"id": "c1", "image": "busybox"}}',
+    "container.update": b'{"pod_id": "p1", "container_id": "c1", "resources": {"pids_limit": 9}}',
+    "pod.resize": b'{"pod_id": "p1", "mem_size_mib": 128}',
     "container.copy_in": b'{"pod_id": "p1", "container_id": "c1", "path": "/a"}',
     "container.copy_out": b'{"pod_id": "p1", "container_id": "c1", "path": "/a"}',
     "session.exec": b'{"pod_id": "p1", "cmd": {"args": ["true"]}}',

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from vcnode.drivers.base import GuestSession, LogRecord
 from vcnode.drivers.logfiles import Chunk
 from vcnode.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from vcnode.models.logs import ContainerLogEntries, ContainerLogs
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec, RestartPolicy
 from vcnode.pods import logs as pump
 
 TALK = "echo one; echo two >&2; sleep infinity"
@@ -80,6 +81,28 @@ async def test_following_ends_with_the_container(tmp_path: Path) -> None:
         while not (reply := await logs(world, cursor=cursor, wait_s=30)).ended:
             found, cursor = found + text(reply), reply.cursor
         assert found + text(reply) == b"one\ntwo\n"
+
+
+async def test_following_goes_on_over_restarts_by_policy_until_a_stop(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.clock = lambda: datetime(2030, 1, 1, tzinfo=UTC)  # restarts come when the test says so
+    await world.start()
+    world.pods.start_restarts()
+    (container,) = spec("echo one; exit 1").containers
+    again = container.model_copy(update={"restart_policy": RestartPolicy.ALWAYS})
+    await world.pods.run(PodSpec(id="p1", containers=(again,)), world.call("pod.run"))
+    first = await until(world, b"one\n")
+    assert not first.ended
+    while not world.naps.count:  # noqa: ASYNC110 -- until its restart is waited for
+        await asyncio.sleep(0)
+    following = asyncio.ensure_future(logs(world, cursor=first.cursor, wait_s=30))
+    world.naps.wake()
+    reply = await following
+    assert (text(reply), reply.ended) == (b"one\n", False)
+    last = asyncio.ensure_future(logs(world, cursor=reply.cursor, wait_s=30))
+    await world.pods.stop_container("p1", "c1", 0, world.call("container.stop"))
+    assert (await last).ended  # also where the container had ended by itself before
+    await world.close()
 
 
 async def test_logs_survive_a_restart_of_the_node_agent_and_nothing_comes_twice(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from vcnode.models.pod import (
 )
 from vcnode.models.vm import NetworkAttachment
 from vcnode.models.xkeys import CurveKey
+from vcnode.pods.contact import Contact
 from vcnode.pods.host import HostMemory
 from vcnode.pods.images import ImageService
 from vcnode.pods.journal import Journal
@@ -210,6 +211,8 @@ class World:
             **settings,  # type: ignore[arg-type]
         )
         self.clock: Callable[[], datetime] = Clock()
+        self.boot_s = 1000.0
+        """Seconds since the host has booted; stands still but for the test."""
         self.naps = Naps()
         self.policy = RestartPolicy.NEVER
         self.vms = MockWorld()
@@ -256,6 +259,7 @@ class World:
             mock=True,
             policy=self.settings.policy,
         )
+        self.contact = Contact.open(self.path / "contact.json", clock=lambda: self.boot_s)
         self.hypervisor = MockHypervisor(plan, world=self.vms, templates=self._templates)
         self.agent = MockAgent(plan, tasks=self.tasks, guests=self.guests)
         self.network = MockNetwork(plan, made=self.taps)
@@ -281,6 +285,7 @@ class World:
             sleep=self.naps,
             memory=lambda: self.memory,
             keys=self.keys,
+            contact=self.contact,
         )
         return self
 

@@ -20,9 +20,16 @@ from vcnode.drivers.base import (
 from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentType
+from vcnode.models.pod import AgentType, ContainerResources
 from vcnode.models.stats import ContainerStats, GuestStats
-from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+from vcnode.models.vm import (
+    GuestConfig,
+    GuestContainer,
+    GuestContainerState,
+    GuestInfo,
+    GuestProcess,
+    Watchdog,
+)
 
 
 class NoopAgent:
@@ -61,6 +68,10 @@ class NoopSession:
         """Nobody is asked."""
         self._check()
 
+    async def set_watchdog(self, watchdog: Watchdog, *, timeout_s: float) -> None:
+        """Nobody in the guest would end it."""
+        self._check()
+
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """Refused."""
         self._refuse("containers")
@@ -82,6 +93,16 @@ class NoopSession:
     async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
         """Refused."""
         self._refuse("containers")
+
+    async def update_container(
+        self, container_id: str, resources: ContainerResources, *, timeout_s: float
+    ) -> None:
+        """Refused."""
+        self._refuse("containers")
+
+    async def available_memory(self, *, timeout_s: float) -> int:
+        """Refused."""
+        self._refuse("its memory")
 
     async def list_processes(
         self, container_id: str, *, limit: int, timeout_s: float

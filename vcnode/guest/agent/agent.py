@@ -17,6 +17,7 @@ from vcnode.guest.agent.mainio import Attachments
 from vcnode.guest.agent.mounts import Mounts
 from vcnode.guest.agent.service import Service
 from vcnode.guest.agent.spawn import Spawner
+from vcnode.guest.agent.watchdog import Watchdog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Agent:
         execs = Execs(self.loop, self._port, spawner)
         dialer = Dialer(self.loop, self._port)
         attachments = Attachments(self.loop, self._port, execs.new_id)
+        self._ending = False
         self._service = Service(
             self.loop,
             self._port,
@@ -94,11 +96,14 @@ class Agent:
             feed,
             introduction,
             self._shut_down,
+            Watchdog(self.loop, self._end_by_itself),
         )
         self._port.listener = self._service
 
     def _container_exited(self, container: Container) -> None:
         self._service.container_exited(container)
+        if self._ending and not self.containers.any_runs:
+            self.loop.stop()
 
     def _health_changed(self, container: Container) -> None:
         self._service.health_changed(container)
@@ -106,6 +111,15 @@ class Agent:
     def _shut_down(self) -> None:
         self.containers.kill_all()
         self._port.when_sent(self.loop.stop, timeout_s=GOODBYE_S)
+
+    def _end_by_itself(self, grace_s: float) -> None:
+        """The host wants no more of this guest than silence: end the containers, with their grace, and it."""
+        print("vcnode-agent: nothing was heard from the host for too long; powering off", flush=True)
+        self._ending = True
+        self.containers.end_all(grace_s)
+        self.loop.call_later(grace_s + GOODBYE_S, self.loop.stop)
+        if not self.containers.any_runs:
+            self.loop.stop()
 
     def serve(self) -> None:
         """Serve until the host asks for shutdown, then call *power_off*."""

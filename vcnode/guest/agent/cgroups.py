@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure
 from vcnode.guest.agent.params import Params
 
 ROOT = "/sys/fs/cgroup"
@@ -12,6 +13,17 @@ CONTROLLERS = ("cpu", "io", "memory", "pids")
 PARENT = "containers"
 """The group that holds those of all containers."""
 _UNLIMITED = (1 << 62) - 1
+
+
+class Limits:
+    """The ``resources`` of a request, as they came and as files of the group with their contents."""
+
+    __slots__ = ("files", "given")
+
+    def __init__(self, resources: Params) -> None:
+        """Take *resources* apart; raises `Failure` as `files`."""
+        self.given = resources.fields()
+        self.files = files(resources)
 
 
 def files(resources: Params) -> dict[str, str]:
@@ -40,6 +52,16 @@ def files(resources: Params) -> dict[str, str]:
     return found
 
 
+DEFAULTS = {
+    "cpu.max": "max 100000",
+    "cpu.weight": "100",
+    "memory.max": "max",
+    "memory.oom.group": "0",
+    "pids.max": "max",
+}
+"""Contents of files that bound nothing."""
+
+
 def cpu_weight(shares: int) -> int:
     """Convert cgroup v1 shares (2 to 262,144) to a v2 weight (1 to 10,000).
 
@@ -54,6 +76,15 @@ def counter(content: str, name: str) -> int:
         key, _, value = line.partition(" ")
         if key == name and value.isdigit():
             return int(value)
+    return 0
+
+
+def available_bytes(meminfo: str = "/proc/meminfo") -> int:
+    """Memory of the guest that could be given away without ending a process, as the kernel estimates it."""
+    for line in _read(meminfo).splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) << 10
     return 0
 
 
@@ -82,11 +113,52 @@ class Cgroup:
         os.mkdir(self.path)
         for name, value in limits.items():
             _write(f"{self.path}/{name}", value)
+        self._forbid_swap(limits)
+
+    def update(self, limits: dict[str, str]) -> None:
+        """Give the group these limits, and no others.
+
+        Raises:
+            Failure: ``failed_precondition``: more is in use than they allow. Nothing is changed then.
+            OSError: The kernel refuses; what was changed is as before.
+        """
+        self._check_usage(limits)
+        before: dict[str, str] = {}
+        try:
+            for name, default in DEFAULTS.items():
+                path = f"{self.path}/{name}"
+                if name not in limits and not os.path.exists(path):
+                    continue  # a controller that this kernel lacks bounds nothing
+                was, wanted = _read(path).strip(), limits.get(name, default)
+                if was != wanted:
+                    before[name] = was
+                    _write(path, wanted)
+        except OSError:
+            for name, was in before.items():
+                _write(f"{self.path}/{name}", was)
+            raise
+        self._forbid_swap(limits)
+
+    def _check_usage(self, limits: dict[str, str]) -> None:
+        if "pids.max" in limits:
+            used = int(_read(f"{self.path}/pids.current"))
+            if used > int(limits["pids.max"]):
+                raise Failure(FAILED_PRECONDITION, f"The container has {used} processes and threads now.")
         if "memory.max" in limits:
-            # Without swap in the guest the file may be missing; the limit must not be a limit of RAM only.
-            swap = f"{self.path}/memory.swap.max"
-            if os.path.exists(swap):
-                _write(swap, "0")
+            stat = _read(f"{self.path}/memory.stat")
+            cached = counter(stat, "inactive_file") + counter(stat, "active_file")
+            used = int(_read(f"{self.path}/memory.current")) - cached
+            if used > int(limits["memory.max"]):
+                raise Failure(
+                    FAILED_PRECONDITION,
+                    f"The container uses {-(-used >> 20)} MiB now, caches not counted; less would kill it.",
+                )
+
+    def _forbid_swap(self, limits: dict[str, str]) -> None:
+        """Without swap in the guest the file may be missing; the limit must not be a limit of RAM only."""
+        swap = f"{self.path}/memory.swap.max"
+        if "memory.max" in limits and os.path.exists(swap):
+            _write(swap, "0")
 
     def remove(self) -> None:
         """Remove the group; nothing when it is not there. Fails with EBUSY while a process is in it."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from vcnode.guest.agent.cgroups import Limits
     from vcnode.guest.agent.disks import Disks
     from vcnode.guest.agent.loop import Loop, Timer
     from vcnode.guest.agent.mounts import Mounts
@@ -82,7 +83,7 @@ class ContainerSpec:
         readonly: bool,
         hostname: str,
         process: ProcessSpec,
-        limits: dict[str, str],
+        limits: Limits,
         probes: dict[str, ProbeSpec],
         stop_signal: int,
         stop_timeout_s: float,
@@ -157,6 +158,7 @@ class Container:
             "exit_code": self.exit_code,
             "oom_killed": self.oom_killed,
             "finished_at_ns": self.finished_at_ns,
+            "resources": self.spec.limits.given,
             "started": self.health.started,
             "ready": self.health.ready,
             "probe_failure": self.probe_failure,
@@ -277,7 +279,7 @@ class Containers:
     def _prepare(self, container: Container, disks: dict[str, str]) -> None:
         spec, undo = container.spec, container.undo
         undo.push(f"remove {container.cgroup.path}", container.cgroup.remove)
-        container.cgroup.create(spec.limits)
+        container.cgroup.create(spec.limits.files)
         if spec.disk_id is None:
             self._mounts.make_container(spec.container_id, undo)
             self._mounts.bind_shared(spec.container_id, spec.shared_name or "")
@@ -493,6 +495,21 @@ class Containers:
             container.paused = False
             container.health.resume()
 
+    # -- limits ------------------------------------------------------------------------------------
+
+    def update(self, container_id: str, limits: Limits) -> None:
+        """Give a container these limits, and no others.
+
+        Raises:
+            Failure: ``not_found``, ``failed_precondition``, ``internal``; its limits are as before.
+        """
+        container = self.get(container_id)
+        try:
+            container.cgroup.update(limits.files)
+        except OSError as exc:
+            raise Failure.of(exc, f"change the limits of container {container_id!r}") from exc
+        container.spec.limits = limits
+
     # -- health ------------------------------------------------------------------------------------
 
     def _health_of(self, container: Container) -> Health:
@@ -521,14 +538,18 @@ class Containers:
 
     def _unhealthy(self, container: Container, why: str) -> None:
         """End a container whose probe has failed, as ``container.stop`` would."""
-        container_id = container.spec.container_id
         container.probe_failure = why
         self._health_changed(container)
-        if container.spec.stop_timeout_s > 0:
+        self._end(container, container.spec.stop_timeout_s)
+
+    def _end(self, container: Container, grace_s: float) -> None:
+        """Send the stop signal, and SIGKILL when the grace is over."""
+        container_id = container.spec.container_id
+        if grace_s > 0:
             self.signal(container_id, container.spec.stop_signal, everyone=False)
         if container.main is not None:
             container.grace = self._loop.call_later(
-                container.spec.stop_timeout_s,
+                grace_s,
                 lambda: self.signal(container_id, signal.SIGKILL, everyone=True),
             )
 
@@ -591,6 +612,22 @@ class Containers:
         for container in self._all.values():
             if container.main is not None:
                 _signal_pidfd(container.main.pidfd, signal.SIGKILL)
+
+    def end_all(self, grace_s: float) -> None:
+        """End every container as ``container.stop`` would, with no more grace than *grace_s*."""
+        for container in self._all.values():
+            if container.main is None:
+                continue
+            if container.state != RUNNING:
+                _signal_pidfd(container.main.pidfd, signal.SIGKILL)
+                continue
+            self._end(container, min(grace_s, container.spec.stop_timeout_s))
+            self._thaw(container, "The guest ends.")  # so that it can hear
+
+    @property
+    def any_runs(self) -> bool:
+        """Whether some container has a main process."""
+        return any(container.main is not None for container in self._all.values())
 
     # -- execute -----------------------------------------------------------------------------------
 

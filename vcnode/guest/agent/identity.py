@@ -9,7 +9,7 @@ import re
 import struct
 import time
 
-from vcnode.guest.agent import files, network, syscalls
+from vcnode.guest.agent import files, network, syscalls, watchdog
 from vcnode.guest.agent.params import Params, invalid
 
 ETC = "/run/vcnode/etc"
@@ -46,7 +46,7 @@ def set_clock(now_ns: int) -> None:
 class Identity:
     """The params of ``configure``, checked."""
 
-    __slots__ = ("entropy", "hostname", "interfaces", "machine_id", "resolver", "time_ns")
+    __slots__ = ("entropy", "hostname", "interfaces", "machine_id", "resolver", "time_ns", "watchdog")
 
     def __init__(self, params: Params) -> None:
         """Take *params* apart; raises `Failure`."""
@@ -63,6 +63,7 @@ class Identity:
             raise invalid("machine_id", "must be 32 hex digits in lower case")
         self.interfaces = params.array("interfaces", network.Interface, longest=64)
         self.resolver = network.Resolver(params.object("dns"))
+        self.watchdog = watchdog.Setting(params.object("watchdog")) if params.has("watchdog") else None
         params.done()
 
 

@@ -84,6 +84,10 @@ class Params:
         path = self.path(field)
         return tuple(check(item, f"{path}[{index}]") for index, item in enumerate(items))
 
+    def fields(self) -> dict[str, Any]:
+        """The fields that nobody took yet, as they came."""
+        return dict(self._left)
+
     def done(self) -> None:
         """Refuse what nobody took."""
         for field in self._left:

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 
-from vcnode.guest.agent import cgroups, identity, probes, process, processes, stats
+from vcnode.guest.agent import cgroups, identity, probes, process, processes, stats, watchdog
 from vcnode.guest.agent.containers import ContainerSpec
 from vcnode.guest.agent.entries import JOIN, Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.mainio import Attachments
     from vcnode.guest.agent.port import Answer, Port
+    from vcnode.guest.agent.watchdog import Watchdog
 
     Method = Callable[[Params, Answer], None]
 
@@ -100,7 +101,7 @@ def container_spec(params: Params) -> ContainerSpec:
         readonly=params.flag("readonly", False),
         hostname=identity.hostname(params),
         process=ProcessSpec(params.object("process")),
-        limits=cgroups.files(params.object("resources")),
+        limits=cgroups.Limits(params.object("resources")),
         probes=probes.parse(params.object("probes")),
         stop_signal=params.integer("stop_signal", 1, signal.NSIG - 1, signal.SIGTERM.value),
         stop_timeout_s=params.integer("stop_timeout_ms", 0, 3_600_000, 0) / 1000,
@@ -124,6 +125,7 @@ class Service:
         attachments: Those of ``attach``.
         feed: What containers write.
         power_off: Ends the guest; called after the reply to ``shutdown`` is on its way.
+        watchdog: Ends it when the host wants it to and says no more.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Service:
         feed: Feed,
         introduction: dict[str, str],
         power_off: Callable[[], None],
+        watchdog: Watchdog,
     ) -> None:
         self._loop = loop
         self._port = port
@@ -145,17 +148,21 @@ class Service:
         self._execs = execs
         self._feed = feed
         self._power_off = power_off
+        self._watchdog = watchdog
         self._dialer = dialer
         self._attachments = attachments
         self._methods: dict[str, Method] = {
             "ping": self._ping,
             "configure": self._configure,
             "set_clock": self._set_clock,
+            "set_watchdog": self._set_watchdog,
             "create_container": self._create_container,
             "start_container": self._start_container,
             "signal_container": self._signal_container,
             "pause_container": self._pause_container,
             "resume_container": self._resume_container,
+            "update_container": self._update_container,
+            "memory": self._memory,
             "list_processes": self._list_processes,
             "delete_container": self._delete_container,
             "list_containers": self._list_containers,
@@ -236,7 +243,10 @@ class Service:
         answer.result({})
 
     def _configure(self, params: Params, answer: Answer) -> None:
-        identity.apply(identity.Identity(params))
+        wanted = identity.Identity(params)
+        identity.apply(wanted)
+        if wanted.watchdog is not None:
+            self._watchdog.set(wanted.watchdog)
         self._introduction["boot_id"] = identity.boot_id()
         answer.result({})
 
@@ -244,6 +254,12 @@ class Service:
         time_ns = identity.time_ns(params)
         params.done()
         identity.set_clock(time_ns)
+        answer.result({})
+
+    def _set_watchdog(self, params: Params, answer: Answer) -> None:
+        setting = watchdog.Setting(params.object("watchdog"))
+        params.done()
+        self._watchdog.set(setting)
         answer.result({})
 
     def _create_container(self, params: Params, answer: Answer) -> None:
@@ -271,6 +287,17 @@ class Service:
         params.done()
         self._containers.resume(container_id)
         answer.result({})
+
+    def _update_container(self, params: Params, answer: Answer) -> None:
+        container_id = _matching(params, "container_id", _ID)
+        limits = cgroups.Limits(params.object("resources"))
+        params.done()
+        self._containers.update(container_id, limits)
+        answer.result({})
+
+    def _memory(self, params: Params, answer: Answer) -> None:
+        params.done()
+        answer.result({"available_bytes": cgroups.available_bytes()})
 
     def _list_processes(self, params: Params, answer: Answer) -> None:
         container_id = _matching(params, "container_id", _ID)

@@ -23,6 +23,7 @@ WANTED = (
     "9p",
     "virtio_net",
     "virtio_rng",
+    "virtio_balloon",  # in VMs with memory of their own
 )
 """Modules that the agent or a device needs, most urgent first. Dependencies follow from the modules."""
 ON_DEMAND = ("ext4",)

@@ -118,7 +118,10 @@ async def test_params_are_those_of_the_contract(guest: ScriptedGuest) -> None:
         "dns": {"servers": ["10.0.0.53"], "search": [], "options": [], "hosts": [["db", "10.0.0.9"]]},
     }
     created = by_method["create_container"]
-    assert set(created) == {"container_id", "root", "readonly", "hostname", "process", "resources"}
+    assert set(created) == {
+        *("container_id", "root", "readonly", "hostname", "process", "resources"),
+        *("stop_signal", "stop_timeout_ms"),
+    }
     assert created["root"] == {"shared_name": "c1"}
     assert set(created["process"]) == {
         *("args", "envs", "workdir", "user", "group", "supplementary_groups"),

@@ -113,3 +113,12 @@ def test_memory_in_a_file_for_templates_and_their_clones(share: bool, text: str)
 def test_kernel_parameters_are_given_whole():
     launch = replace(LAUNCH, kernel_params=("console=ttyS0", "a=b,c"))
     assert values(launch, "-append") == ["console=ttyS0 a=b,c"]
+
+
+def test_a_balloon_is_for_memory_of_its_own_only():
+    own = replace(LAUNCH, spec=SPEC.model_copy(update={"balloon": True}))
+    assert values(own, "-device")[-1] == "virtio-balloon-device,id=balloon0"
+    for shared in (True, False):
+        of_a_file = replace(own, ram_file=Path("/t/ram"), ram_share=shared)
+        assert not any("balloon" in arg for arg in argv.build(of_a_file))
+    assert not any("balloon" in arg for arg in argv.build(LAUNCH))

@@ -87,3 +87,65 @@ def test_oom_kills_are_counted_from_the_mark(tmp_path: Path) -> None:
 
 def test_remove_of_what_is_not_there_succeeds(tmp_path: Path) -> None:
     cgroups.Cgroup("c", str(tmp_path)).remove()
+
+
+def group(tmp_path: Path, **contents: str) -> cgroups.Cgroup:
+    """A group whose files are ordinary ones, in a kernel without a CPU controller."""
+    path = tmp_path / cgroups.PARENT / "c"
+    path.mkdir(parents=True)
+    usual = {
+        "memory.max": "max",
+        "memory.oom.group": "0",
+        "memory.current": str(30 << 20),
+        "memory.stat": f"anon {9 << 20}\ninactive_file {10 << 20}\nactive_file {11 << 20}\n",
+        "memory.swap.max": "9",
+        "pids.max": "max",
+        "pids.current": "3",
+    }
+    for name, content in {**usual, **{k.replace("_", ".", 1): v for k, v in contents.items()}}.items():
+        (path / name).write_text(content + "\n")
+    return cgroups.Cgroup("c", str(tmp_path))
+
+
+def read(found: cgroups.Cgroup, *names: str) -> list[str]:
+    return [Path(found.path, name).read_text().strip() for name in names]
+
+
+def test_an_update_sets_what_is_given_and_lifts_the_rest(tmp_path: Path) -> None:
+    found = group(tmp_path)
+    names = ("memory.max", "memory.oom.group", "memory.swap.max", "pids.max")
+    Path(found.path, "pids.max").write_text("77")
+    found.update(files(mem_limit_mib=9))
+    assert [text[:7] for text in read(found, *names)] == ["9437184", "1", "0", "max"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"), [({"mem_limit_mib": 8}, "uses 9 MiB now"), ({"pids_limit": 2}, "has 3 processes")]
+)
+def test_an_update_below_what_is_in_use_changes_nothing(
+    tmp_path: Path, limits: dict[str, int], message: str
+) -> None:
+    found = group(tmp_path)
+    with pytest.raises(Failure, match=message) as caught:
+        found.update(files(**limits))
+    assert caught.value.code == "failed_precondition"
+    assert read(found, "memory.max", "pids.max") == ["max", "max"]
+
+
+def test_an_update_that_the_kernel_refuses_is_taken_back(tmp_path: Path) -> None:
+    found = group(tmp_path)
+    with pytest.raises(OSError, match="No such file"):
+        found.update(files(cpu_shares=2, mem_limit_mib=64))  # there is no cpu.weight
+    found.update(files(mem_limit_mib=64))
+    Path(found.path, "pids.max").unlink()
+    with pytest.raises(OSError, match="No such file"):
+        found.update(files(mem_limit_mib=32, pids_limit=5))
+    assert read(found, "memory.max", "memory.oom.group") == [str(64 << 20), "1"]
+
+
+def test_memory_that_could_be_given_away_is_the_kernels_estimate(tmp_path: Path) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal: 100 kB\nMemAvailable:   64 kB\n")
+    assert cgroups.available_bytes(str(file)) == 65_536
+    file.write_text("MemTotal: 100 kB\n")
+    assert cgroups.available_bytes(str(file)) == 0

@@ -29,9 +29,16 @@ from vcnode.drivers.faults import FaultPlan
 from vcnode.errors import AgentError, DeadlineExceededError, FailedPreconditionError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentType
+from vcnode.models.pod import AgentType, ContainerResources
 from vcnode.models.stats import ContainerStats, GuestStats
-from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+from vcnode.models.vm import (
+    GuestConfig,
+    GuestContainer,
+    GuestContainerState,
+    GuestInfo,
+    GuestProcess,
+    Watchdog,
+)
 
 
 class MockAgent:
@@ -117,11 +124,17 @@ class MockSession:
         """See `GuestSession.configure`."""
         async with self._operation("configure", timeout_s):
             self._guest.config = config
+            self._guest.watchdog = config.watchdog
 
     async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
         """See `GuestSession.set_clock`. Nobody looks at the clock of a mock guest."""
         async with self._operation("set_clock", timeout_s):
             self._guest.catch_up()
+
+    async def set_watchdog(self, watchdog: Watchdog, *, timeout_s: float) -> None:
+        """See `GuestSession.set_watchdog`. The mock guest remembers it, and does not end."""
+        async with self._operation("set_watchdog", timeout_s):
+            self._guest.watchdog = watchdog
 
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """See `GuestSession.create_container`. No file is looked at."""
@@ -150,6 +163,18 @@ class MockSession:
         """See `GuestSession.resume_container`."""
         async with self._operation("resume_container", timeout_s):
             self._guest.resume(container_id)
+
+    async def update_container(
+        self, container_id: str, resources: ContainerResources, *, timeout_s: float
+    ) -> None:
+        """See `GuestSession.update_container`."""
+        async with self._operation("update_container", timeout_s):
+            self._guest.update(container_id, resources)
+
+    async def available_memory(self, *, timeout_s: float) -> int:
+        """See `GuestSession.available_memory`: what the world says."""
+        async with self._operation("available_memory", timeout_s):
+            return self._guest.available_bytes
 
     async def list_processes(
         self, container_id: str, *, limit: int, timeout_s: float

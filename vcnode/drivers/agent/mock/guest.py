@@ -21,8 +21,9 @@ from vcnode.drivers.base import ContainerExited, ContainerHealth, CopyDirection
 from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
 from vcnode.guest.health import Health, ProbeSpec
 from vcnode.models.living import ContainerProcess
+from vcnode.models.pod import ContainerResources
 from vcnode.models.probes import Probes
-from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestProcess
+from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestProcess, Watchdog
 
 FIRST_PID = 100
 
@@ -67,6 +68,7 @@ class MockContainer:
             state=("paused" if self.paused else "running") if self.is_running else stopped,
             pid=self.pid,
             exit_code=None if self.is_running else self.exit_code,
+            resources=self.spec.resources,
             ready=self.health.ready,
             probe_failure=self.probe_failure,
             finished_at=None if self.is_running else self.finished_at,
@@ -78,6 +80,8 @@ class MockGuest:
 
     Attributes:
         config: What ``configure`` gave it last.
+        available_bytes: Memory that it says it could give away.
+        watchdog: What its watchdog was given last, if anything.
         containers: By id.
         on_log: Called when a container has written something; None while nobody follows.
         on_exit: Where the open session wants to hear of ended containers; None while there is none.
@@ -87,6 +91,8 @@ class MockGuest:
 
     def __init__(self) -> None:
         self.config: GuestConfig | None = None
+        self.watchdog: Watchdog | None = None
+        self.available_bytes = 400 << 20
         self.containers: dict[str, MockContainer] = {}
         self.on_exit: Callable[[ContainerExited], None] | None = None
         self.on_health: Callable[[ContainerHealth], None] | None = None
@@ -172,6 +178,14 @@ class MockGuest:
             for number in signals:
                 self.signal(container_id, number, everyone=False)
             self.catch_up()
+
+    def update(self, container_id: str, resources: ContainerResources) -> None:
+        """See `GuestSession.update_container`. A container has one process, and one for each exec."""
+        container = self.find(container_id)
+        used = int(container.is_running) + len(container.execs)
+        if resources.pids_limit is not None and used > resources.pids_limit:
+            raise FailedPreconditionError(f"Container {container_id} has {used} processes.")
+        container.spec = container.spec.model_copy(update={"resources": resources})
 
     def _health_of(self, container: MockContainer) -> Health:
         loop = asyncio.get_running_loop()

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import ValidationError
+
 from vcnode.drivers.base import ContainerExited, ContainerHealth, LogPosition
 from vcnode.errors import (
     AgentError,
@@ -24,8 +26,16 @@ from vcnode.errors import (
 )
 from vcnode.models.base import ID_PATTERN
 from vcnode.models.living import ContainerProcess
+from vcnode.models.pod import ContainerResources
 from vcnode.models.probes import Probe
-from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+from vcnode.models.vm import (
+    GuestConfig,
+    GuestContainer,
+    GuestContainerState,
+    GuestInfo,
+    GuestProcess,
+    Watchdog,
+)
 
 MAX_TEXT = 500
 """Characters of a text from the guest that are kept."""
@@ -79,6 +89,17 @@ def configure_params(config: GuestConfig) -> dict[str, Any]:
             "options": list(config.dns.options),
             "hosts": [list(pair) for pair in config.dns.hosts.items()],
         },
+        **({} if config.watchdog is None else watchdog_params(config.watchdog)),
+    }
+
+
+def watchdog_params(watchdog: Watchdog) -> dict[str, Any]:
+    """Params of ``set_watchdog``."""
+    return {
+        "watchdog": {
+            "after_ms": max(1, round(watchdog.after_s * 1000)),
+            "grace_ms": round(watchdog.grace_s * 1000),
+        }
     }
 
 
@@ -93,6 +114,8 @@ def create_container_params(container: GuestContainer) -> dict[str, Any]:
         "resources": container.resources.model_dump(),
         **{name: True for name in ("stdin", "tty") if getattr(container, name)},
         **_secret_params(container),
+        "stop_signal": container.stop_signal,
+        "stop_timeout_ms": round(container.stop_timeout_s * 1000),
         **_probe_params(container),
     }
 
@@ -119,11 +142,7 @@ def _probe_params(container: GuestContainer) -> dict[str, Any]:
     probes = {name: _probe(probe) for name, probe in named.items() if probe is not None}
     if not probes:
         return {}
-    return {
-        "probes": probes,
-        "stop_signal": container.stop_signal,
-        "stop_timeout_ms": round(container.stop_timeout_s * 1000),
-    }
+    return {"probes": probes}
 
 
 def _probe(probe: Probe) -> dict[str, Any]:
@@ -145,6 +164,11 @@ def _probe(probe: Probe) -> dict[str, Any]:
         "success_threshold": probe.success_threshold,
         "failure_threshold": probe.failure_threshold,
     }
+
+
+def update_container_params(container_id: str, resources: ContainerResources) -> dict[str, Any]:
+    """Params of ``update_container``."""
+    return {"container_id": container_id, "resources": resources.model_dump()}
 
 
 def execute_params(
@@ -259,10 +283,25 @@ def _container_state(entry: object) -> GuestContainerState:
         pid=_optional_int(entry, "pid", 1, _MAX_PID),
         exit_code=code,
         oom_killed=_bool(entry, "oom_killed"),
+        resources=_resources(entry.get("resources")),
         ready=None if entry.get("ready") is None else _bool(entry, "ready"),
         probe_failure=_optional_text(entry, "probe_failure"),
         finished_at=None if finished_at_ns is None else datetime.fromtimestamp(finished_at_ns / 1e9, UTC),
     )
+
+
+def _resources(fields: object) -> ContainerResources | None:
+    if fields is None:
+        return None
+    try:
+        return ContainerResources.model_validate(fields)
+    except ValidationError as exc:
+        raise BadFieldError("resources") from exc
+
+
+def available_bytes(result: Mapping[str, Any]) -> int:
+    """Result of ``memory``. Raises BadFieldError."""
+    return _int(result, "available_bytes", 0, (1 << 53) - 1)
 
 
 def processes(result: Mapping[str, Any], limit: int) -> tuple[Sequence[ContainerProcess], int]:

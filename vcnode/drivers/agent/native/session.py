@@ -18,8 +18,16 @@ from vcnode.drivers.base import CopyDirection, GuestEvent, LogPosition, SessionL
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, VcnodeError
 from vcnode.guest import protocol
 from vcnode.models.living import ContainerProcess
+from vcnode.models.pod import ContainerResources
 from vcnode.models.stats import ContainerStats, GuestStats
-from vcnode.models.vm import GuestConfig, GuestContainer, GuestContainerState, GuestInfo, GuestProcess
+from vcnode.models.vm import (
+    GuestConfig,
+    GuestContainer,
+    GuestContainerState,
+    GuestInfo,
+    GuestProcess,
+    Watchdog,
+)
 
 T = TypeVar("T")
 
@@ -70,6 +78,10 @@ class NativeSession:
     async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
         """See `GuestSession.set_clock`."""
         await self._call("set_clock", {"time_ns": time_ns}, timeout_s)
+
+    async def set_watchdog(self, watchdog: Watchdog, *, timeout_s: float) -> None:
+        """See `GuestSession.set_watchdog`."""
+        await self._call("set_watchdog", messages.watchdog_params(watchdog), timeout_s)
 
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """See `GuestSession.create_container`.
@@ -128,6 +140,18 @@ class NativeSession:
     async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
         """See `GuestSession.resume_container`."""
         await self._call("resume_container", {"container_id": container_id}, timeout_s, container_id)
+
+    async def update_container(
+        self, container_id: str, resources: ContainerResources, *, timeout_s: float
+    ) -> None:
+        """See `GuestSession.update_container`."""
+        params = messages.update_container_params(container_id, resources)
+        await self._call("update_container", params, timeout_s, container_id)
+
+    async def available_memory(self, *, timeout_s: float) -> int:
+        """See `GuestSession.available_memory`."""
+        result = await self._call("memory", {}, timeout_s)
+        return self._checked(lambda: messages.available_bytes(result))
 
     async def list_processes(
         self, container_id: str, *, limit: int, timeout_s: float

@@ -12,7 +12,7 @@ from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock.world import MockMachine, MockWorld
-from vcnode.errors import HypervisorError, NotFoundError
+from vcnode.errors import HypervisorError, NotFoundError, UnsupportedError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, StopOutcome
 from vcnode.models.stats import CpuStats, VmStats, idle_interface
@@ -98,6 +98,14 @@ class MockVm:
                 interfaces=tuple(idle_interface(name) for name in interfaces.values()),
             )
 
+    async def set_memory(self, mem_size_mib: int, *, timeout_s: float) -> None:
+        """See Protocol Vm. The pretended guest gives back whatever is wanted."""
+        async with self._operation("set_memory", timeout_s):
+            self._need_alive("set_memory")
+            if not self._machine.spec.balloon:
+                raise UnsupportedError(f"VM {self._id} has no balloon.")
+            self._machine.mem_size_mib = mem_size_mib
+
     async def stop(self, *, grace_s: float) -> StopOutcome:
         """See Protocol Vm. The pretended guest powers off within any grace but 0, unless it is paused."""
         if not self._machine.alive:
@@ -156,7 +164,10 @@ class MockHypervisor:
         """Marked as a mock."""
         return DriverInfo(
             type=HypervisorType.MOCK,
-            capabilities=("disks", "pause", "share", "stats", *(("templates",) if self._templates else ())),
+            capabilities=(
+                *("balloon", "disks", "pause", "share", "stats"),
+                *(("templates",) if self._templates else ()),
+            ),
             mock=True,
             notes=("No VM runs here: the mock hypervisor only pretends.",),
         )
@@ -255,7 +266,13 @@ class MockHypervisor:
 
 def make_record(spec: VmSpec) -> VmRecord:
     """The record of a pretended VM: no process, no accelerator."""
-    return VmRecord(vm_id=spec.vm_id, uuid=spec.uuid, directory=spec.directory, type=HypervisorType.MOCK)
+    return VmRecord(
+        vm_id=spec.vm_id,
+        uuid=spec.uuid,
+        directory=spec.directory,
+        type=HypervisorType.MOCK,
+        balloon=spec.balloon,
+    )
 
 
 def _bounded(operation: str, vm_id: str, timeout_s: float) -> contextlib.AbstractAsyncContextManager[None]:

@@ -18,6 +18,8 @@ class MockMachine:
 
     spec: VmSpec
     """As launched."""
+    mem_size_mib: int = 0
+    """Memory that its guest has now."""
     running: bool = True
     """False while its vCPUs are paused."""
     disks: dict[str, Disk] = field(default_factory=dict)

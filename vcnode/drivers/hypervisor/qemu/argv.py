@@ -329,6 +329,15 @@ class Virtio9pDevice(Switch):
 
 
 @dataclass(frozen=True, slots=True)
+class VirtioBalloonDevice(Switch):
+    """What the guest puts memory into that it gives back. Never in a clone or a template: see `VmSpec`."""
+
+    flag = "-device"
+    first = "virtio-balloon-device"
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class TapNetdev(Switch):
     """A tap that QEMU inherits as an open descriptor; QEMU itself does without vhost where that fails."""
 
@@ -426,6 +435,8 @@ def switches(launch: Launch) -> Iterator[Switch]:
         vhost = None if vhost_fd is None else True
         yield TapNetdev(id=f"net{index}", fd=netdev.tap_fd, vhost=vhost, vhostfd=vhost_fd)
         yield VirtioNetDevice(netdev=f"net{index}", mac=netdev.mac)
+    if spec.balloon and launch.ram_file is None:
+        yield VirtioBalloonDevice(id="balloon0")
     if launch.incoming is not None:
         yield Incoming(launch.incoming)
 

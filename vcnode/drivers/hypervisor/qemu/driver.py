@@ -88,7 +88,7 @@ class QemuHypervisor:
         return DriverInfo(
             type=HypervisorType.QEMU,
             version=self._build.version if self._build else None,
-            capabilities=("disks", "pause", "recover", "share", "stats", "templates"),
+            capabilities=("balloon", "disks", "pause", "recover", "share", "stats", "templates"),
             notes=self._notes,
         )
 
@@ -361,6 +361,7 @@ class QemuHypervisor:
             pid_start_ticks=process.start_ticks,
             accelerator=self.accelerator,
             uid=uid,
+            balloon=spec.balloon and spec.clone_of is None and spec.template_key is None,
         )
 
     def _open_logs(self, files: VmFiles, undo: contextlib.ExitStack) -> tuple[FifoLog, FifoLog]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.hypervisor.qemu import usage
+from vcnode.drivers.hypervisor.qemu.balloon import Balloon
 from vcnode.drivers.hypervisor.qemu.disks import Disks
 from vcnode.drivers.hypervisor.qemu.explain import Evidence, explain
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
@@ -20,7 +21,7 @@ from vcnode.drivers.hypervisor.qemu.files import VmFiles
 from vcnode.drivers.hypervisor.qemu.migration import Migration
 from vcnode.drivers.hypervisor.qemu.process import Process
 from vcnode.drivers.hypervisor.qemu.qmp import QmpSession
-from vcnode.errors import HypervisorError, NotFoundError, UnavailableError
+from vcnode.errors import HypervisorError, NotFoundError, UnavailableError, UnsupportedError
 from vcnode.models.pod import StopOutcome
 from vcnode.models.stats import VmStats
 from vcnode.models.vm import Disk, VmExit, VmRecord
@@ -56,6 +57,7 @@ class QemuVm:
         self._stderr = stderr
         self.qmp = QmpSession(record.vm_id, files.qmp_socket, self._on_event)
         self._disks = Disks(record.vm_id, self.qmp, by_descriptor=record.uid is not None)
+        self._balloon = Balloon(record.vm_id, self.qmp)
         self.migration = Migration(record.vm_id, self.qmp)
         self.restore_s: float | None = None
         """See Protocol Vm; set by the driver."""
@@ -122,6 +124,12 @@ class QemuVm:
         """See Protocol Vm."""
         await self.qmp.execute("cont", timeout_s=timeout_s)
         self._paused = False
+
+    async def set_memory(self, mem_size_mib: int, *, timeout_s: float) -> None:
+        """See Protocol Vm."""
+        if not self._record.balloon:
+            raise UnsupportedError(f"VM {self._record.vm_id} has no balloon.")
+        await self._balloon.set(mem_size_mib, timeout_s=timeout_s)
 
     async def query_paused(self, *, timeout_s: float) -> None:
         """Learn from QEMU whether the vCPUs are stopped, after a restart of the node agent."""
@@ -262,6 +270,7 @@ class QemuVm:
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         self._disks.on_event(name, data)
         self.migration.on_event(name, data)
+        self._balloon.on_event(name)
         match name:
             case "SHUTDOWN" if self._shutdown_reason is None:
                 self._shutdown_reason = str(data.get("reason"))
