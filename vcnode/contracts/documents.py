@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vcnode.contracts import asyncapi, configuration
+from vcnode.contracts import asyncapi, configuration, reference
 from vcnode.contracts.schemas import payloads, schema
 from vcnode.models.base import JsonObject
 
 ASYNCAPI = "asyncapi.json"
 SCHEMAS = "schemas"
 CONFIGURATION = "../docs/configuration.md"
+REFERENCE = "../docs/api.md"
 
 
 def render() -> dict[str, str]:
@@ -19,6 +20,7 @@ def render() -> dict[str, str]:
     files = {f"{SCHEMAS}/{payload.name}.json": _text(schema(payload.name)) for payload in payloads()}
     files[ASYNCAPI] = _text(asyncapi.document())
     files[CONFIGURATION] = configuration.render()
+    files[REFERENCE] = reference.render()
     return files
 
 
