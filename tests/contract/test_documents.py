@@ -37,7 +37,8 @@ def test_the_documents_are_what_the_models_say() -> None:
 async def test_what_differs_is_named_and_made_right(tmp_path: Path) -> None:
     shutil.copytree(CONTRACTS, tmp_path / "c")
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs/configuration.md", tmp_path / "docs")
+    for page in ("configuration.md", "api.md"):
+        shutil.copy(ROOT / "docs" / page, tmp_path / "docs")
     (tmp_path / "c/schemas/error.json").write_text("{}")
     (tmp_path / "c/schemas/pod.run.reply.json").unlink()
     (tmp_path / "c/schemas/stray.json").write_text("{}")
