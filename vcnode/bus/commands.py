@@ -89,6 +89,10 @@ class Received(Protocol):
         """Count a delivery."""
         ...
 
+    async def give_back(self, message: str) -> None:
+        """Take back the last delivery of *message*: it was undone."""
+        ...
+
     async def conclude(
         self,
         message: str,
@@ -112,6 +116,8 @@ class _Held:
     body: bytes
     reply: str
     """Where it is acknowledged; a later delivery brings another."""
+    counted: bool = False
+    """Whether this delivery stands among those that were begun."""
 
 
 class DurableCommands:
@@ -312,15 +318,31 @@ class DurableCommands:
 
     async def _finish(self, held: _Held) -> bool:
         """Bring one command to its outcome; False: it has none yet, and will be delivered again."""
-        receipt = await self._surely(lambda: self._received.receive(held.message))
-        if receipt is None:
-            return False
-        if receipt.outcome is not None:
-            return True
-        if receipt.deliveries > MAX_DELIVERIES:
-            outcome: Outcome | None = self._refuse_poison(held, receipt.deliveries)
-        else:
-            outcome = await self._carry_out(held)
+        try:
+            done = await self._conclude(held)
+        except asyncio.CancelledError:
+            await self._give_back(held)
+            raise
+        if not done:
+            await self._give_back(held)
+        return done
+
+    async def _conclude(self, held: _Held) -> bool:
+        async with self._places:
+            # Counted only now: what waits for its turn when the node agent ends had no part in that.
+            if self._stopping.is_set():
+                return False
+            receipt = await self._surely(lambda: self._received.receive(held.message))
+            if receipt is None:
+                return False
+            if receipt.outcome is not None:
+                return True
+            held.counted = True
+            if receipt.deliveries > MAX_DELIVERIES:
+                first = self._refuse_poison(held, receipt.deliveries)
+            else:
+                first = await self._attempt(held)
+        outcome = await self._try_again(held, first)
         if outcome is None:
             return False
         kind, data = tell(held.verb, outcome, deliveries=receipt.deliveries, max_deliveries=MAX_DELIVERIES)
@@ -343,27 +365,34 @@ class DurableCommands:
         await self._received.conclude(message, kind, command_id, data, audit)
         return True
 
-    async def _carry_out(self, held: _Held) -> Outcome | None:
+    async def _give_back(self, held: _Held) -> None:
+        """Take back that *held* was begun: the node agent has undone it, and ends in order."""
+        if not held.counted:
+            return
+        try:
+            await self._received.give_back(held.message)
+        except VcnodeError as exc:  # it then counts as one of several; nothing else is wrong
+            self._complain(exc)
+
+    async def _try_again(self, held: _Held, outcome: Outcome) -> Outcome | None:
         """Run a command until it ends in a way that stays; None: the node stops first."""
-        command = COMMANDS.get(held.verb)
-        if command is not None and not command.mutates:
-            return self._dispatcher.refuse(
-                held.verb, held.headers, InvalidArgumentError(f"{held.verb} changes nothing: ask by request.")
-            )
         attempts, wait_s = 1, ATTEMPT_FIRST_S
-        while (outcome := await self._attempt(held)).retryable:
+        while outcome.retryable:
             if self._stopping.is_set() or await self._stops_within(wait_s):
                 return None
             if attempts == MAX_ATTEMPTS:
                 return outcome
             attempts, wait_s = attempts + 1, min(2 * wait_s, ATTEMPT_MAX_S)
+            async with self._places:
+                outcome = await self._attempt(held)
         return outcome
 
     async def _attempt(self, held: _Held) -> Outcome:
-        async with self._places:
-            return await self._dispatch(held)
-
-    async def _dispatch(self, held: _Held) -> Outcome:
+        command = COMMANDS.get(held.verb)
+        if command is not None and not command.mutates:
+            return self._dispatcher.refuse(
+                held.verb, held.headers, InvalidArgumentError(f"{held.verb} changes nothing: ask by request.")
+            )
         try:
             slot = self._dispatcher.take_slot(held.verb)
         except VcnodeError as exc:

@@ -57,7 +57,7 @@ class CommandOutcome(Reply):
     duplicate: bool
     """Whether another message had brought the same command before."""
     deliveries: int
-    """How often JetStream delivered it."""
+    """How often it was begun, less the times when a stop of the node agent has undone it."""
     error: ErrorReply | None = None
     """Why it did not succeed."""
     reply: JsonObject | None = None

@@ -23,7 +23,7 @@ class Receipt:
     """What is known of a message."""
 
     deliveries: int
-    """How many processes or attempts have received it, this one included."""
+    """How often it was begun, this time included; less those times when it was undone in order."""
     outcome: str | None
     """Kind of the event that told its outcome; None: it has none yet."""
 
@@ -62,6 +62,21 @@ class Received:
             return Receipt(*row)
 
         return await self._store.write(receive)
+
+    async def give_back(self, message: str) -> None:
+        """Take back the last delivery of *message*: what was begun has been undone.
+
+        Raises:
+            ResourceExhaustedError, StorageError: The database cannot be written; it stays counted.
+        """
+
+        def give_back(tx: Tx) -> None:
+            tx.execute(
+                "UPDATE received SET deliveries = deliveries - 1 WHERE message = ? AND outcome IS NULL",
+                (message,),
+            )
+
+        await self._store.write(give_back)
 
     async def conclude(
         self,
