@@ -111,6 +111,7 @@ NO_SIDE_EFFECT = {
         "connection; its journal entry is as that of an exec (integration/test_sessions.py)",
     ),
     **dict.fromkeys(("session.resume", "session.close"), "change nothing but a session of this process"),
+    **dict.fromkeys(("container.update", "pod.resize"), "swept in one process, in test_pod_sweep.py"),
 }
 """Commands that change something, and what there is to sweep of them beyond what the stories have."""
 
@@ -132,9 +133,14 @@ ELSEWHERE = {
     "agent.list_processes": "reads",
     "agent.read_stats": "reads",
     "vm.read_stats": "reads",
+    "agent.available_memory": "reads",
+    "agent.update_container": "of container.update: test_pod_sweep.py",
+    "agent.set_watchdog": "of on_disconnect: told anew again and again (unit/pods/test_disconnect.py)",
+    "vm.set_memory": "of pod.resize: test_pod_sweep.py",
     "agent.attach": "of sessions",
     "agent.copy": "of sessions",
     "agent.connect_port": "of sessions",
+    "store.give_back": "of an orderly stop: regressions/test_commands_that_only_waited.py",
     "store.fail": "here, in the sweep of recovery",
     "store.restore": "with an older database: integration/test_nats_events.py",
     "store.forget": "of a command that had no effect and may come again: the one before it is swept",

@@ -134,8 +134,8 @@ class TestCgroup:
         ("controllers", "level", "detail"),
         [
             ("cpuset cpu io memory hugetlb pids rdma", "ok", ""),
-            ("hugetlb", "warn", "cpu, memory, pids"),
-            ("cpu pids", "warn", "lacks memory"),
+            ("hugetlb", "warn", "lacks cpu, io, memory, pids"),
+            ("cpu pids", "warn", "lacks io, memory"),
             ("", "warn", "lacks"),
         ],
     )

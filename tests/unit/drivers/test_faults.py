@@ -138,7 +138,7 @@ async def test_an_unknown_operation_is_a_bug_of_the_driver():
 def test_every_operation_is_a_call_of_a_protocol():
     owners = {
         "hypervisor": (base.Hypervisor, base.Templating, Auditable),
-        "vm": (base.Vm,),
+        "vm": (base.Vm, base.Measurable),
         "agent": (base.GuestSession, base.GuestAgent),
         "network": (base.Network, Auditable),
         "storage": (base.Storage, Auditable),
