@@ -82,7 +82,8 @@ class ImageService:
             InvalidArgumentError: *path* is neither, or outside the allowed roots.
             NotFoundError: *path* does not exist.
             ResourceExhaustedError: There is no space for it.
-            StorageError: It could not be made; nothing of it is left.
+            StorageError: It could not be made; nothing of it is left. Or it could not be recorded, and may
+                be yet: a file that has no name then goes with the next repairing audit.
         """
         async with self._making(name):
             file = await self._storage.build_image(path, timeout_s=IMPORT_LIMIT_S)
@@ -103,7 +104,8 @@ class ImageService:
             PermissionDeniedError: The policy forbids what the registry has there; nothing was fetched.
             UnavailableError: The registry does not answer, or the node agent is stopping.
             ResourceExhaustedError: There is no space for it.
-            StorageError: It could not be made; nothing of it is left.
+            StorageError: It could not be made; nothing of it is left. Or it could not be recorded, and may
+                be yet: a file that has no name then goes with the next repairing audit.
         """
         name = request.name or request.reference
         # Who asks belongs to the key: nobody may get by another's credentials what he must not see.
