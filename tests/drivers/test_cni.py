@@ -235,6 +235,7 @@ async def test_delete_works_after_the_namespace_is_gone(host: Host) -> None:
     namespaces.remove(made.vm_id)
     for held in await driver.held(host.mark):
         await driver.free(held, timeout_s=LIMIT_S)
+    networks.gone("veth")
     assert {**host.left(), "rules": []} == NOTHING  # this version of the plugin looks for its rule in there
 
 

@@ -60,6 +60,8 @@ async def site(**settings: Any) -> AsyncIterator[Site]:
 def connected(client: socket.socket, where: tuple[str, int], family: int, at: Peer | None) -> Any:
     """Connect to a server in a guest, or on the host."""
     server = socket.socket(family, socket.SOCK_STREAM) if at is None else at.socket(family)
+    # The connection before this one may still be in TIME_WAIT there.
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.bind(where)
     return connection(client, server)
 
@@ -150,6 +152,7 @@ async def test_a_node_with_ipv6_only() -> None:
                 for end in connected(client, (address, 80), socket.AF_INET6, web):
                     end.close()
             server = web.socket(socket.AF_INET6)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("::", 80))
             server.listen(1)
             with server, socket.create_connection((gateway, 8080), timeout=20):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.netns import private_network
+
+RTMGRP_LINK = 1
+"""Multicast group of changes to interfaces (linux/rtnetlink.h)."""
 
 
 @contextlib.contextmanager
@@ -75,6 +79,15 @@ def picture(netns: str) -> dict[str, Any]:
         "qdiscs": show("qdisc", "show", netns=netns, program="tc"),
     }
     return {name: steady(look) for name, look in looks.items()}
+
+
+def gone(prefix: str) -> None:
+    """Wait until no interface has a name that begins so: the kernel takes a removed namespace apart later."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE) as changes:
+        changes.bind((0, RTMGRP_LINK))  # before the look, or the last change could be missed
+        changes.settimeout(10)
+        while any(name.startswith(prefix) for name in links()):
+            changes.recv(65536)
 
 
 def settle(netns: str, *names: str) -> None:
