@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from vcnode.models.base import Moment
+from vcnode.models.hypervisor import DiskFormat, MachineType
 from vcnode.models.network import DnsConfig, Endpoint, NetworkConfig, NetworkModel, NetworkNamespace
 from vcnode.models.pod import ContainerResources, HypervisorType
 from vcnode.models.probes import Probes
@@ -14,6 +15,55 @@ class Data(BaseModel):
     """Base of internal values: frozen, strict about names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DiskFile(Data):
+    """A disk that a VM has from the start."""
+
+    fd: int
+    """The file that is written to, or read; inherited by the VM's process."""
+    format: DiskFormat
+    """What is in it."""
+    read_only: bool = False
+    """Whether the guest may not write."""
+    base_fd: int | None = None
+    """With it, the file above is what was written over this one, which is only read; inherited too."""
+    base_format: DiskFormat = DiskFormat.RAW
+    """What is in that."""
+
+
+class VmConfig(Data):
+    """How a VM is built and what it boots. The default is the node's own guest on its own machine."""
+
+    machine_type: MachineType | None = None
+    """None: what suits the host's architecture and what is booted."""
+    kernel: str | None = None
+    """What QEMU opens as the kernel. None: the node's, unless the guest starts from its disk."""
+    initrd: str | None = None
+    """What QEMU opens as the initramfs. None: the node's goes with its kernel, any other kernel has none."""
+    firmware: str | None = None
+    """What QEMU opens as the firmware. None: its own."""
+    file_fds: tuple[int, ...] = ()
+    """Descriptors that these name as ``/proc/self/fd/N``; inherited."""
+    disks: tuple[DiskFile, ...] = ()
+    """Disks, in the guest's order."""
+    kernel_params: tuple[str, ...] = ()
+    """Parameters for the kernel, after the node's own."""
+    hypervisor_params: tuple[tuple[str, str], ...] = ()
+    """Further switches of QEMU, without ``-``, and their values; empty: a switch without one."""
+    cpu_model: str | None = None
+    """As ``-cpu`` has it. None: the host's with KVM, else all that QEMU can do."""
+    mem_prealloc: bool = False
+    """Whether all memory is taken at the start."""
+    huge_pages: bool = False
+    """Whether the memory consists of the host's huge pages."""
+    debug: bool = False
+    """Whether guest and QEMU say more."""
+
+    @property
+    def from_disk(self) -> bool:
+        """Whether the guest starts from its first disk, by firmware."""
+        return bool(self.disks) and self.kernel is None and self.initrd is None
 
 
 class VmSpec(Data):
@@ -42,6 +92,8 @@ class VmSpec(Data):
     balloon: bool = False
     """Whether its memory can be changed while it runs. Never of a clone or a template: what a balloon gives
     back would be punched out of the template's file, which other VMs share."""
+    config: VmConfig = VmConfig()
+    """How it is built and what it boots. Only with the default there are templates."""
     template_key: str | None = None
     """Set when the VM is booted to become the template of this key (see `Templating.save_template`)."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from vcnode.drivers.hypervisor.qemu import argv
-from vcnode.models.vm import NetDev, VmSpec
+from vcnode.drivers.hypervisor.qemu import argv, machines
+from vcnode.drivers.hypervisor.qemu.machines import ARCHITECTURES
+from vcnode.errors import InvalidArgumentError, UnsupportedError
+from vcnode.models.hypervisor import DiskFormat, MachineType
+from vcnode.models.vm import DiskFile, NetDev, VmConfig, VmSpec
 
 SPEC = VmSpec(
     vm_id="vm-0123456789ab",
@@ -22,6 +26,7 @@ SPEC = VmSpec(
 LAUNCH = argv.Launch(
     binary="/usr/bin/qemu-system-x86_64",
     accelerator="tcg",
+    architecture=ARCHITECTURES["x86_64"],
     spec=SPEC,
     kernel=Path("/g/vmlinux"),
     initrd=Path("/g/initrd"),
@@ -111,8 +116,8 @@ def test_memory_in_a_file_for_templates_and_their_clones(share: bool, text: str)
 
 
 def test_kernel_parameters_are_given_whole():
-    launch = replace(LAUNCH, kernel_params=("console=ttyS0", "a=b,c"))
-    assert values(launch, "-append") == ["console=ttyS0 a=b,c"]
+    launch = replace(LAUNCH, kernel_params=("a=b,c",))
+    assert values(launch, "-append") == ["console=ttyS0 quiet panic=-1 reboot=t a=b,c"]
 
 
 def test_a_balloon_is_for_memory_of_its_own_only():
@@ -122,3 +127,142 @@ def test_a_balloon_is_for_memory_of_its_own_only():
         of_a_file = replace(own, ram_file=Path("/t/ram"), ram_share=shared)
         assert not any("balloon" in arg for arg in argv.build(of_a_file))
     assert not any("balloon" in arg for arg in argv.build(LAUNCH))
+
+
+Q35 = VmConfig(disks=(DiskFile(fd=20, format=DiskFormat.QCOW2),))
+
+
+def configured(config: VmConfig, **changes: object) -> argv.Launch:
+    return replace(LAUNCH, spec=SPEC.model_copy(update={"config": config, **changes}))
+
+
+def test_a_guest_that_starts_from_its_disk_gets_firmware_and_pci():
+    netdevs = (NetDev(tap_fd=9, mac="52:54:00:00:00:01"),)
+    launch = configured(Q35, netdevs=netdevs, balloon=True)
+    args = argv.build(launch)
+    assert not {"-kernel", "-initrd", "-append"} & set(args)
+    assert values(launch, "-machine") == ["type=q35,memory-backend=ram,graphics=off"]
+    assert values(launch, "-device") == [
+        "virtio-serial-pci,id=serial0,max_ports=4",
+        "virtserialport,bus=serial0.0,chardev=agent0,name=vcnode.agent.0",
+        "virtio-scsi-pci,id=scsi0",
+        "virtio-9p-pci,fsdev=share0,mount_tag=vcnode-shared",
+        "virtio-blk-pci,drive=disk0,serial=vcnode-0,bootindex=0",
+        "virtio-net-pci,netdev=net0,mac=52:54:00:00:00:01,romfile=",
+        "virtio-balloon-pci,id=balloon0",
+    ]
+
+
+def test_a_disk_is_opened_as_what_it_is_and_follows_no_name_in_its_header():
+    launch = configured(Q35)
+    assert values(launch, "-add-fd") == ["fd=20,set=1000"]
+    assert [json.loads(text) for text in values(launch, "-blockdev")] == [
+        {
+            "driver": "qcow2",
+            "node-name": "disk0",
+            "read-only": False,
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": "/dev/fdset/1000", "read-only": False, "discard": "unmap"},
+            "backing": None,
+        }
+    ]
+    assert argv.inherited_fds(launch) == (7, 8, 20)
+
+
+def test_an_overlay_takes_the_writes_and_its_base_is_only_read():
+    over = DiskFile(fd=20, format=DiskFormat.QCOW2, base_fd=21, base_format=DiskFormat.RAW)
+    launch = configured(
+        VmConfig(kernel="/k", disks=(over, DiskFile(fd=22, format=DiskFormat.RAW, read_only=True)))
+    )
+    assert values(launch, "-add-fd") == ["fd=21,set=1001", "fd=20,set=1000", "fd=22,set=1002"]
+    base, disk, second = (json.loads(text) for text in values(launch, "-blockdev"))
+    assert (base["driver"], base["read-only"], base["file"]["read-only"]) == ("raw", True, True)
+    assert base["file"]["filename"] == "/dev/fdset/1001"
+    assert (disk["backing"], disk["read-only"]) == ("disk0-base", False)
+    assert (second["driver"], second["read-only"]) == ("raw", True)
+    assert argv.inherited_fds(launch) == (7, 8, 20, 21, 22)
+    # The machine for kernels has no firmware, so its disks have no order in which they start.
+    assert values(launch, "-device")[-1] == "virtio-blk-device,drive=disk1,serial=vcnode-1"
+
+
+@pytest.mark.parametrize(
+    ("config", "kernel", "initrd", "params"),
+    [
+        (VmConfig(kernel="/k"), ["/k"], [], ""),
+        (VmConfig(kernel="/k", initrd="/i"), ["/k"], ["/i"], ""),
+        (VmConfig(initrd="/i"), ["/g/vmlinux"], ["/i"], ""),
+        (VmConfig(kernel="/k", kernel_params=("a", "b=c")), ["/k"], [], " a b=c"),
+        (VmConfig(kernel="/k", disks=Q35.disks), ["/k"], [], " root=/dev/vda rw"),
+        (
+            VmConfig(kernel="/k", disks=Q35.disks, kernel_params=("root=LABEL=x",)),
+            ["/k"],
+            [],
+            " root=LABEL=x",
+        ),
+        (VmConfig(kernel="/k", initrd="/i", disks=Q35.disks), ["/k"], ["/i"], ""),
+    ],
+)
+def test_what_boots(config: VmConfig, kernel: list[str], initrd: list[str], params: str):
+    launch = configured(config)
+    assert values(launch, "-kernel") == kernel
+    assert values(launch, "-initrd") == initrd
+    assert values(launch, "-append") == [f"console=ttyS0 quiet panic=-1 reboot=t{params}"]
+    assert values(launch, "-machine")[0].startswith("type=microvm,")
+
+
+def test_options_of_the_hypervisor():
+    config = VmConfig(
+        machine_type=MachineType.Q35,
+        firmware="/fw",
+        cpu_model="Skylake-Client,-erms",
+        mem_prealloc=True,
+        debug=True,
+        hypervisor_params=(("rtc", "base=localtime"), ("S", "")),
+    )
+    launch = configured(config)
+    assert values(launch, "-bios") == ["/fw"]
+    assert values(launch, "-cpu") == ["Skylake-Client,-erms"]
+    assert values(launch, "-object") == ["memory-backend-ram,id=ram,size=256M,prealloc=on"]
+    assert values(launch, "-append") == ["console=ttyS0 debug ignore_loglevel panic=-1 reboot=t"]
+    assert values(launch, "-d") == ["guest_errors,unimp"]
+    assert argv.build(launch)[-3:] == ["-rtc", "base=localtime", "-S"]
+
+
+def test_huge_pages_need_no_mount():
+    launch = configured(VmConfig(huge_pages=True))
+    assert values(launch, "-object") == ["memory-backend-memfd,id=ram,size=256M,hugetlb=on"]
+
+
+def test_aarch64_has_a_machine_a_console_and_a_cpu_of_its_own():
+    launch = replace(LAUNCH, architecture=ARCHITECTURES["aarch64"], binary="qemu-system-aarch64")
+    assert values(launch, "-machine") == ["type=virt,memory-backend=ram,gic-version=max"]
+    assert values(launch, "-cpu") == ["max,pauth-impdef=on"]
+    assert values(launch, "-append") == ["console=ttyAMA0 quiet panic=-1"]
+    assert values(launch, "-device")[0] == "virtio-serial-pci,id=serial0,max_ports=4"
+    assert values(replace(launch, accelerator="kvm"), "-cpu") == ["host"]
+    with pytest.raises(InvalidArgumentError, match="firmware_path"):
+        argv.build(replace(launch, spec=SPEC.model_copy(update={"config": Q35})))
+    with_firmware = Q35.model_copy(update={"firmware": "/efi"})
+    from_disk = replace(launch, spec=SPEC.model_copy(update={"config": with_firmware}))
+    assert (values(from_disk, "-kernel"), values(from_disk, "-bios")) == ([], ["/efi"])
+    assert values(from_disk, "-machine") == values(launch, "-machine")
+
+
+@pytest.mark.parametrize(
+    ("arch", "machine_type", "from_disk", "match"),
+    [
+        ("x86_64", MachineType.VIRT, False, "virt does not go with x86_64"),
+        ("aarch64", MachineType.Q35, False, "q35 does not go with aarch64"),
+        ("x86_64", MachineType.MICROVM, True, "no firmware"),
+    ],
+)
+def test_machines_that_cannot_run_the_guest(
+    arch: str, machine_type: MachineType, from_disk: bool, match: str
+):
+    with pytest.raises(UnsupportedError, match=match):
+        machines.choose(ARCHITECTURES[arch], machine_type, from_disk=from_disk)
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(UnsupportedError, match="riscv64"):
+        machines.architecture("riscv64")

@@ -18,10 +18,11 @@ from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.hypervisor.qemu import accel, privileges, tsc, vhost
-from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, Launch, build, inherited_fds
+from vcnode.drivers.hypervisor.qemu.argv import Launch, build, inherited_fds, own_guest
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups, Limits, disk_of
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
+from vcnode.drivers.hypervisor.qemu.machines import Architecture, host_architecture
 from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, spawn
 from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
@@ -48,7 +49,7 @@ class Guest:
     """The guest image that every VM boots."""
 
     kernel: Path
-    """Uncompressed ELF kernel."""
+    """On x86_64 an uncompressed ELF, on aarch64 an ``Image``."""
     initrd: Path
     """Its initramfs."""
 
@@ -61,16 +62,26 @@ class QemuHypervisor:
         guest: What to boot.
         state_dir: Where the accelerator's test result is kept.
         tasks: Owner of the watcher of each VM.
+        architecture: Of the guests. Default: the host's.
     """
 
-    def __init__(self, settings: QemuSettings, guest: Guest, *, state_dir: Path, tasks: Spawner) -> None:
+    def __init__(
+        self,
+        settings: QemuSettings,
+        guest: Guest,
+        *,
+        state_dir: Path,
+        tasks: Spawner,
+        architecture: Architecture | None = None,
+    ) -> None:
         self._settings = settings
         self._guest = guest
         self._state_dir = state_dir
         self._tasks = tasks
+        self._architecture = architecture or host_architecture()
         self._build: accel.Build | None = None
         self._choice: accel.Choice | None = None
-        self._kernel_params: tuple[str, ...] = KERNEL_PARAMS
+        self._kernel_params: tuple[str, ...] = ()
         self._notes: tuple[str, ...] = ()
         self._sources = Sources(state_dir / "templates")
         self._setpriv: str | None = None
@@ -116,7 +127,7 @@ class QemuHypervisor:
         self._notes = (self._choice.reason, *((self._cgroups.note,) if self._cgroups.note else ()))
         if self._choice.accelerator == "tcg":
             await self._tell_tsc()
-        await self._sources.open(self._build.key, self._choice.accelerator)
+        await self._sources.open(self._build.key, self._choice.accelerator, *own_guest(self._architecture))
         log.info("QEMU %s with %s: %s", self._build.version, self.accelerator, self._choice.reason)
 
     async def launch(self, spec: VmSpec, *, timeout_s: float) -> QemuVm:
@@ -335,6 +346,7 @@ class QemuHypervisor:
             raise HypervisorError("The QEMU driver was used before it was opened.")
         return Launch(
             binary=self._build.path,
+            architecture=self._architecture,
             accelerator=self._choice.accelerator,
             tcg_cache_mib=self._settings.tcg_cache_mib,
             spec=spec,
@@ -443,7 +455,7 @@ class QemuHypervisor:
         else:
             # Without "reliable" the guest's watchdog compares it with jiffies, which a busy host delays, and
             # falls back to them for good: a clock of 4 ms steps that loses ticks.
-            self._kernel_params = (*KERNEL_PARAMS, f"tsc_early_khz={khz}", "tsc=reliable")
+            self._kernel_params = (f"tsc_early_khz={khz}", "tsc=reliable")
 
 
 async def _end(process: Process, vm_id: str, group: Cgroup, timeout_s: float) -> None:

@@ -17,7 +17,6 @@ from vcnode.aio import deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo
 from vcnode.drivers.hypervisor.qemu import templates
-from vcnode.drivers.hypervisor.qemu.argv import KERNEL_PARAMS, TCG_CPU
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError, Draft, TemplateStore
 from vcnode.errors import HypervisorError, NotFoundError
 from vcnode.models.vm import VmShape, VmSpec
@@ -73,7 +72,7 @@ class Sources:
 
     def key(self, shape: VmShape, files: Sequence[Path]) -> str:
         """See `vcnode.drivers.base.Templating.template_key`; *files* are the guest's kernel and initrd."""
-        facts = [LAYOUT, TCG_CPU, *KERNEL_PARAMS, *self._inputs, *(self._digest(path) for path in files)]
+        facts = [LAYOUT, *self._inputs, *(self._digest(path) for path in files)]
         text = json.dumps([facts, shape.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
