@@ -41,7 +41,16 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this host cannot run."""
+    """Skip, with the reason, what this host cannot run; files that may take long come first.
+
+    A long file that begins last would run alone, while the other workers have nothing left to do.
+    """
+    files: dict[Path, tuple[float, int]] = {}
+    for item in items:
+        limit_s, count = files.get(item.path, (0.0, 0))
+        own = item.get_closest_marker("timeout")
+        files[item.path] = (max(limit_s, own.args[0] if own else 0.0), count + 1)
+    items.sort(key=lambda item: files[item.path], reverse=True)
     if os.geteuid() != 0:
         needs_root = pytest.mark.skip(reason="needs root; run dev/test, which asks sudo")
         for item in items:
