@@ -28,9 +28,10 @@ os.environ.setdefault("VCNODE_NETWORK", "noop")
 def pytest_configure(config: pytest.Config) -> None:
     """End in good order on SIGTERM, fixtures included; forgive testcontainers its unclosed connections."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A shell starts background jobs with these ignored, and children would inherit that.
+    # A shell starts background jobs with these ignored, nohup with SIGHUP, and children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if nats.kind() == "testcontainers":
         config.addinivalue_line("filterwarnings", r"ignore:unclosed .*docker\.sock:ResourceWarning")
 

@@ -13,6 +13,8 @@
 - What waits to be written when a connection breaks is written to the next one, behind a gap: what had been
   handed to the old socket is lost. For events, which are sent again in order, this would turn their order
   over (see ``perishable``).
+- ``flush`` writes its PING ahead of what waits to be written, so it ends before the server has seen that: a
+  subscription made before it need not stand yet. A reply to a ``flush`` that gave up raises in the read loop.
 - ``_flush_pending`` swallows ``CancelledError``, so a cancelled publisher goes on (see `uncancelled`).
 """
 
@@ -24,7 +26,7 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import nats.errors
-from nats.aio.client import Client
+from nats.aio.client import PING_PROTO, Client
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,19 @@ class SturdyClient(Client):
         except Exception:
             log.warning("Dropped a malformed message on %r", bytes(subject[:128]), exc_info=True)
 
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # Behind what waits to be written, not ahead of it.
+        self._pongs.append(asyncio.Future() if future is None else future)
+        await self._send_command(PING_PROTO)
+        await self._flush_pending()
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            del self._pongs[0]  # whoever waited for it has given up
+            self._pings_outstanding = 0
+        else:
+            await super()._process_pong()
+
     async def _attempt_reconnect(self) -> None:
         try:
             await super()._attempt_reconnect()
@@ -79,9 +94,9 @@ class SturdyClient(Client):
             raise
         # Here, where the client has just become CONNECTED and nothing was written to the new socket yet: what
         # was there when the old one broke is in this list as well as what came since.
-        if self._perishable:
-            self._pending = [command for command in self._pending if not command.startswith(self._perishable)]
-            self._pending_data_size = sum(map(len, self._pending))
+        forgotten = (*self._perishable, PING_PROTO)  # nobody waits for the reply to an old PING any more
+        self._pending = [command for command in self._pending if not command.startswith(forgotten)]
+        self._pending_data_size = sum(map(len, self._pending))
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # Called before CONNECT, with its credentials, is sent. A server that merely allows TLS is upgraded,

@@ -78,5 +78,6 @@ async def test_a_queued_start_shows_its_place_and_a_cancelled_one_leaves_it(tmp_
     starts[0].cancel()
     assert (await asyncio.wait_for(starts[1], 10)).state is PodState.RUNNING
     assert world.pods.queued_starts == 0
+    await asyncio.wait_for(asyncio.wait([starts[0]]), 10)
     assert [p.pod_id for p in world.pods.list({}, ()).pods] == ["p2"]
     await world.close()
