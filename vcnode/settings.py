@@ -278,6 +278,8 @@ class PolicySettings(Group):
     """Images that may be pulled and run. Default: any. ``[[policy.images]]`` in the file."""
     image_import: bool = True
     """Whether images may be made of files of the host, and run; such images fit no rule of ``images``."""
+    own_guests: bool = True
+    """Whether pods may boot a kernel, initramfs or disk image of the host instead of the node's own guest."""
     capabilities: tuple[Capability, ...] | None = None
     """Capabilities that containers and what is executed in them may have; those that name none want the
     default set (docs/containers.md). Default: any. They reach no further than the pod's own guest."""

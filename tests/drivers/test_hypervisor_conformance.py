@@ -134,7 +134,7 @@ async def test_a_launched_vm_lives_and_is_on_record(rig: Rig, node: Hypervisor, 
     assert rig.alive(record)
     assert (record.vm_id, record.uuid, record.directory) == (wanted.vm_id, wanted.uuid, wanted.directory)
     assert record.type == node.info.type
-    assert vm.agent_socket == Path(wanted.directory, "agent.sock")
+    assert vm.channel("agent") == Path(wanted.directory, "agent.sock")
     assert await vm.stop(grace_s=0) == "forced"
     assert not rig.alive(record)
 

@@ -128,6 +128,7 @@ ELSEWHERE = {
     "storage.blank_image": "as network.prepare",
     "storage.read_notes": "here, in the sweep of recovery; it reads",
     "storage.read_secret": "reads",
+    "storage.open_file": "reads",
     "agent.ping": "changes nothing",
     "agent.list_containers": "here, in the sweep of recovery; it reads",
     "agent.list_processes": "reads",

@@ -20,9 +20,10 @@ from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.living import ContainerProcess
 from vcnode.models.network import NetworkConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import ContainerResources, StopOutcome
+from vcnode.models.pod import AgentConfig, ContainerResources, StopOutcome
 from vcnode.models.stats import ContainerStats, GuestStats, VmStats
 from vcnode.models.vm import (
+    Channel,
     Disk,
     GuestConfig,
     GuestContainer,
@@ -47,9 +48,8 @@ class Vm(Protocol):
         """What finds it again after a restart of the node agent."""
         ...
 
-    @property
-    def agent_socket(self) -> Path:
-        """UNIX socket that leads to the guest agent's serial port. One client at a time."""
+    def channel(self, channel_id: str) -> Path:
+        """UNIX socket that leads to a serial port of the guest (`VmSpec.channels`). One client at a time."""
         ...
 
     @property
@@ -563,6 +563,15 @@ class GuestAgent(Protocol):
         """Capabilities; ``containers``, ``exec`` and ``stats`` among them where it has those."""
         ...
 
+    @property
+    def share_tag(self) -> str:
+        """Mount tag under which the agent looks for the 9p share."""
+        ...
+
+    def channels(self, config: AgentConfig) -> tuple[Channel, ...]:
+        """Serial ports that the agent needs. Pure."""
+        ...
+
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
         """Wait for the guest's agent and open a session.
 
@@ -742,6 +751,15 @@ class Storage(Protocol):
 
         Raises:
             InvalidArgumentError: Not a directory, or outside the allowed roots.
+            NotFoundError: It does not exist.
+        """
+        ...
+
+    async def open_file(self, path: str) -> int:
+        """Open a plain file under the allowed roots for reading; the caller closes the descriptor.
+
+        Raises:
+            InvalidArgumentError: Outside of them, links resolved, or no plain file.
             NotFoundError: It does not exist.
         """
         ...

@@ -100,6 +100,47 @@ class Resources(Request):
     """Guest memory in MiB."""
 
 
+class HypervisorConfig(Request):
+    """What the VM of a pod boots, where that is not the node's own guest."""
+
+    kernel_path: HostPath | None = None
+    """Kernel, as an ELF file or bzImage. Default: the node's own."""
+    initrd_path: HostPath | None = None
+    """Its initramfs. Default: the node's own with its own kernel, else none."""
+    image_path: HostPath | None = None
+    """Disk image with the guest's root file system."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of the host that are named, by field."""
+        named = {name: getattr(self, name) for name in ("kernel_path", "initrd_path", "image_path")}
+        return {name: path for name, path in named.items() if path is not None}
+
+    @property
+    def own_guest(self) -> bool:
+        """Whether the VM boots anything but the node's own guest."""
+        return bool(self.files)
+
+
+PortName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")]
+
+
+class HyperConfig(Request):
+    """How the agent ``hyperstart`` is reached."""
+
+    ctl_port: PortName = "sh.hyper.channel.0"
+    """Name in the guest of the serial port that carries commands."""
+    tty_port: PortName = "sh.hyper.channel.1"
+    """Name in the guest of the serial port that carries the streams of processes."""
+
+
+class AgentConfig(Request):
+    """Settings of agent drivers, by ``agent_type``; those of the others are ignored."""
+
+    hyperstart: HyperConfig = HyperConfig()
+    """Of ``hyperstart``."""
+
+
 class EnvVar(Request):
     """One environment variable."""
 
@@ -278,8 +319,12 @@ class PodSpec(Request):
     """Size of the VM."""
     hypervisor_type: HypervisorType | None = None
     """Driver that runs the VM. Default: the node's."""
+    hypervisor_config: HypervisorConfig = HypervisorConfig()
+    """What that driver boots."""
     agent_type: AgentType | None = None
     """Driver that reaches into the guest. Default: the node's."""
+    agent_config: AgentConfig = AgentConfig()
+    """How that driver does so."""
     network_model: NetworkModel | None = None
     """Driver that connects the pod. Default: the node's."""
     network: NetworkConfig = NetworkConfig()

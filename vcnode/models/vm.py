@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from vcnode.models.base import Moment
@@ -66,6 +68,26 @@ class VmConfig(Data):
         return bool(self.disks) and self.kernel is None and self.initrd is None
 
 
+class Channel(Data):
+    """A serial port of a VM, and the UNIX socket behind it."""
+
+    channel_id: str
+    """Names its socket, ``<id>.sock`` in the VM's directory."""
+    name: str
+    """Name in the guest."""
+
+
+AGENT_CHANNELS = (Channel(channel_id="agent", name="vcnode.agent.0"),)
+"""Of vcnode's own agent (contracts/guest-protocol.md)."""
+SHARE_TAG = "vcnode-shared"
+"""Mount tag of the 9p share, as vcnode's own agent knows it."""
+
+
+def channel_socket(directory: str, channel_id: str) -> Path:
+    """Where the socket of a channel is."""
+    return Path(directory, f"{channel_id}.sock")
+
+
 class VmSpec(Data):
     """A VM to launch."""
 
@@ -87,6 +109,10 @@ class VmSpec(Data):
     """Network namespace to run in; None: the node agent's own."""
     clone_of: str | None = None
     """Key of the template to start from; None: boot."""
+    channels: tuple[Channel, ...] = AGENT_CHANNELS
+    """Serial ports that lead to its agent."""
+    share_tag: str = SHARE_TAG
+    """Mount tag of the 9p share."""
     host_dirs: bool = True
     """Whether directories of the host may be shared with it: its process then needs rights on them."""
     balloon: bool = False

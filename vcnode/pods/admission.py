@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import dataclass
 
 from vcnode.drivers.base import ImageFile
 from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnsupportedError
 from vcnode.models.image import ImageConfig
+from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import Parts, driver
 from vcnode.pods.process import NO_CONFIG, guest_process
+from vcnode.pods.wiring import open_guest_file
 from vcnode.settings import Settings
+
+_IN_OWN_GUESTS = frozenset({AgentType.HYPERSTART, AgentType.SSHD})
+"""Agents that the node's own guest does not have."""
 
 
 def new_id(prefix: str) -> str:
@@ -61,11 +67,14 @@ class Admission:
             raise InvalidArgumentError.field(
                 "pod.agent_type", f"{agent_type} does not go with hypervisor_type {hypervisor_type}"
             )
+        _check_boots(spec, agent_type, hypervisor.info)
         if spec.containers:
             self._check_containers_supported(agent_type, "pod.containers")
         if not hypervisor.info.mock:
             self._check_memory(spec)
         _check_on_disconnect(spec, settings.nats.lease_s)
+        for name, path in spec.hypervisor_config.files.items():
+            os.close(await open_guest_file(parts.storage, name, path))
         now = parts.clock()
         containers = [
             await self._container(_with_id(c), f"pod.containers[{index}]")
@@ -137,6 +146,20 @@ class Admission:
                 wanted_mib=wanted,
                 total_mib=total,
             )
+
+
+def _check_boots(spec: PodSpec, agent_type: AgentType, hypervisor: DriverInfo) -> None:
+    """See that the hypervisor can boot what the pod names, and that the agent may be in there."""
+    config = spec.hypervisor_config
+    for name in config.files:
+        if name.removesuffix("_path") not in hypervisor.capabilities:
+            field = f"pod.hypervisor_config.{name}"
+            raise UnsupportedError(f"{field}: hypervisor_type {hypervisor.type} cannot do that.", field=field)
+    if agent_type in _IN_OWN_GUESTS and not (config.initrd_path or config.image_path):
+        raise InvalidArgumentError.field(
+            "pod.hypervisor_config",
+            f"needs initrd_path or image_path: the node's own guest has no agent of type {agent_type}",
+        )
 
 
 def _check_on_disconnect(spec: PodSpec, lease_s: float) -> None:

@@ -22,7 +22,7 @@ from vcnode.errors import PermissionDeniedError
 from vcnode.models.base import OnHost
 from vcnode.models.commands import ContainerCreate, ImageImport, ImagePull, PodExec
 from vcnode.models.node import ImageStatus
-from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
+from vcnode.models.pod import Cmd, ContainerSpec, HypervisorConfig, PodSpec
 from vcnode.models.records import PodRecord
 from vcnode.models.secrets import HostSecret
 from vcnode.models.sessions import SessionExec
@@ -132,6 +132,8 @@ def _model(model: BaseModel, path: str, policy: PolicySettings, known: Known) ->
     """What only a model as a whole tells."""
     if isinstance(model, PodSpec):
         yield from _containers(model.containers, f"{path}.containers", policy)
+    if isinstance(model, HypervisorConfig) and model.own_guest and not policy.own_guests:
+        yield Denial("policy.own_guests", path, "pods may boot the node's own guest only")
     if isinstance(model, ContainerSpec):
         if model.cmd.capabilities is None:
             yield from _capabilities(DEFAULT_CAPABILITIES, f"{path}.cmd.capabilities", policy, default=True)

@@ -42,7 +42,7 @@ from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.watch import Watcher
-from vcnode.pods.wiring import netdevs
+from vcnode.pods.wiring import netdevs, vm_config
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,11 @@ class Starter:
         phases.done("storage")
         template = await self._templates.for_pod(record)
         phases.done("template")
-        async with netdevs(parts.network(record), held.network) as devices:
+        agent = parts.agent(record)
+        async with (
+            netdevs(parts.network(record), held.network) as devices,
+            vm_config(parts.storage, record.spec.hypervisor_config) as config,
+        ):
             spec = VmSpec(
                 vm_id=held.vm.vm_id,
                 uuid=held.vm.uuid,
@@ -268,6 +272,9 @@ class Starter:
                 balloon=has_balloon(record, parts.hypervisor(record)),
                 netns_path=held.network.netns_path,
                 netdevs=devices,
+                config=config,
+                channels=agent.channels(record.spec.agent_config),
+                share_tag=agent.share_tag,
                 host_dirs=shares_host_dirs(record),
             )
             return await self._clone_or_boot(record, spec, template, phases)

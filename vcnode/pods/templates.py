@@ -149,7 +149,8 @@ class Templates:
             if policy == "require":
                 raise UnsupportedError(
                     f"Pod {record.pod_id} requires a template, which hypervisor_type"
-                    f" {record.hypervisor_type.value} with agent_type {record.agent_type.value} cannot make."
+                    f" {record.hypervisor_type.value} with agent_type {record.agent_type.value} cannot make"
+                    f"{' for a guest of its own' * record.spec.hypervisor_config.own_guest}."
                 )
             return None
         if await self._load(kind):
@@ -210,6 +211,8 @@ class Templates:
 
     def kind_of(self, record: PodRecord) -> Kind | None:
         """What the pod's VM would be cloned from; None: it boots."""
+        if record.spec.hypervisor_config.own_guest:
+            return None
         size = record.spec.resources
         if record.network is not None:
             count: int | None = len(record.network.endpoints)

@@ -27,7 +27,7 @@ from vcnode.models.commands import (
     PodExec,
 )
 from vcnode.models.node import ImageStatus
-from vcnode.models.pod import Cmd, ContainerSpec, Resources
+from vcnode.models.pod import Cmd, ContainerSpec, HypervisorConfig, Resources
 from vcnode.models.sessions import SessionExec
 from vcnode.pods.policy import Known, judge, judge_digest, require, split_reference
 from vcnode.pods.process import DEFAULT_CAPABILITIES
@@ -36,6 +36,7 @@ from vcnode.settings import ImageRule, PolicySettings, Settings
 DIGEST = "sha256:" + "a" * 64
 OTHER = "sha256:" + "b" * 64
 NOTHING = Known({}, {})
+OWN_KERNEL = HypervisorConfig(kernel_path="/srv/b/vmlinux")
 
 
 def image(name: str, reference: str | None = None, manifest: str | None = None) -> ImageStatus:
@@ -119,6 +120,18 @@ def create(*containers: ContainerSpec, **fields: Any) -> PodCreate:
             [],
         ),
         (ImagePull(reference="app"), {"images": ()}, [("images", "reference")]),
+        (create(hypervisor_config=OWN_KERNEL), {}, []),
+        (
+            create(hypervisor_config=OWN_KERNEL),
+            {"own_guests": False},
+            [("own_guests", "pod.hypervisor_config")],
+        ),
+        (create(), {"own_guests": False}, []),
+        (
+            create(hypervisor_config=OWN_KERNEL),
+            {"host_paths": ("/srv/a",)},
+            [("host_paths", "pod.hypervisor_config.kernel_path")],
+        ),
         (PodExec(pod_id="p", cmd=RUN), {"guest_exec": False}, [("guest_exec", "pod_id")]),
         (SessionExec(pod_id="p", cmd=RUN), {"guest_exec": False}, [("guest_exec", "pod_id")]),
         (SessionExec(pod_id="p", container_id="c", cmd=RUN), {"guest_exec": False}, []),

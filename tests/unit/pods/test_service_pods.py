@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -19,7 +20,7 @@ from vcnode.errors import (
 )
 from vcnode.models.commands import ExecOptions
 from vcnode.models.network import NetworkModel
-from vcnode.models.pod import AgentType, Cmd, HypervisorType, PodState, Resources
+from vcnode.models.pod import AgentType, Cmd, HypervisorConfig, HypervisorType, PodState, Resources
 
 
 async def test_create_starts_nothing(world: World) -> None:
@@ -63,6 +64,21 @@ async def test_a_pod_without_id_gets_one(world: World) -> None:
         (pod(hypervisor_type=HypervisorType.QEMU), UnsupportedError, "pod.hypervisor_type"),
         (pod(agent_type=AgentType.SSHD), UnsupportedError, "pod.agent_type"),
         (pod(agent_type=AgentType.NOOP), UnsupportedError, "pod.containers"),
+        (
+            pod(hypervisor_config=HypervisorConfig(kernel_path="/etc/vmlinux")),
+            InvalidArgumentError,
+            "pod.hypervisor_config.kernel_path",
+        ),
+        (
+            pod(hypervisor_config=HypervisorConfig(initrd_path="/roots/missing/initrd")),
+            NotFoundError,
+            "pod.hypervisor_config.initrd_path",
+        ),
+        (
+            pod(hypervisor_config=HypervisorConfig(image_path="/roots/disk")),
+            UnsupportedError,
+            "pod.hypervisor_config.image_path",
+        ),
         (pod(network_model=NetworkModel.CNI), UnsupportedError, "pod.network_model"),
     ],
 )
@@ -101,6 +117,16 @@ async def test_start_runs_the_pod_and_its_containers_and_says_how_long_each_phas
     assert {e.commandid for e in events[2:]} == {call.command_id}
     assert all(e.mock for e in events)
     assert events[-1].data["state"] == "running"
+
+
+async def test_a_vm_boots_what_its_pod_names_and_the_files_are_closed_after(world: World) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    own = HypervisorConfig(kernel_path="/roots/vmlinux", initrd_path="/roots/initrd")
+    await world.pods.run(pod(hypervisor_config=own), world.call())
+    (machine,) = world.vms.machines.values()
+    config = machine.spec.config
+    assert [config.kernel, config.initrd] == [f"/proc/self/fd/{fd}" for fd in config.file_fds]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_start_configures_the_guest(world: World) -> None:

@@ -20,9 +20,12 @@ from vcnode.drivers.base import (
 from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentType, ContainerResources
+from vcnode.models.pod import AgentConfig, AgentType, ContainerResources
 from vcnode.models.stats import ContainerStats, GuestStats
 from vcnode.models.vm import (
+    AGENT_CHANNELS,
+    SHARE_TAG,
+    Channel,
     GuestConfig,
     GuestContainer,
     GuestContainerState,
@@ -39,6 +42,15 @@ class NoopAgent:
     def info(self) -> DriverInfo:
         """See `GuestAgent.info`: no capabilities."""
         return DriverInfo(type=AgentType.NOOP, version=vcnode.__version__)
+
+    @property
+    def share_tag(self) -> str:
+        """See `GuestAgent.share_tag`."""
+        return SHARE_TAG
+
+    def channels(self, config: AgentConfig) -> tuple[Channel, ...]:
+        """See `GuestAgent.channels`: that of the native agent, which is what the node's own guest expects."""
+        return AGENT_CHANNELS
 
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`."""

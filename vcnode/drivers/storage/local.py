@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.registry import Progress
 from vcnode.drivers.storage.secrets import read_secret
-from vcnode.drivers.storage.threads import in_thread, make_in_thread
+from vcnode.drivers.storage.threads import Undo, in_thread, make_in_thread
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import StorageError
 from vcnode.models.image import ImageConfig
@@ -126,6 +127,16 @@ class LocalStorage:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated(f"Looking at {path!r}"):
             await in_thread(self._roots.check_directory, path)
+
+    async def open_file(self, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Opening {path!r}"):
+            return await make_in_thread(self._open_file, path)
+
+    def _open_file(self, undo: list[Undo], path: str) -> int:
+        fd = self._roots.open_file(path)
+        undo.append(lambda: os.close(fd))
+        return fd
 
     async def read_secret(self, path: str) -> bytes:
         """See `vcnode.drivers.base.Storage`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,12 @@ class MockStorage:
         """See `vcnode.drivers.base.Storage`; nothing is looked at."""
         await self._hit("check_rootfs")
         self._check(path)
+
+    async def open_file(self, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`; the descriptor leads nowhere."""
+        await self._hit("open_file")
+        self._check(path)
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     async def read_secret(self, path: str) -> bytes:
         """See `vcnode.drivers.base.Storage`; nothing is read."""

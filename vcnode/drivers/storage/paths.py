@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -84,6 +85,18 @@ class AllowedRoots:
         finally:
             os.close(fd)
         return again
+
+    def open_file(self, path: str) -> int:
+        """As `open`, but for reading, and it must be a plain file."""
+        fd = self.open(path)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise self._refuse(path, "is no plain file")
+            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise self._translate(path, exc) from exc
+        finally:
+            os.close(fd)
 
     def check_directory(self, path: str) -> None:
         """As `open_directory`, for the errors only."""

@@ -24,12 +24,16 @@ class FakeVm:
     """A VM of which there is a socket and an end."""
 
     def __init__(self, agent_socket: Path, vm_id: str = VM_ID) -> None:
-        self.agent_socket = agent_socket
+        self._agent_socket = agent_socket
         self.record = VmRecord(
             vm_id=vm_id, uuid="u", directory=str(agent_socket.parent), type=HypervisorType.MOCK
         )
         self.ended = asyncio.Event()
         self.paused = False
+
+    def channel(self, channel_id: str) -> Path:
+        """The one socket."""
+        return self._agent_socket
 
     async def wait(self) -> VmExit:
         """Wait for `ended`."""

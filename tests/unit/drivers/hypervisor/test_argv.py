@@ -13,7 +13,7 @@ from vcnode.drivers.hypervisor.qemu import argv, machines
 from vcnode.drivers.hypervisor.qemu.machines import ARCHITECTURES
 from vcnode.errors import InvalidArgumentError, UnsupportedError
 from vcnode.models.hypervisor import DiskFormat, MachineType
-from vcnode.models.vm import DiskFile, NetDev, VmConfig, VmSpec
+from vcnode.models.vm import Channel, DiskFile, NetDev, VmConfig, VmSpec
 
 SPEC = VmSpec(
     vm_id="vm-0123456789ab",
@@ -31,7 +31,7 @@ LAUNCH = argv.Launch(
     kernel=Path("/g/vmlinux"),
     initrd=Path("/g/initrd"),
     qmp_fd=7,
-    agent_fd=8,
+    channel_fds=(8,),
     console=Path("/run/vcnode/vms/vm-0123456789ab/console"),
 )
 
@@ -40,6 +40,22 @@ def values(launch: argv.Launch, flag: str) -> list[str]:
     """What follows each *flag* on the command line."""
     args = argv.build(launch)
     return [value for name, value in pairwise(args) if name == flag]
+
+
+def test_each_channel_is_a_port_of_its_own():
+    ports = (Channel(channel_id="ctl", name="a.0"), Channel(channel_id="tty", name="a.1"))
+    spec = SPEC.model_copy(update={"channels": ports, "share_tag": "mine"})
+    launch = replace(LAUNCH, spec=spec, channel_fds=(8, 9))
+    assert values(launch, "-chardev")[-2:] == [
+        "socket,id=ctl0,fd=8,server=on,wait=off",
+        "socket,id=tty0,fd=9,server=on,wait=off",
+    ]
+    assert values(launch, "-device")[1:3] == [
+        "virtserialport,bus=serial0.0,chardev=ctl0,name=a.0",
+        "virtserialport,bus=serial0.0,chardev=tty0,name=a.1",
+    ]
+    assert values(launch, "-device")[-1] == "virtio-9p-device,fsdev=share0,mount_tag=mine"
+    assert argv.inherited_fds(launch) == (7, 8, 9)
 
 
 def test_the_whole_command_line():

@@ -59,6 +59,16 @@ async def test_cancelled_call_leaves_nothing(storage, host, monkeypatch, call):
         assert list(await storage.vm_ids()) == []
 
 
+async def test_a_file_whose_opening_is_cancelled_is_closed(storage, host):
+    before = len(os.listdir("/proc/self/fd"))
+    opening = asyncio.create_task(storage.open_file(str(host.roots / "plain")))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize(
     ("problem", "text"),
     [

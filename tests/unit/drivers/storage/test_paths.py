@@ -97,6 +97,18 @@ def test_file_is_not_a_directory(host):
         host.allowed.check_directory(str(host.roots / "plain"))
 
 
+def test_plain_file_is_opened_for_reading(host):
+    with open(host.allowed.open_file(str(host.roots / "plain"))) as file:
+        assert file.read() == "a file"
+
+
+def test_only_plain_files_are_opened_and_no_device_or_fifo_is_waited_for(host):
+    os.mkfifo(host.roots / "fifo")
+    for name in ("app", "fifo"):
+        with pytest.raises(InvalidArgumentError, match="no plain file"):
+            host.allowed.open_file(str(host.roots / name))
+
+
 def test_path_through_a_file_is_refused(host):
     with pytest.raises(InvalidArgumentError, match="leads through"):
         host.allowed.check_directory(str(host.roots / "plain" / "x"))

@@ -29,9 +29,12 @@ from vcnode.drivers.faults import FaultPlan
 from vcnode.errors import AgentError, DeadlineExceededError, FailedPreconditionError
 from vcnode.models.living import ContainerProcess
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentType, ContainerResources
+from vcnode.models.pod import AgentConfig, AgentType, ContainerResources
 from vcnode.models.stats import ContainerStats, GuestStats
 from vcnode.models.vm import (
+    AGENT_CHANNELS,
+    SHARE_TAG,
+    Channel,
     GuestConfig,
     GuestContainer,
     GuestContainerState,
@@ -67,6 +70,15 @@ class MockAgent:
             capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "stats", "tty"),
             mock=True,
         )
+
+    @property
+    def share_tag(self) -> str:
+        """See `GuestAgent.share_tag`."""
+        return SHARE_TAG
+
+    def channels(self, config: AgentConfig) -> tuple[Channel, ...]:
+        """See `GuestAgent.channels`."""
+        return AGENT_CHANNELS
 
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`. A session that the guest has already is lost."""

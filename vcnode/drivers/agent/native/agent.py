@@ -13,7 +13,8 @@ from vcnode.drivers.base import GuestSession, Vm
 from vcnode.errors import AgentError
 from vcnode.guest import protocol
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentType
+from vcnode.models.pod import AgentConfig, AgentType
+from vcnode.models.vm import AGENT_CHANNELS, SHARE_TAG, Channel
 
 _SOCKET_INTERVAL_S = 0.02
 _SYNC_INTERVAL_S = 1.0
@@ -32,6 +33,15 @@ class NativeAgent:
             capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "stats", "tty"),
         )
 
+    @property
+    def share_tag(self) -> str:
+        """See `GuestAgent.share_tag`."""
+        return SHARE_TAG
+
+    def channels(self, config: AgentConfig) -> tuple[Channel, ...]:
+        """See `GuestAgent.channels`."""
+        return AGENT_CHANNELS
+
     async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`. A session that the guest has with somebody else ends.
 
@@ -45,7 +55,7 @@ class NativeAgent:
             host = protocol.Host(secrets.token_hex(16))
             session = NativeSession(vm_id, host)
             try:
-                await _open_socket(vm.agent_socket, session)
+                await _open_socket(vm.channel(AGENT_CHANNELS[0].channel_id), session)
                 await _say_hello(host, session)
             except BaseException:
                 session.link.abort()

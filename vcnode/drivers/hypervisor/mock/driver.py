@@ -16,7 +16,7 @@ from vcnode.errors import HypervisorError, NotFoundError, UnsupportedError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, StopOutcome
 from vcnode.models.stats import CpuStats, VmStats, idle_interface
-from vcnode.models.vm import Disk, VmExit, VmRecord, VmShape, VmSpec
+from vcnode.models.vm import Disk, VmExit, VmRecord, VmShape, VmSpec, channel_socket
 
 STOP_LIMIT_S = 5.0
 """Most that a fault may hold ``stop`` beyond its grace: the real ladder is bounded as well."""
@@ -35,10 +35,9 @@ class MockVm:
         """The same at any time: a pretended VM has no process."""
         return make_record(self._machine.spec)
 
-    @property
-    def agent_socket(self) -> Path:
+    def channel(self, channel_id: str) -> Path:
         """A path as QEMU's driver would give; nobody listens there."""
-        return Path(self._machine.spec.directory, "agent.sock")
+        return channel_socket(self._machine.spec.directory, channel_id)
 
     @property
     def restore_s(self) -> float | None:
@@ -165,7 +164,7 @@ class MockHypervisor:
         return DriverInfo(
             type=HypervisorType.MOCK,
             capabilities=(
-                *("balloon", "disks", "pause", "share", "stats"),
+                *("balloon", "disks", "initrd", "kernel", "pause", "share", "stats"),
                 *(("templates",) if self._templates else ()),
             ),
             mock=True,

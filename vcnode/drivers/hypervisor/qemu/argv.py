@@ -52,10 +52,6 @@ from vcnode.drivers.hypervisor.qemu.switches import (
 from vcnode.models.hypervisor import DiskFormat
 from vcnode.models.vm import DiskFile, VmConfig, VmSpec
 
-AGENT_PORT = "vcnode.agent.0"
-"""Name of the serial port at which the guest agent listens (contracts/guest-protocol.md)."""
-SHARE_TAG = "vcnode-shared"
-"""Mount tag of the 9p share."""
 SCSI_BUS = "scsi0.0"
 """Where disks are plugged in."""
 
@@ -78,8 +74,8 @@ class Launch:
     """Its initramfs."""
     qmp_fd: int
     """Listening socket for QMP, inherited."""
-    agent_fd: int
-    """Listening socket that leads to the guest agent's port, inherited."""
+    channel_fds: Sequence[int]
+    """Listening socket of each of the VM's channels, inherited."""
     console: Path
     """FIFOs of the serial console, without their ``.in`` and ``.out``."""
     tcg_cache_mib: int = 128
@@ -155,11 +151,12 @@ def switches(launch: Launch) -> Iterator[Switch]:
     yield PipeChardev(id="console0", path=launch.console)
     yield Serial("chardev:console0")
     yield VirtioSerialDevice(transport, id="serial0", max_ports=4)
-    yield SocketChardev(id="agent0", fd=launch.agent_fd)
-    yield VirtSerialPort(bus="serial0.0", chardev="agent0", name=AGENT_PORT)
+    for channel, fd in zip(spec.channels, launch.channel_fds, strict=True):
+        yield SocketChardev(id=f"{channel.channel_id}0", fd=fd)
+        yield VirtSerialPort(bus="serial0.0", chardev=f"{channel.channel_id}0", name=channel.name)
     yield VirtioScsiDevice(transport, id="scsi0")
     yield LocalFsdev(id="share0", path=launch.share or Path(spec.shared_dir))
-    yield Virtio9pDevice(transport, fsdev="share0", mount_tag=SHARE_TAG)
+    yield Virtio9pDevice(transport, fsdev="share0", mount_tag=spec.share_tag)
     for index, disk in enumerate(config.disks):
         yield from _disk(index, disk, machine)
     for index, netdev in enumerate(spec.netdevs):
@@ -243,7 +240,7 @@ def inherited_fds(launch: Launch) -> tuple[int, ...]:
     disks = (fd for disk in config.disks for fd in (disk.fd, disk.base_fd))
     return (
         launch.qmp_fd,
-        launch.agent_fd,
+        *launch.channel_fds,
         *(netdev.tap_fd for netdev in launch.spec.netdevs),
         *launch.vhost_fds,
         *launch.file_fds,

@@ -99,7 +99,9 @@ class QemuHypervisor:
         return DriverInfo(
             type=HypervisorType.QEMU,
             version=self._build.version if self._build else None,
-            capabilities=("balloon", "disks", "pause", "recover", "share", "stats", "templates"),
+            capabilities=(
+                *("balloon", "disks", "initrd", "kernel", "pause", "recover", "share", "stats", "templates"),
+            ),
             notes=self._notes,
         )
 
@@ -224,7 +226,7 @@ class QemuHypervisor:
     async def _launch(self, spec: VmSpec, timeout_s: float) -> QemuVm:
         self._check_guest()
         files = self._files(spec)
-        files.check()
+        files.check(spec.channels)
         vm: QemuVm | None = None
         argv: Sequence[str] = ()
         uid = await self._user_for(spec)
@@ -307,7 +309,9 @@ class QemuHypervisor:
             try:
                 files.make_fifos(uid)
                 qmp = ours.enter_context(listen(files.qmp_socket))
-                agent = ours.enter_context(listen(files.agent_socket))
+                channels = [
+                    ours.enter_context(listen(files.channel(channel.channel_id))) for channel in spec.channels
+                ]
                 console, stderr = self._open_logs(files, undo)
                 # Does not fail for want of a reader, as `stderr` is one; QEMU shall never wait for us.
                 stderr_fd = os.open(files.stderr_fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -316,7 +320,8 @@ class QemuHypervisor:
                 late = HypervisorError(f"The sockets of VM {spec.vm_id} could not be made.")
                 raise exhausted(exc) or late from exc
             source = self._sources.take(spec, ours)
-            launch = self._describe(spec, files, source, qmp.fileno(), agent.fileno())
+            channel_fds = tuple(channel.fileno() for channel in channels)
+            launch = self._describe(spec, files, source, qmp.fileno(), channel_fds)
             if launch.accelerator == "kvm":  # TCG has no use for it: no interrupts without QEMU
                 launch = replace(launch, vhost_fds=vhost.open_for(len(spec.netdevs), ours))
             if uid is not None:
@@ -341,7 +346,9 @@ class QemuHypervisor:
             vm = QemuVm(record, process=process, files=files, console=console, stderr=stderr)
             return vm, argv, source.state_fd
 
-    def _describe(self, spec: VmSpec, files: VmFiles, source: Source, qmp_fd: int, agent_fd: int) -> Launch:
+    def _describe(
+        self, spec: VmSpec, files: VmFiles, source: Source, qmp_fd: int, channel_fds: tuple[int, ...]
+    ) -> Launch:
         if self._build is None or self._choice is None:
             raise HypervisorError("The QEMU driver was used before it was opened.")
         return Launch(
@@ -354,7 +361,7 @@ class QemuHypervisor:
             initrd=self._guest.initrd,
             kernel_params=self._kernel_params,
             qmp_fd=qmp_fd,
-            agent_fd=agent_fd,
+            channel_fds=channel_fds,
             console=files.console,
             ram_file=source.ram_file,
             ram_share=source.ram_share,

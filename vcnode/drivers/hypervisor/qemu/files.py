@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup
 from vcnode.errors import HypervisorError
+from vcnode.models.vm import Channel, channel_socket
 
 MAX_SOCKET_PATH_BYTES = 107
 """Source: unix(7), sun_path holds 108 bytes with the final NUL."""
@@ -28,10 +30,9 @@ class VmFiles:
         """QMP."""
         return self.directory / "qmp.sock"
 
-    @property
-    def agent_socket(self) -> Path:
-        """The guest agent's serial port."""
-        return self.directory / "agent.sock"
+    def channel(self, channel_id: str) -> Path:
+        """A serial port of the guest."""
+        return channel_socket(str(self.directory), channel_id)
 
     @property
     def console(self) -> Path:
@@ -65,10 +66,11 @@ class VmFiles:
 
     @property
     def _all(self) -> tuple[Path, ...]:
-        return self.qmp_socket, self.agent_socket, *self.fifos
+        """What is there of it. All sockets are: nobody else makes any in a VM's directory."""
+        return *sorted(self.directory.glob("*.sock")), *self.fifos
 
-    def check(self) -> None:
-        """See that a VM can live here.
+    def check(self, channels: Sequence[Channel]) -> None:
+        """See that a VM with these channels can live here.
 
         Raises:
             HypervisorError: The directory is missing, holds another VM, or is too deep for UNIX sockets.
@@ -77,11 +79,12 @@ class VmFiles:
             raise HypervisorError(f"{self.directory} is no directory.")
         if taken := [path.name for path in self._all if path.exists()]:
             raise HypervisorError(f"{self.directory} belongs to another VM: it has {taken[0]}.")
-        if len(os.fsencode(self.agent_socket)) > MAX_SOCKET_PATH_BYTES:
-            raise HypervisorError(
-                f"{self.agent_socket} is too long for a UNIX socket; choose a run_dir that keeps it within"
-                f" {MAX_SOCKET_PATH_BYTES} bytes."
-            )
+        for path in (self.qmp_socket, *(self.channel(channel.channel_id) for channel in channels)):
+            if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+                raise HypervisorError(
+                    f"{path} is too long for a UNIX socket; choose a run_dir that keeps it within"
+                    f" {MAX_SOCKET_PATH_BYTES} bytes."
+                )
 
     def make_fifos(self, uid: int | None = None) -> None:
         """Make the FIFOs, for one user only; None: root's. Raises OSError.

@@ -72,10 +72,9 @@ class QemuVm:
         """See Protocol Vm."""
         return self._record
 
-    @property
-    def agent_socket(self) -> Path:
+    def channel(self, channel_id: str) -> Path:
         """See Protocol Vm."""
-        return self._files.agent_socket
+        return self._files.channel(channel_id)
 
     @property
     def paused(self) -> bool:
