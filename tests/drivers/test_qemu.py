@@ -19,7 +19,7 @@ from vcnode.drivers.hypervisor.qemu.cgroup import Cgroups
 from vcnode.drivers.hypervisor.qemu.process import read_stat
 from vcnode.drivers.hypervisor.qemu.tsc import measure_khz
 from vcnode.errors import HypervisorError, NotFoundError, ResourceExhaustedError, UnavailableError
-from vcnode.models.vm import Disk, VmSpec
+from vcnode.models.vm import Channel, Disk, GuestFiles, VmSpec
 from vcnode.settings import QemuSettings
 
 pytestmark = pytest.mark.vm
@@ -86,6 +86,27 @@ async def test_a_guest_that_powers_off_in_time_is_graceful(make_node: Node, spec
         found = await vm.wait()
         assert (found.expected, found.exit_code, found.reason) == (True, 0, "The guest powered off.")
         assert "bye" in found.console_tail
+    assert left(spec) == []
+
+
+async def test_a_guest_of_its_own_is_booted_with_the_channels_that_its_agent_wants(
+    make_node: Node, guest_image: Path, short_dir: Path, spec: VmSpec
+):
+    """Booted from open files, which may be gone by then; the node's own guest would only idle."""
+    node = await make_node(guests.IDLE)
+    own = guests.shell_guest(guest_image, short_dir, guests.POWER_OFF)
+    with own.kernel.open("rb") as kernel, own.initrd.open("rb") as initrd:
+        own.initrd.unlink()
+        ports = (Channel(channel_id="ctl", name="a.0"), Channel(channel_id="tty", name="a.1"))
+        update = {
+            "guest": GuestFiles(kernel_fd=kernel.fileno(), initrd_fd=initrd.fileno()),
+            "channels": ports,
+            "share_tag": "mine",
+        }
+        async with launched(node, spec.model_copy(update=update)) as vm:
+            assert [vm.channel(name).is_socket() for name in ("ctl", "tty")] == [True, True]
+            found = await asyncio.wait_for(vm.wait(), LIMIT_S)
+    assert "bye" in found.console_tail
     assert left(spec) == []
 
 
