@@ -19,7 +19,7 @@ from vcnode.drivers.hypervisor.qemu.cgroup import Cgroups
 from vcnode.drivers.hypervisor.qemu.process import read_stat
 from vcnode.drivers.hypervisor.qemu.tsc import measure_khz
 from vcnode.errors import HypervisorError, NotFoundError, ResourceExhaustedError, UnavailableError
-from vcnode.models.vm import Channel, Disk, GuestFiles, VmSpec
+from vcnode.models.vm import Channel, Disk, VmConfig, VmSpec
 from vcnode.settings import QemuSettings
 
 pytestmark = pytest.mark.vm
@@ -99,7 +99,11 @@ async def test_a_guest_of_its_own_is_booted_with_the_channels_that_its_agent_wan
         own.initrd.unlink()
         ports = (Channel(channel_id="ctl", name="a.0"), Channel(channel_id="tty", name="a.1"))
         update = {
-            "guest": GuestFiles(kernel_fd=kernel.fileno(), initrd_fd=initrd.fileno()),
+            "config": VmConfig(
+                kernel=f"/proc/self/fd/{kernel.fileno()}",
+                initrd=f"/proc/self/fd/{initrd.fileno()}",
+                file_fds=(kernel.fileno(), initrd.fileno()),
+            ),
             "channels": ports,
             "share_tag": "mine",
         }
