@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+from jsonschema_rs import Draft202012Validator, meta
 
 from vcnode.client.requests import Requester
 from vcnode.contracts.payloads import PAYLOADS
@@ -39,15 +38,15 @@ seen: set[str] = set()
 def validator(name: str) -> Draft202012Validator:
     """The validator for a payload: as published for what goes to a node, stricter for what comes from one."""
     made = schema(name) if PAYLOADS[name].direction == "to_node" else strict(name)
-    Draft202012Validator.check_schema(made)
-    return Draft202012Validator(made, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    meta.validate(made)
+    return Draft202012Validator(made, validate_formats=True)
 
 
 def problem(name: str, content: Any) -> str | None:
     """Why *content* is no payload *name*; None when it is one."""
     seen.add(name)
-    worst = best_match(validator(name).iter_errors(content))
-    return None if worst is None else f"{name}: {worst.json_path}: {worst.message}"[:2000]
+    first = next(validator(name).iter_errors(content), None)
+    return None if first is None else f"{name}: {first.instance_path}: {first.message}"[:2000]
 
 
 def check(name: str, body: bytes | str) -> None:
