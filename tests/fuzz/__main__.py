@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
-NAMES = ("commands", "host", "guest", "manifest", "cni", "layer")
+NAMES = ("commands", "host", "guest", "hyperstart", "manifest", "cni", "layer")
 NO_FUZZER = 75
 INPUT_TIMEOUT_S = 10
 MEMORY_MIB = 2048

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.unit.guest.test_protocol import OTHER_SESSION, connected
+from vcnode.drivers.agent.hyperstart import wire as hyper
 from vcnode.drivers.agent.native import messages
 from vcnode.drivers.network.cni import config, results
 from vcnode.drivers.storage import oci, unpack
@@ -203,7 +205,29 @@ def layer(data: bytes) -> None:
         shutil.rmtree(top)
 
 
+def hyperstart(data: bytes) -> None:
+    """What hyperstart sends on both channels; before its first answer when the first byte is small."""
+    control, streams = hyper.Control(), hyper.Streams(1)
+    control.send(hyper.Code.VERSION)
+    control.data_to_send()
+    if data[:1] > b"\x7f":
+        control.receive_data(struct.pack(">III", hyper.Code.ACK, 12, 4244))
+        streams.receive_data(hyper.frame(1))
+    for receive, kept in (
+        (control.receive_data, control._received),
+        (streams.receive_data, streams._received),
+    ):
+        half = len(data) // 2
+        for chunk in (data[1:half], data[half:]):
+            try:
+                receive(chunk)
+            except hyper.ProtocolError:
+                break
+            if len(kept) > hyper.MAX_FRAME_BYTES + hyper.STREAM.size:
+                raise AssertionError("it keeps more input than a frame")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (commands, host, guest, manifest, cni, layer)
+    target.__name__: target for target in (commands, host, guest, hyperstart, manifest, cni, layer)
 }
 """Every target by its name."""
