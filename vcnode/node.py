@@ -32,6 +32,7 @@ from vcnode.bus.events import EventPublisher
 from vcnode.bus.kv import Lease, PodMirror
 from vcnode.bus.service import CommandService
 from vcnode.bus.sessions import SessionTraffic
+from vcnode.drivers.agent.hyperstart import HyperstartAgent
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.native import NativeAgent
 from vcnode.drivers.agent.noop import NoopAgent
@@ -128,7 +129,11 @@ def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_po
     qemu = QemuHypervisor(settings.qemu, guest, state_dir=settings.state_dir, tasks=tasks)
     return Drivers(
         hypervisors={HypervisorType.QEMU: qemu},
-        agents={AgentType.NATIVE: NativeAgent(), AgentType.NOOP: NoopAgent()},
+        agents={
+            AgentType.NATIVE: NativeAgent(),
+            AgentType.NOOP: NoopAgent(),
+            AgentType.HYPERSTART: HyperstartAgent(),
+        },
         networks={
             NetworkModel.NOOP: NoopNetwork(),
             # Before the bridge, whose audit takes the namespace of any orphan away: plugins look into it.

@@ -126,7 +126,11 @@ PortName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-
 
 
 class HyperConfig(Request):
-    """How the agent ``hyperstart`` is reached."""
+    """How the agent ``hyperstart`` is reached, and what it speaks."""
+
+    dialect: Literal["hyperhq", "clearcontainers"] = "hyperhq"
+    """Whose hyperstart it is; ``clearcontainers`` is the fork of virtcontainers 1.0.8. Both tell the same
+    versions."""
 
     ctl_port: PortName = "sh.hyper.channel.0"
     """Name in the guest of the serial port that carries commands."""

@@ -10,8 +10,9 @@ from vcnode.drivers.base import ImageFile
 from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnsupportedError
 from vcnode.models.image import ImageConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
+from vcnode.models.pod import AgentConfig, AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.pods import features
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import Parts, driver
 from vcnode.pods.process import NO_CONFIG, guest_process
@@ -68,8 +69,10 @@ class Admission:
                 "pod.agent_type", f"{agent_type} does not go with hypervisor_type {hypervisor_type}"
             )
         _check_boots(spec, agent_type, hypervisor.info)
+        features.check_pod(spec, agent.info)
         if spec.containers:
             self._check_containers_supported(agent_type, "pod.containers")
+            features.check_policy(agent.info, spec.agent_config, settings.policy, "pod.agent_type")
         if not hypervisor.info.mock:
             self._check_memory(spec)
         _check_on_disconnect(spec, settings.nats.lease_s)
@@ -77,7 +80,7 @@ class Admission:
             os.close(await open_guest_file(parts.storage, name, path))
         now = parts.clock()
         containers = [
-            await self._container(_with_id(c), f"pod.containers[{index}]")
+            await self._container(_with_id(c), agent.info, spec.agent_config, f"pod.containers[{index}]")
             for index, c in enumerate(spec.containers)
         ]
         return PodRecord(
@@ -91,12 +94,17 @@ class Admission:
             containers=tuple(containers),
         )
 
-    async def container(self, spec: ContainerSpec, agent_type: AgentType) -> ContainerRecord:
-        """The record of a container to add to a pod, in ``ready``; raises as `pod`."""
-        self._check_containers_supported(agent_type, "container")
-        return await self._container(_with_id(spec), "container")
+    async def container(self, spec: ContainerSpec, pod: PodRecord) -> ContainerRecord:
+        """The record of a container to add to *pod*, in ``ready``; raises as `pod`."""
+        self._check_containers_supported(pod.agent_type, "container")
+        info, config = self.parts.agent(pod).info, pod.spec.agent_config
+        features.check_policy(info, config, self.parts.settings.policy, "container")
+        return await self._container(_with_id(spec), info, config, "container")
 
-    async def _container(self, spec: ContainerSpec, where: str) -> ContainerRecord:
+    async def _container(
+        self, spec: ContainerSpec, agent: DriverInfo, agent_config: AgentConfig, where: str
+    ) -> ContainerRecord:
+        features.check_container(spec, agent, agent_config, where)
         digest, config = None, NO_CONFIG
         if spec.image is not None:
             file, config = await self._image(spec.image, f"{where}.image")

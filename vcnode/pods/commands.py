@@ -23,7 +23,7 @@ from vcnode.models.pod import (
     RestartPolicy,
 )
 from vcnode.models.records import ContainerRecord, PodRecord
-from vcnode.pods import edits
+from vcnode.pods import edits, features
 from vcnode.pods.admission import Admission
 from vcnode.pods.containers import Containers
 from vcnode.pods.edits import find_container
@@ -84,7 +84,7 @@ class ContainerCommands:
                     )
                 return self._parts.ledger.container_status(record, container_id(known))
             require(f"Pod {pod_id}", record.state, POD_TAKES_CONTAINERS, call.verb)
-            container = await self._admission.container(spec, record.agent_type)
+            container = await self._admission.container(spec, record)
             record = await self._parts.ledger.change(
                 pod_id, edits.container_added(container, call.verb), call
             )
@@ -210,6 +210,7 @@ class ContainerCommands:
         agent = self._parts.agent(record)
         if "exec" not in agent.info.capabilities:
             raise UnsupportedError(f"The agent of pod {pod_id} ({record.agent_type}) cannot run commands.")
+        features.check_cmd(options.cmd, agent.info, record.spec.agent_config, "cmd")
         require(f"Pod {pod_id}", record.state, _RUNNING, call.verb)
         container = None if cid is None else find_container(record, cid)
         if container is not None:

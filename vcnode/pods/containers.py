@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from vcnode.errors import AgentError, AlreadyExistsError
+from vcnode.errors import AgentError, AlreadyExistsError, NotFoundError
 from vcnode.models.pod import ContainerState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import ContainerRoot, Disk, GuestContainer
@@ -56,7 +56,13 @@ class Containers:
             if cid not in live.provided:
                 await self._provide(live, record, container, undo)
             undo.push(f"process of container {cid}", lambda: self._signal(live, cid, SIGKILL, everyone=True))
-            return await session.start_container(cid, timeout_s=REQUEST_LIMIT_S)
+            try:
+                return await session.start_container(cid, timeout_s=REQUEST_LIMIT_S)
+            except NotFoundError:
+                # Of an earlier session, and the agent has not kept what it was made of.
+                await self.remove(live, container)
+                await self._provide(live, record, container, undo)
+                return await session.start_container(cid, timeout_s=REQUEST_LIMIT_S)
         except BaseException:
             live.container_did_not_start(cid)
             await undo.unwind()

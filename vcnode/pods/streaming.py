@@ -18,6 +18,7 @@ from vcnode.models.sessions import (
     SessionKind,
     SessionOptions,
 )
+from vcnode.pods import features
 from vcnode.pods.conduits import AttachWork, CopyWork, ProcessWork
 from vcnode.pods.edits import find_container
 from vcnode.pods.forwarding import ForwardWork
@@ -49,6 +50,7 @@ class StreamCommands:
             ResourceExhaustedError: The node has as many sessions as it may.
         """
         record, container, guest = self._reach(request.pod_id, request.container_id, call, "exec")
+        features.check_cmd(request.cmd, self._parts.agent(record).info, record.spec.agent_config, "cmd")
         if container is not None:
             require(
                 f"Container {record.pod_id}/{request.container_id}",

@@ -36,7 +36,7 @@ def test_an_empty_body_counts_as_an_empty_object() -> None:
         (PodName, b'{"pod_id": null}', "pod_id", "must be a string, not null"),
         (PodName, b'{"pod_id": "a", "podid": 1}', "podid", "did you mean 'pod_id'?"),
         (Empty, b'{"a": 1}', "a", "takes no fields"),
-        (PodCreate, b'{"pod": {"zzz": 1}}', "pod.zzz", "known are agent_type, annotations"),
+        (PodCreate, b'{"pod": {"zzz": 1}}', "pod.zzz", "known are agent_config, agent_type, annotations"),
         (
             PodCreate,
             b'{"pod": {"resources": {"mem_size_mib": 1}}}',

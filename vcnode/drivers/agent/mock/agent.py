@@ -67,7 +67,10 @@ class MockAgent:
         return DriverInfo(
             type=AgentType.MOCK,
             version=vcnode.__version__,
-            capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "stats", "tty"),
+            capabilities=(
+                *("attach", "configure", "containers", "copy", "exec", "forward", "images", "limits"),
+                *("privileges", "probes", "readonly", "secrets", "stats", "tty", "watchdog"),
+            ),
             mock=True,
         )
 

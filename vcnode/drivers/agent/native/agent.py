@@ -30,7 +30,10 @@ class NativeAgent:
         return DriverInfo(
             type=AgentType.NATIVE,
             version=vcnode.__version__,
-            capabilities=("attach", "configure", "containers", "copy", "exec", "forward", "stats", "tty"),
+            capabilities=(
+                *("attach", "configure", "containers", "copy", "exec", "forward", "images", "limits"),
+                *("privileges", "probes", "readonly", "secrets", "stats", "tty", "watchdog"),
+            ),
         )
 
     @property
