@@ -6,14 +6,13 @@ import asyncio
 import io
 import json
 import os
-import secrets
 import signal
 import struct
 import tarfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -34,10 +33,11 @@ from tests.support.hyperstart import (
     FakeHyperstart,
     fake_hyperstart,
 )
+from tests.support.hypervms import SocketVm, connect_to
 from vcnode.drivers.agent.hyperstart import HyperstartAgent
 from vcnode.drivers.agent.hyperstart.known import FILE
 from vcnode.drivers.agent.hyperstart.session import HyperSession
-from vcnode.drivers.base import GuestSession, LogPosition, LogRecord, SessionLost, Vm
+from vcnode.drivers.base import GuestSession, LogPosition, SessionLost
 from vcnode.errors import (
     AgentError,
     AlreadyExistsError,
@@ -46,7 +46,7 @@ from vcnode.errors import (
     UnsupportedError,
 )
 from vcnode.models.network import DnsConfig, Endpoint, Route
-from vcnode.models.pod import AgentConfig, ContainerResources, HypervisorType
+from vcnode.models.pod import AgentConfig, ContainerResources
 from vcnode.models.probes import Probe, Probes
 from vcnode.models.vm import (
     ContainerRoot,
@@ -54,25 +54,12 @@ from vcnode.models.vm import (
     GuestContainer,
     GuestProcess,
     GuestSecret,
-    VmRecord,
     Watchdog,
 )
 
 pytestmark = pytest.mark.timeout(30)
 LIMIT_S = 10.0
 VERSIONS = [4242, 4243, 4244, "fork"]
-
-
-class SocketVm:
-    """A VM of which there are sockets."""
-
-    def __init__(self, directory: Path) -> None:
-        self.record = VmRecord(
-            vm_id="vm-0123456789ab", uuid="u", directory=str(directory), type=HypervisorType.QEMU
-        )
-
-    def channel(self, channel_id: str) -> Path:
-        return Path(self.record.directory, f"{channel_id}.sock")
 
 
 @pytest.fixture(params=VERSIONS, ids=str)
@@ -89,9 +76,7 @@ async def guest(short_dir: Path, version: Any) -> AsyncIterator[FakeHyperstart]:
 
 
 async def connect(guest: FakeHyperstart, timeout_s: float = LIMIT_S) -> HyperSession:
-    vm = cast(Vm, SocketVm(guest.directory))
-    session = await HyperstartAgent().connect(vm, timeout_s=timeout_s, fork=guest.fork)
-    return cast(HyperSession, session)
+    return await connect_to(SocketVm(guest.directory), fork=guest.fork, timeout_s=timeout_s)
 
 
 @pytest.fixture
@@ -241,20 +226,6 @@ async def test_an_unknown_version_is_not_spoken_with(short_dir: Path) -> None:
 # -- containers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7)])
-async def test_end_of_a_container_is_told(session: HyperSession, script: str, code: int) -> None:
-    await session.create_container(container("c1", "sh", "-c", script), timeout_s=LIMIT_S)
-    assert (await state_of(session, "c1")).state == "created"
-    for _ in range(2):
-        await session.start_container("c1", timeout_s=LIMIT_S)
-        assert await exit_of(session, "c1") == code
-        state = await state_of(session, "c1")
-        assert (state.state, state.exit_code) == ("stopped", code)
-    await session.delete_container("c1", timeout_s=LIMIT_S)
-    await session.delete_container("c1", timeout_s=LIMIT_S)
-    assert list(await session.list_containers(timeout_s=LIMIT_S)) == []
-
-
 async def test_a_container_is_told_as_the_protocol_wants(
     guest: FakeHyperstart, session: HyperSession
 ) -> None:
@@ -382,15 +353,6 @@ async def test_what_no_command_can_say_is_refused(short_dir: Path, change: Any, 
 # -- processes -------------------------------------------------------------------------------------
 
 
-async def test_a_command_gives_its_output_and_exit_code(session: HyperSession) -> None:
-    cid = await sleeping(session)
-    assert await run(session, cid, "sh", "-c", "echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
-    code, out, _ = await run(
-        session, cid, "sh", "-c", "pwd; id -u; echo $A", workdir="/tmp", envs=(("A", "b"),)
-    )
-    assert (code, out) == (0, b"/tmp\n0\nb\n")
-
-
 async def test_a_program_that_is_not_there(guest: FakeHyperstart, session: HyperSession) -> None:
     cid = await sleeping(session)
     if guest.named:
@@ -409,27 +371,6 @@ async def test_a_command_in_the_guest_itself(guest: FakeHyperstart, session: Hyp
     else:
         with pytest.raises(UnsupportedError, match="outside of containers"):
             await execute(session, None, "true")
-
-
-@pytest.mark.parametrize("size", [0, 1, 500, 501, 40_000])
-async def test_input_is_not_lost(session: HyperSession, size: int) -> None:
-    """At the end of the test the guest says that it has dropped nothing."""
-    cid = await sleeping(session)
-    data = secrets.token_bytes(size)
-    process = await execute(session, cid, "cat")
-
-    async def write() -> None:
-        await process.write_stdin(data)
-        await process.close_stdin()
-
-    _, (code, out, err) = await asyncio.wait_for(asyncio.gather(write(), outcome(process)), LIMIT_S)
-    assert (code, out == data, err) == (0, True, b"")
-
-
-async def test_large_output_comes_whole(session: HyperSession) -> None:
-    cid = await sleeping(session)
-    code, out, _ = await run(session, cid, "head", "-c", "3000000", "/dev/zero")
-    assert (code, len(out)) == (0, 3_000_000)
 
 
 async def test_who_does_not_read_is_waited_for_until_he_lets_go(session: HyperSession) -> None:
@@ -519,26 +460,6 @@ async def test_who_is_attached_talks_with_the_main_process(session: HyperSession
 async def test_without_stdin_the_main_process_has_none(session: HyperSession) -> None:
     await started(session, "c1", "cat")
     assert await exit_of(session, "c1") == 0
-
-
-async def test_what_is_written_is_kept_for_the_log(session: HyperSession) -> None:
-    feed = await session.follow_logs({}, timeout_s=LIMIT_S)
-    with pytest.raises(FailedPreconditionError):
-        await session.follow_logs({}, timeout_s=LIMIT_S)
-    await started(session, "c1", "sh", "-c", "echo out; sleep 0.1; echo err >&2")
-    records: list[LogRecord] = []
-    async with asyncio.timeout(LIMIT_S):
-        async for batch in feed.records():
-            records += batch
-            if records[-1].kind == "end":
-                break
-    assert [(r.kind, r.offset, r.data) for r in records] == [
-        ("stdout", 0, b"out\n"),
-        ("stderr", 4, b"err\n"),
-        ("end", 8, b""),
-    ]
-    assert len({r.instance for r in records}) == 1
-    await feed.close()
 
 
 # -- files -----------------------------------------------------------------------------------------
