@@ -38,7 +38,7 @@ def test_a_refusal_says_what_would_be_right(pod: dict[str, object], message: str
     ("spec", "field", "message"),
     [
         ({"id": "A b"}, "id", "must be 1 to 64 of a-z"),
-        ({"nope": 1}, "nope", "is not a known field; known are agent_type"),
+        ({"nope": 1}, "nope", "is not a known field; known are agent_config, agent_type"),
         (
             {"containers": [{"image": "b", "cmd": {"arg": 1}}]},
             "containers[0].cmd.arg",

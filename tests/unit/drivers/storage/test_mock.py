@@ -48,6 +48,7 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "make_vm_dir": lambda: storage.make_vm_dir("vm-1"),
         "remove_vm_dir": lambda: storage.remove_vm_dir("vm-1"),
         "check_rootfs": lambda: storage.check_rootfs("/srv/a"),
+        "open_file": lambda: storage.open_file("/srv/a"),
         "share": lambda: storage.share("vm-1", "c", "/srv/a"),
         "unshare": lambda: storage.unshare("vm-1", "c"),
         "build_image": lambda: storage.build_image("/srv/a", timeout_s=1),
