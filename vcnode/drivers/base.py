@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.living import ContainerProcess
-from vcnode.models.network import NetworkConfig
+from vcnode.models.network import Endpoint, NetworkConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentConfig, ContainerResources, StopOutcome
 from vcnode.models.stats import ContainerStats, GuestStats, VmStats
@@ -555,12 +555,33 @@ class GuestSession(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class AgentAccess:
+    """What an agent driver needs to know to reach a guest, besides its VM. The default is for templates."""
+
+    config: AgentConfig = AgentConfig()  # noqa: RUF009 -- frozen
+    """As the pod has it."""
+    endpoints: Sequence[Endpoint] = ()
+    """The guest's interfaces."""
+    private_key: bytes | None = field(default=None, repr=False)
+    """What the file holds that ``config`` names; None: the driver's own key."""
+    host_key: str | None = None
+    """By which the guest has proved itself before."""
+
+
+PLAIN_ACCESS = AgentAccess()
+"""Nothing but the VM: all that a VM without a pod has."""
+
+
 class GuestAgent(Protocol):
     """Opens sessions with the agents of guests."""
 
     @property
     def info(self) -> DriverInfo:
-        """Capabilities; ``containers``, ``exec`` and ``stats`` among them where it has those."""
+        """Capabilities; ``containers``, ``exec`` and ``stats`` among them where it has those.
+
+        ``network``: it reaches the guest over the pod's network, which must give it an address.
+        """
         ...
 
     @property
@@ -572,7 +593,7 @@ class GuestAgent(Protocol):
         """Serial ports that the agent needs. Pure."""
         ...
 
-    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+    async def connect(self, vm: Vm, *, access: AgentAccess = PLAIN_ACCESS, timeout_s: float) -> GuestSession:
         """Wait for the guest's agent and open a session.
 
         Raises:

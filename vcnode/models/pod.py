@@ -23,6 +23,7 @@ from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
 from vcnode.models.probes import Probes
 from vcnode.models.secrets import MAX_SECRETS, Sealed, SecretFile, SecretPath, check_one
 from vcnode.models.signals import Signal
+from vcnode.models.sshd import SshdConfig
 
 MIN_MEM_SIZE_MIB = 128
 """The smallest guest worth booting. Measured with one vCPU: with 112 MiB the kernel panics while it unpacks
@@ -143,6 +144,8 @@ class AgentConfig(Request):
 
     hyperstart: HyperConfig = HyperConfig()
     """Of ``hyperstart``."""
+    sshd: SshdConfig = SshdConfig()
+    """Of ``sshd``."""
 
 
 class EnvVar(Request):

@@ -230,7 +230,7 @@ class GuestProcess(Data):
     workdir: str = "/"
     """Working directory."""
     user: str = "0"
-    """Name or number."""
+    """Name or number; empty, for a process in the guest itself: as whom the agent runs such."""
     group: str | None = None
     """Name or number; None: the user's primary group."""
     supplementary_groups: tuple[str, ...] = ()
@@ -334,6 +334,8 @@ class GuestInfo(Data):
     """The guest kernel's boot id."""
     kernel: str
     """The guest kernel's release."""
+    host_key: str | None = None
+    """The public key by which the guest has proved itself; None: it has none."""
 
 
 class NetworkRequest(Data):

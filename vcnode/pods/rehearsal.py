@@ -17,8 +17,8 @@ from datetime import datetime
 from vcnode.aio import deadline_as
 from vcnode.drivers.base import ContainerExited, GuestSession, ImageFile, Storage, Vm
 from vcnode.errors import DeadlineExceededError, UnavailableError, VcnodeError
+from vcnode.models.capabilities import DEFAULT_CAPABILITIES
 from vcnode.models.vm import ContainerRoot, Disk, GuestConfig, GuestContainer, GuestProcess
-from vcnode.pods.process import DEFAULT_CAPABILITIES
 
 log = logging.getLogger(__name__)
 

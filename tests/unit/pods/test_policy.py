@@ -17,6 +17,7 @@ from tests.unit.pods.world import World, container, pod
 from vcnode.errors import InvalidArgumentError, PermissionDeniedError
 from vcnode.models import wire
 from vcnode.models.base import HostPath, Request
+from vcnode.models.capabilities import DEFAULT_CAPABILITIES
 from vcnode.models.commands import (
     COMMANDS,
     ContainerCreate,
@@ -30,7 +31,6 @@ from vcnode.models.node import ImageStatus
 from vcnode.models.pod import Cmd, ContainerSpec, HypervisorConfig, Resources
 from vcnode.models.sessions import SessionExec
 from vcnode.pods.policy import Known, judge, judge_digest, require, split_reference
-from vcnode.pods.process import DEFAULT_CAPABILITIES
 from vcnode.settings import ImageRule, PolicySettings, Settings
 
 DIGEST = "sha256:" + "a" * 64

@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 
 from vcnode.errors import InvalidArgumentError
+from vcnode.models.capabilities import ALL_CAPABILITIES, DEFAULT_CAPABILITIES
 from vcnode.models.image import ImageConfig
 from vcnode.models.pod import Cmd, ContainerSpec, EnvVar, Rlimit
-from vcnode.pods.process import (
-    ALL_CAPABILITIES,
-    DEFAULT_CAPABILITIES,
-    exec_process,
-    guest_process,
-)
+from vcnode.pods.process import exec_process, guest_process
 
 CONFIG = ImageConfig(
     entrypoint=("/bin/server",),

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import NoReturn
-
 import vcnode
-from vcnode.drivers.base import (
-    CopyDirection,
-    GuestConnection,
-    GuestEvent,
-    GuestSession,
-    LogFeed,
-    LogPosition,
-    RunningProcess,
-    Vm,
-)
-from vcnode.errors import AgentError, UnsupportedError
-from vcnode.models.living import ContainerProcess
+from vcnode.drivers.agent.refusing import RefusingSession
+from vcnode.drivers.base import PLAIN_ACCESS, AgentAccess, GuestSession, Vm
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentConfig, AgentType, ContainerResources
-from vcnode.models.stats import ContainerStats, GuestStats
-from vcnode.models.vm import (
-    AGENT_CHANNELS,
-    SHARE_TAG,
-    Channel,
-    GuestConfig,
-    GuestContainer,
-    GuestContainerState,
-    GuestInfo,
-    GuestProcess,
-    Watchdog,
-)
+from vcnode.models.pod import AgentConfig, AgentType
+from vcnode.models.vm import AGENT_CHANNELS, SHARE_TAG, Channel
 
 
 class NoopAgent:
@@ -52,141 +27,6 @@ class NoopAgent:
         """See `GuestAgent.channels`: that of the native agent, which is what the node's own guest expects."""
         return AGENT_CHANNELS
 
-    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+    async def connect(self, vm: Vm, *, access: AgentAccess = PLAIN_ACCESS, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`."""
-        return NoopSession()
-
-
-class NoopSession:
-    """A `GuestSession` with nobody at the other end.
-
-    What asks for nothing in return succeeds (``configure``, ``ping``, ``shutdown``, deleting and listing
-    containers, of which there are none); everything else is refused. It is never lost.
-    """
-
-    def __init__(self) -> None:
-        self._closed = asyncio.Event()
-
-    @property
-    def info(self) -> GuestInfo:
-        """See `GuestSession.info`."""
-        return GuestInfo(agent_version="none", boot_id="", kernel="")
-
-    async def configure(self, config: GuestConfig, *, timeout_s: float) -> None:
-        """Nothing is configured."""
-        self._check()
-
-    async def set_clock(self, time_ns: int, *, timeout_s: float) -> None:
-        """Nobody is asked."""
-        self._check()
-
-    async def set_watchdog(self, watchdog: Watchdog, *, timeout_s: float) -> None:
-        """Nobody in the guest would end it."""
-        self._check()
-
-    async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
-        """Refused."""
-        self._refuse("containers")
-
-    async def start_container(self, container_id: str, *, timeout_s: float) -> int:
-        """Refused."""
-        self._refuse("containers")
-
-    async def signal_container(
-        self, container_id: str, number: int, *, everyone: bool, timeout_s: float
-    ) -> None:
-        """Refused."""
-        self._refuse("containers")
-
-    async def pause_container(self, container_id: str, *, timeout_s: float) -> None:
-        """Refused."""
-        self._refuse("containers")
-
-    async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
-        """Refused."""
-        self._refuse("containers")
-
-    async def update_container(
-        self, container_id: str, resources: ContainerResources, *, timeout_s: float
-    ) -> None:
-        """Refused."""
-        self._refuse("containers")
-
-    async def available_memory(self, *, timeout_s: float) -> int:
-        """Refused."""
-        self._refuse("its memory")
-
-    async def list_processes(
-        self, container_id: str, *, limit: int, timeout_s: float
-    ) -> tuple[Sequence[ContainerProcess], int]:
-        """Refused."""
-        self._refuse("containers")
-
-    async def read_stats(self, *, timeout_s: float) -> tuple[GuestStats, Sequence[ContainerStats]]:
-        """Refused."""
-        self._refuse("statistics")
-
-    async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
-        """There is none, so it is gone."""
-        self._check()
-
-    async def list_containers(self, *, timeout_s: float) -> Sequence[GuestContainerState]:
-        """There are none."""
-        self._check()
-        return ()
-
-    async def follow_logs(self, known: Mapping[str, LogPosition], *, timeout_s: float) -> LogFeed:
-        """Refused."""
-        self._refuse("containers")
-
-    async def execute(
-        self,
-        process: GuestProcess,
-        *,
-        container_id: str | None,
-        tty: tuple[int, int] | None = None,
-        timeout_s: float,
-    ) -> RunningProcess:
-        """Refused."""
-        self._refuse("commands")
-
-    async def copy(
-        self, direction: CopyDirection, *, container_id: str, path: str, max_bytes: int, timeout_s: float
-    ) -> RunningProcess:
-        """Refused."""
-        self._refuse("copies")
-
-    async def attach(self, container_id: str, *, tty: bool, timeout_s: float) -> RunningProcess:
-        """Refused."""
-        self._refuse("containers")
-
-    async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
-        """Refused."""
-        self._refuse("connections")
-
-    async def ping(self, *, timeout_s: float) -> None:
-        """Nobody is asked."""
-        self._check()
-
-    async def shutdown(self, *, timeout_s: float) -> None:
-        """Nobody is asked; the hypervisor ends the VM."""
-        self._check()
-
-    async def events(self) -> AsyncIterator[GuestEvent]:
-        """Nothing happens until ``close``."""
-        await self._closed.wait()
-        nothing: tuple[GuestEvent, ...] = ()
-        for event in nothing:
-            yield event
-
-    async def close(self) -> None:
-        """See `GuestSession.close`."""
-        self._closed.set()
-
-    def _check(self) -> None:
-        if self._closed.is_set():
-            raise AgentError("The session is closed.")
-
-    def _refuse(self, what: str) -> NoReturn:
-        self._check()
-        raise UnsupportedError(f"The agent type noop cannot run {what}; use the agent type native.")
+        return RefusingSession(AgentType.NOOP)

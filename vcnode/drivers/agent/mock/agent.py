@@ -14,6 +14,8 @@ from vcnode.drivers.agent.mock.logs import MockLogFeed
 from vcnode.drivers.agent.mock.process import ECHO_PORT, MockConnection, MockProcess, check_signal
 from vcnode.drivers.agent.mock.stats import stats_of
 from vcnode.drivers.base import (
+    PLAIN_ACCESS,
+    AgentAccess,
     ContainerExited,
     ContainerHealth,
     CopyDirection,
@@ -83,7 +85,7 @@ class MockAgent:
         """See `GuestAgent.channels`."""
         return AGENT_CHANNELS
 
-    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+    async def connect(self, vm: Vm, *, access: AgentAccess = PLAIN_ACCESS, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`. A session that the guest has already is lost."""
         vm_id = vm.record.vm_id
         async with deadline_as(

@@ -78,7 +78,7 @@ def compile_process(process: GuestProcess, hostname: str) -> Program:
     Raises:
         InvalidArgumentError: Its user or group does not exist.
     """
-    uid = find_user(process.user)
+    uid = find_user(process.user or "0")
     gid = find_user(process.group, "group") if process.group is not None else uid
     for group in process.supplementary_groups:
         find_user(group, "supplementary_groups")

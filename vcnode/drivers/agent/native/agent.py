@@ -9,7 +9,7 @@ from pathlib import Path
 import vcnode
 from vcnode.aio import deadline_as
 from vcnode.drivers.agent.native.session import NativeSession
-from vcnode.drivers.base import GuestSession, Vm
+from vcnode.drivers.base import PLAIN_ACCESS, AgentAccess, GuestSession, Vm
 from vcnode.errors import AgentError
 from vcnode.guest import protocol
 from vcnode.models.node import DriverInfo
@@ -45,7 +45,7 @@ class NativeAgent:
         """See `GuestAgent.channels`."""
         return AGENT_CHANNELS
 
-    async def connect(self, vm: Vm, *, timeout_s: float) -> GuestSession:
+    async def connect(self, vm: Vm, *, access: AgentAccess = PLAIN_ACCESS, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`. A session that the guest has with somebody else ends.
 
         On failure and cancellation no socket is left.

@@ -183,7 +183,7 @@ def execute_params(
     """Params of ``execute``."""
     return {
         "container_id": container_id,
-        "process": process.model_dump(),
+        "process": {**process.model_dump(), "user": process.user or "0"},
         "tty": None if tty is None else {"rows": tty[0], "columns": tty[1]},
         "streams": {"stdin": stdin, "stdout": stdout, "stderr": stderr},
     }
