@@ -36,6 +36,7 @@ from vcnode.drivers.agent.hyperstart import HyperstartAgent
 from vcnode.drivers.agent.mock import MockAgent
 from vcnode.drivers.agent.native import NativeAgent
 from vcnode.drivers.agent.noop import NoopAgent
+from vcnode.drivers.agent.sshd import SshdAgent
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network
 from vcnode.drivers.failpoints import FailPoints
 from vcnode.drivers.faults import FaultPlan
@@ -133,6 +134,7 @@ def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_po
             AgentType.NATIVE: NativeAgent(),
             AgentType.NOOP: NoopAgent(),
             AgentType.HYPERSTART: HyperstartAgent(),
+            AgentType.SSHD: SshdAgent(settings.state_dir),
         },
         networks={
             NetworkModel.NOOP: NoopNetwork(),

@@ -161,6 +161,13 @@ async def test_users_and_groups(session: GuestSession):
         assert no_new_privileges.split()[-1] == ("0" if expected.startswith("0 ") else "1")
 
 
+async def test_capabilities_taken_from_root(session: GuestSession):
+    kept = ("CAP_CHOWN", "CAP_NET_RAW")
+    code, out, err = await run(session, "grep", "CapEff", "/proc/self/status", capabilities=kept)
+    assert (code, err) == (0, b"")
+    assert int(out.split()[-1], 16) == 1 << 0 | 1 << 13  # Source: linux/capability.h
+
+
 async def test_a_terminal(session: GuestSession):
     shell = process("sh", "-c", "stty size; read line; echo got $line; stty size; exit 3")
     running = await session.execute(shell, container_id=None, tty=(24, 81), timeout_s=LIMIT_S)
@@ -217,7 +224,7 @@ async def test_what_is_not_supported_is_refused(session: GuestSession):
     with pytest.raises(UnsupportedError, match="containers"):
         await session.execute(process("true"), container_id="c", timeout_s=LIMIT_S)
     with pytest.raises(UnsupportedError, match="capabilities"):
-        await run(session, "true", capabilities=())
+        await run(session, "true", capabilities=(), user="nobody")
     with pytest.raises(UnsupportedError, match="variable"):
         await run(session, "true", envs=(("a-b", "c"),))
 

@@ -48,6 +48,7 @@ Point = tuple[str, int, str]
 def stories(pod: str) -> dict[str, list[Verb]]:
     """Short tales of one pod each, told from a node without pods; together they have every command."""
     main = {"id": "main", "image": "app", "writable": "disk", "cmd": {"args": ["sleep", "infinity"]}}
+    disk = {"image_path": "/srv/disk.qcow2"}
     extra = {"id": "extra", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
     spec = {"pod": {"id": pod, "containers": [main]}}
     it, its_main, its_extra = (
@@ -63,7 +64,7 @@ def stories(pod: str) -> dict[str, list[Verb]]:
             ("image.remove", {"name": f"other-{pod}"}),
         ],
         "life": [
-            ("pod.create", spec),
+            ("pod.create", {"pod": {**spec["pod"], "hypervisor_config": disk}}),
             ("pod.start", it),
             ("container.exec", {**its_main, **true}),
             ("pod.exec", {**it, **true}),

@@ -10,10 +10,10 @@ from tests.support.hyperstart import FakeHyperstart
 from vcnode.aio import Spawner
 from vcnode.drivers.agent.hyperstart import HyperstartAgent
 from vcnode.drivers.agent.hyperstart.session import HyperSession
-from vcnode.drivers.base import Vm
+from vcnode.drivers.base import AgentAccess, Vm
 from vcnode.drivers.hypervisor.mock import MockHypervisor, MockVm
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import HypervisorType
+from vcnode.models.pod import AgentConfig, HyperConfig, HypervisorType
 from vcnode.models.vm import VmExit, VmRecord, VmSpec
 
 
@@ -32,7 +32,8 @@ class SocketVm:
 
 async def connect_to(vm: SocketVm | Vm, *, fork: bool = False, timeout_s: float) -> HyperSession:
     """A session with the guest of *vm*."""
-    session = await HyperstartAgent().connect(cast(Vm, vm), timeout_s=timeout_s, fork=fork)
+    config = AgentConfig(hyperstart=HyperConfig(dialect="clearcontainers" if fork else "hyperhq"))
+    session = await HyperstartAgent().connect(cast(Vm, vm), access=AgentAccess(config), timeout_s=timeout_s)
     return cast(HyperSession, session)
 
 

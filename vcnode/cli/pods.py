@@ -323,6 +323,27 @@ async def status(cli: Cli, pod_id: flags.Pod) -> None:
     cli.show(reply, views.pod)
 
 
+@command(app, "console")
+async def console(
+    cli: Cli,
+    pod_id: flags.Pod,
+    size: Annotated[
+        int, typer.Option("--bytes", metavar="N", min=1, max=256 * 1024, help="Most bytes: the last ones.")
+    ] = 64 * 1024,
+) -> None:
+    """Show what the guest of a running pod wrote to its console: firmware, kernel, programs.
+
+    \b
+    vcnode pod console web
+    vcnode pod console --bytes 1000 web
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_console(pod_id, max_bytes=size, deadline_s=cli.options.deadline_s)
+    cli.show(reply, views.console)
+
+
 @command(app, "exec", failure=Exit.EXEC_FAILED, context_settings={"allow_interspersed_args": False})
 async def exec_(
     cli: Cli,

@@ -14,6 +14,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.console import ConsoleText
 from vcnode.models.network import Endpoint
 from vcnode.models.node import DriverInfo, ImageStatus, NodeAudit, NodeInfo, NodePing
 from vcnode.models.pod import ContainerState, ContainerStatus, OnDisconnect, PodStatus, StopOutcome
@@ -48,6 +49,11 @@ def pods(reply: PodStatuses) -> None:
 
 def _endpoints(status: PodStatus) -> tuple[Endpoint, ...]:
     return () if status.network is None else status.network.endpoints
+
+
+def console(reply: ConsoleText) -> None:
+    """What a guest wrote; the node has made its control characters harmless."""
+    print(reply.text)
 
 
 def pod(status: PodStatus) -> None:

@@ -69,6 +69,7 @@ from vcnode.models.commands import (
     PodStopped,
     RegistryAuth,
 )
+from vcnode.models.console import ConsoleText, PodConsole
 from vcnode.models.fleet import (
     Bid,
     Constraints,
@@ -447,6 +448,13 @@ class NodeClient(StreamMethods):
         """
         request = _make(PodStatsOf, pod_id=pod_id, guest=guest, after=after, interval_s=interval_s)
         return await self._send("pod.stats", request, PodStats, options)
+
+    async def pod_console(
+        self, pod_id: str, *, max_bytes: int = 64 * 1024, **options: Unpack[Read]
+    ) -> ConsoleText:
+        """The last *max_bytes* of what the guest of a pod that runs or is paused wrote to its console."""
+        request = _make(PodConsole, pod_id=pod_id, max_bytes=max_bytes)
+        return await self._send("pod.console", request, ConsoleText, options)
 
     async def follow_stats(
         self, pod_id: str, *, guest: bool = True, interval_s: float = 1.0

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from vcnode.models.hypervisor import DiskFormat, HypervisorConfig
 from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.living import ContainerProcess
 from vcnode.models.network import Endpoint, NetworkConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentConfig, ContainerResources, StopOutcome
+from vcnode.models.pod import AgentConfig, ContainerResources, Resources, StopOutcome
 from vcnode.models.stats import ContainerStats, GuestStats, VmStats
 from vcnode.models.vm import (
     Channel,
     Disk,
+    DiskFile,
     GuestConfig,
     GuestContainer,
     GuestContainerState,
@@ -85,6 +87,13 @@ class Vm(Protocol):
 
     async def resume(self, *, timeout_s: float) -> None:
         """Let the vCPUs run again. Idempotent."""
+        ...
+
+    async def read_console(self, max_bytes: int, *, timeout_s: float) -> str:
+        """The last *max_bytes* of what the guest wrote to its console, as far as it is kept.
+
+        Characters that could do anything to a terminal are replaced.
+        """
         ...
 
     async def set_memory(self, mem_size_mib: int, *, timeout_s: float) -> None:
@@ -149,6 +158,15 @@ class Hypervisor(Protocol):
 
     async def open(self) -> None:
         """Probe what the host can do. Raises HypervisorError when no VM could ever run, saying what to do."""
+        ...
+
+    def check(self, config: HypervisorConfig, resources: Resources) -> None:
+        """See that it can build such a VM on this host, as far as that is known before. Pure.
+
+        Raises:
+            UnsupportedError: It cannot; says what it can.
+            InvalidArgumentError: Something is missing or does not fit; names the field, from ``pod.`` on.
+        """
         ...
 
     async def launch(self, spec: VmSpec, *, timeout_s: float) -> Vm:
@@ -578,10 +596,7 @@ class GuestAgent(Protocol):
 
     @property
     def info(self) -> DriverInfo:
-        """Capabilities; ``containers``, ``exec`` and ``stats`` among them where it has those.
-
-        ``network``: it reaches the guest over the pod's network, which must give it an address.
-        """
+        """Capabilities; ``containers``, ``exec`` and ``stats`` among them where it has those."""
         ...
 
     @property
@@ -785,11 +800,41 @@ class Storage(Protocol):
         """
         ...
 
-    async def read_secret(self, path: str) -> bytes:
-        """What a file below the directories of secrets holds.
+    async def open_disk(
+        self,
+        path: str,
+        disk_format: DiskFormat,
+        *,
+        writable: bool = False,
+        overlay_id: str | None = None,
+        timeout_s: float,
+    ) -> DiskFile:
+        """Open a disk image under the allowed roots; the caller closes its descriptors.
+
+        Args:
+            path: The image.
+            disk_format: What it holds.
+            writable: Whether it is written to itself.
+            overlay_id: Otherwise: id, with the node's mark, of what takes the writes; made unless it is
+                there, and removed by `remove_layer`. None: there is nothing to write to.
+            timeout_s: Limit of all of it.
 
         Raises:
-            InvalidArgumentError: Outside of them, links resolved; no plain file; or too long.
+            InvalidArgumentError: As `open_file`; or it is no image of that format, or needs other files.
+            NotFoundError: It does not exist.
+            StorageError: The overlay could not be made; nothing is left of it.
+        """
+        ...
+
+    async def read_secret(self, path: str, *, private: bool = False) -> bytes:
+        """What a file below the directories of secrets holds.
+
+        Args:
+            path: The file.
+            private: Whether it must be for its owner only, who is root or the node agent's user.
+
+        Raises:
+            InvalidArgumentError: Outside of them, links resolved; no plain file; too long; or not private.
             NotFoundError: It does not exist.
         """
         ...

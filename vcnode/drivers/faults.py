@@ -32,9 +32,9 @@ OPERATIONS = frozenset(
         " start_container signal_container pause_container resume_container list_processes read_stats"
         " delete_container update_container available_memory list_containers execute ping shutdown",
         "network": "prepare attach open_taps detach recover held free",
-        "storage": "make_vm_dir remove_vm_dir check_rootfs open_file share unshare build_image image_file"
-        " image_files remove_image pull_image blank_image make_layer remove_layer held write_note read_notes"
-        " read_secret",
+        "storage": "make_vm_dir remove_vm_dir check_rootfs open_file open_disk share unshare build_image"
+        " image_file image_files remove_image pull_image blank_image make_layer remove_layer held write_note"
+        " read_notes read_secret",
     }.items()
     for verb in verbs.split()
 ) | {"vm"}

@@ -15,6 +15,7 @@ from vcnode.models.commands import (
     PodStop,
     PodStopped,
 )
+from vcnode.models.console import ConsoleText, PodConsole
 from vcnode.models.fleet import Bid, PodBid, PodRelease, PodReleased
 from vcnode.models.pod import PodStatus
 from vcnode.models.stats import PodStats, PodStatsOf
@@ -73,6 +74,11 @@ def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:
 async def pod_stats(node: Services, call: Call, request: PodStatsOf) -> PodStats:
     """``pod.stats``."""
     return await node.pods.stats(request, call)
+
+
+async def pod_console(node: Services, call: Call, request: PodConsole) -> ConsoleText:
+    """``pod.console``."""
+    return await node.pods.console(request.pod_id, request.max_bytes, call)
 
 
 def pod_bid(node: Services, call: Call, request: PodBid) -> Bid:

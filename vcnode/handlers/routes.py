@@ -34,6 +34,7 @@ from vcnode.handlers.node import (
 )
 from vcnode.handlers.pod import (
     pod_bid,
+    pod_console,
     pod_create,
     pod_delete,
     pod_list,
@@ -79,6 +80,7 @@ ROUTES: dict[str, Handler] = {
     "pod.list": pod_list,
     "pod.status": pod_status,
     "pod.stats": pod_stats,
+    "pod.console": pod_console,
     "pod.exec": pod_exec,
     "container.create": container_create,
     "container.start": container_start,

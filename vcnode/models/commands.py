@@ -12,6 +12,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from vcnode.models.base import Blob, ContainerId, HostPath, ImageName, Labels, NoNul, PodId, Reply, Request
+from vcnode.models.console import ConsoleText, PodConsole
 from vcnode.models.fleet import (
     Bid,
     DrainReport,
@@ -334,6 +335,7 @@ _ALL = (
     Command("pod.list", PodList, PodStatuses, False, "List pods."),
     Command("pod.status", PodName, PodStatus, False, "Show one pod."),
     Command("pod.stats", PodStatsOf, PodStats, False, "Show what a pod and its containers use.", 300.0),
+    Command("pod.console", PodConsole, ConsoleText, False, "Show what a pod's guest wrote to its console."),
     Command("pod.exec", PodExec, ExecResult, True, "Run a command in a pod's guest.", 600.0),
     Command("container.create", ContainerCreate, ContainerStatus, True, "Add a container to a pod."),
     Command("container.start", ContainerName, ContainerStatus, True, "Start a container.", 60.0),

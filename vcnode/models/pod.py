@@ -19,6 +19,7 @@ from vcnode.models.base import (
     Reply,
     Request,
 )
+from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
 from vcnode.models.probes import Probes
 from vcnode.models.secrets import MAX_SECRETS, Sealed, SecretFile, SecretPath, check_one
@@ -99,28 +100,6 @@ class Resources(Request):
     """Virtual CPUs."""
     mem_size_mib: int = Field(default=256, ge=MIN_MEM_SIZE_MIB, le=MAX_MEM_SIZE_MIB)
     """Guest memory in MiB."""
-
-
-class HypervisorConfig(Request):
-    """What the VM of a pod boots, where that is not the node's own guest."""
-
-    kernel_path: HostPath | None = None
-    """Kernel, as an ELF file or bzImage. Default: the node's own."""
-    initrd_path: HostPath | None = None
-    """Its initramfs. Default: the node's own with its own kernel, else none."""
-    image_path: HostPath | None = None
-    """Disk image with the guest's root file system."""
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The files of the host that are named, by field."""
-        named = {name: getattr(self, name) for name in ("kernel_path", "initrd_path", "image_path")}
-        return {name: path for name, path in named.items() if path is not None}
-
-    @property
-    def own_guest(self) -> bool:
-        """Whether the VM boots anything but the node's own guest."""
-        return bool(self.files)
 
 
 PortName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")]
@@ -327,7 +306,7 @@ class PodSpec(Request):
     hypervisor_type: HypervisorType | None = None
     """Driver that runs the VM. Default: the node's."""
     hypervisor_config: HypervisorConfig = HypervisorConfig()
-    """What that driver boots."""
+    """How that driver builds the VM, and what it boots."""
     agent_type: AgentType | None = None
     """Driver that reaches into the guest. Default: the node's."""
     agent_config: AgentConfig = AgentConfig()

@@ -114,6 +114,10 @@ class PodRecord(Data):
     """Its VM, from just before the launch until all of it is gone."""
     network: NetworkAttachment | None = None
     """Its network, while it has one."""
+    disk_id: str | None = None
+    """Of the overlay over its disk image, if it has one: made at the first start, removed with the pod."""
+    host_key: str | None = None
+    """By which its guest has proved itself, if its agent asks for that."""
     containers: tuple[ContainerRecord, ...] = ()
     """In the order of creation."""
     leftovers: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ class SshdConfig(Request):
     """As whom. Another than root becomes root by ``sudo``, which must ask for no password."""
     private_key_file: SecretPath | None = None
     """File on the host with the private key, for nobody else to read. Default: the node's own key, whose
-    public half ``node.info`` tells."""
+    public half ``node.info`` tells (``notes`` of the agent)."""
     server: IpAddress | None = None
     """Address of the SSH server. Default: the first of the pod's network."""
     port: int = Field(default=22, ge=1, le=65535)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 
 from vcnode.drivers.base import ImageFile
 from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnsupportedError
+from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.image import ImageConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentConfig, AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.pods import features
+from vcnode.pods.guests import access_of, check_files
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import Parts, driver
 from vcnode.pods.process import NO_CONFIG, guest_process
-from vcnode.pods.wiring import open_guest_file
 from vcnode.settings import Settings
 
 _IN_OWN_GUESTS = frozenset({AgentType.HYPERSTART, AgentType.SSHD})
@@ -76,14 +76,14 @@ class Admission:
         if not hypervisor.info.mock:
             self._check_memory(spec)
         _check_on_disconnect(spec, settings.nats.lease_s)
-        for name, path in spec.hypervisor_config.files.items():
-            os.close(await open_guest_file(parts.storage, name, path))
+        hypervisor.check(spec.hypervisor_config, spec.resources)
+        await check_files(parts.storage, spec.hypervisor_config)
         now = parts.clock()
         containers = [
             await self._container(_with_id(c), agent.info, spec.agent_config, f"pod.containers[{index}]")
             for index, c in enumerate(spec.containers)
         ]
-        return PodRecord(
+        record = PodRecord(
             pod_id=spec.id,
             spec=spec,
             hypervisor_type=hypervisor_type,
@@ -92,7 +92,10 @@ class Admission:
             state=PodState.READY,
             created_at=now,
             containers=tuple(containers),
+            disk_id=new_vm_id(settings) if _has_overlay(spec.hypervisor_config) else None,
         )
+        await access_of(parts, record)
+        return record
 
     async def container(self, spec: ContainerSpec, pod: PodRecord) -> ContainerRecord:
         """The record of a container to add to *pod*, in ``ready``; raises as `pod`."""
@@ -156,10 +159,14 @@ class Admission:
             )
 
 
+def _has_overlay(config: HypervisorConfig) -> bool:
+    return config.image_path is not None and not config.image_writable
+
+
 def _check_boots(spec: PodSpec, agent_type: AgentType, hypervisor: DriverInfo) -> None:
     """See that the hypervisor can boot what the pod names, and that the agent may be in there."""
     config = spec.hypervisor_config
-    for name in config.files:
+    for name in (*config.files, *(("image_path",) if config.image_path is not None else ())):
         if name.removesuffix("_path") not in hypervisor.capabilities:
             field = f"pod.hypervisor_config.{name}"
             raise UnsupportedError(f"{field}: hypervisor_type {hypervisor.type} cannot do that.", field=field)

@@ -94,6 +94,8 @@ class Auditor:
             if record.network is not None:
                 owners[record.network.vm_id] = record.pod_id
             owners[owner_of(record.pod_id)] = record.pod_id
+            if record.disk_id is not None:
+                owners[record.disk_id] = record.pod_id
             owners |= {c.layer_id: record.pod_id for c in record.containers if c.layer_id is not None}
         return owners
 

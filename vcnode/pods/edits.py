@@ -91,6 +91,11 @@ def networked(network: NetworkAttachment) -> Edit:
     return lambda record: (_copy(record, network=network), ())
 
 
+def host_key_seen(key: str | None) -> Edit:
+    """The guest has proved itself by *key*, and has to do so from now on."""
+    return lambda record: (_copy(record, host_key=key), ())
+
+
 def launched(vm: VmRecord) -> Edit:
     """The VM's process runs; *vm* says which it is."""
     return lambda record: (_copy(record, vm=vm), ())

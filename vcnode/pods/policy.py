@@ -22,8 +22,9 @@ from vcnode.errors import PermissionDeniedError
 from vcnode.models.base import OnHost
 from vcnode.models.capabilities import DEFAULT_CAPABILITIES
 from vcnode.models.commands import ContainerCreate, ImageImport, ImagePull, PodExec
+from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import ImageStatus
-from vcnode.models.pod import Cmd, ContainerSpec, HypervisorConfig, PodSpec
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 from vcnode.models.records import PodRecord
 from vcnode.models.secrets import HostSecret
 from vcnode.models.sessions import SessionExec

@@ -200,7 +200,7 @@ class Pool:
         if (
             not self._ready
             or record.spec.template == "never"
-            or record.spec.hypervisor_config.own_guest
+            or not record.spec.hypervisor_config.is_default
             or record.network_model is not self._settings.network
             or record.spec.network.interworking is Interworking.MACVTAP  # which has no use for a tap
             or (self._settings.qemu.uid_base is not None and shares_host_dirs(record))

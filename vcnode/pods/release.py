@@ -91,6 +91,15 @@ def request_of(record: PodRecord, vm_id: str) -> NetworkRequest:
     return NetworkRequest(pod_id=record.pod_id, vm_id=vm_id, config=record.spec.network)
 
 
+async def remove_pod_disks(parts: Parts, record: PodRecord) -> None:
+    """Delete all writable disks of a pod: those of its containers, and the overlay over its disk image.
+
+    Raises:
+        CleanupError: Some stay; can be repeated.
+    """
+    await _remove_disks(parts, (record.disk_id, *(c.layer_id for c in record.containers)))
+
+
 async def remove_layers(parts: Parts, containers: Iterable[ContainerRecord]) -> None:
     """Delete the writable disks of containers, which no VM has any more.
 
@@ -99,14 +108,18 @@ async def remove_layers(parts: Parts, containers: Iterable[ContainerRecord]) -> 
     Raises:
         CleanupError: Some stay; can be repeated.
     """
+    await _remove_disks(parts, (container.layer_id for container in containers))
+
+
+async def _remove_disks(parts: Parts, disk_ids: Iterable[str | None]) -> None:
     left = []
-    for container in containers:
-        if container.layer_id is not None:
+    for disk_id in disk_ids:
+        if disk_id is not None:
             try:
-                await parts.storage.remove_layer(container.layer_id)
+                await parts.storage.remove_layer(disk_id)
             except VcnodeError as exc:
-                log.warning("Disk %s stays", container.layer_id, exc_info=exc)
-                left.append(f"disk {container.layer_id}")
+                log.warning("Disk %s stays", disk_id, exc_info=exc)
+                left.append(f"disk {disk_id}")
     if left:
         raise CleanupError("A writable disk could not be deleted; delete again to retry.", tuple(left))
 

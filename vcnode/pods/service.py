@@ -28,6 +28,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.console import ConsoleText
 from vcnode.models.events import EventKind
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.logs import ContainerLogEntries, ContainerLogs
@@ -61,17 +62,18 @@ from vcnode.pods.forecast import Kind
 from vcnode.pods.images import ImageService
 from vcnode.pods.ledger import Ledger
 from vcnode.pods.life import LifeCommands
-from vcnode.pods.lifecycle import POD_DELETABLE, require
+from vcnode.pods.lifecycle import POD_DELETABLE, POD_HAS_VM, require
+from vcnode.pods.live import require_live
 from vcnode.pods.locks import BACKGROUND, PodLocks
 from vcnode.pods.logs import LogPump
 from vcnode.pods.notes import Notes
-from vcnode.pods.parts import Observer, Parts
+from vcnode.pods.parts import REQUEST_LIMIT_S, Observer, Parts
 from vcnode.pods.pause import Pauser
 from vcnode.pods.pool import Pool
 from vcnode.pods.queue import StartQueue
 from vcnode.pods.recovery import Recovered, Recovery
 from vcnode.pods.rehearsal import Rehearsal
-from vcnode.pods.release import remove_layers
+from vcnode.pods.release import remove_pod_disks
 from vcnode.pods.resizing import Resizing
 from vcnode.pods.restarts import Restarter
 from vcnode.pods.samples import PodSamples
@@ -346,7 +348,7 @@ class PodService:
                 require(f"Pod {pod_id}", record.state, POD_DELETABLE, call.verb)
             grace_s = self._parts.settings.stop_grace_s if record.state is PodState.RUNNING else 0
             await self._stopper.stop(pod_id, call, grace_s=grace_s)
-            await remove_layers(self._parts, record.containers)
+            await remove_pod_disks(self._parts, record)
             await self.logs.forget(pod_id)
             await self._ledger.remove(pod_id, call)
         return PodDeleted(pod_id=pod_id, existed=True)
@@ -364,6 +366,18 @@ class PodService:
     def status(self, pod_id: str) -> PodStatus:
         """One pod. Raises NotFoundError when there is none of that id."""
         return self._status(self._ledger.get(pod_id))
+
+    async def console(self, pod_id: str, max_bytes: int, call: Call) -> ConsoleText:
+        """The last *max_bytes* of what the guest of a pod that runs or is paused wrote to its console.
+
+        Raises:
+            NotFoundError, FailedPreconditionError: There is no such pod, or it has no VM.
+        """
+        record = self._ledger.get(pod_id, call)
+        require(f"Pod {pod_id}", record.state, POD_HAS_VM, call.verb)
+        live = require_live(self._parts.live, pod_id, record.state, call.verb)
+        text = await live.vm.read_console(max_bytes, timeout_s=REQUEST_LIMIT_S)
+        return ConsoleText(pod_id=pod_id, text=text)
 
     @property
     def snapshot(self) -> Mapping[str, PodRecord]:
@@ -620,7 +634,7 @@ class PodService:
         record = self._ledger.find(pod_id)
         if record is not None and record.vm is None and not record.leftovers:
             try:
-                await remove_layers(self._parts, record.containers)
+                await remove_pod_disks(self._parts, record)
             except CleanupError as exc:
                 log.warning("Pod %s is kept: %s", pod_id, exc.message)
                 return

@@ -27,6 +27,7 @@ from vcnode.models.vm import GuestConfig, VmRecord, VmSpec
 from vcnode.pods import edits
 from vcnode.pods.containers import Containers
 from vcnode.pods.disconnect import watchdog_of
+from vcnode.pods.guests import access_of, vm_config
 from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
@@ -42,7 +43,7 @@ from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
 from vcnode.pods.undo import UndoStack
 from vcnode.pods.watch import Watcher
-from vcnode.pods.wiring import netdevs, vm_config
+from vcnode.pods.wiring import netdevs
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,8 @@ class Starter:
 
     async def _make_room(self, record: PodRecord) -> None:
         """See that the host has the memory; spare VMs that the pod does not take give way to it."""
+        if record.spec.hypervisor_config.huge_pages:
+            return  # they are set aside; the hypervisor says when there are too few
         if not self._parts.hypervisor(record).info.mock and not self._pool.has(record):
             wanted = record.spec.resources.mem_size_mib
             await self._pool.make_room(wanted)
@@ -260,7 +263,7 @@ class Starter:
         agent = parts.agent(record)
         async with (
             netdevs(parts.network(record), held.network) as devices,
-            vm_config(parts.storage, record.spec.hypervisor_config) as config,
+            vm_config(parts, record, held.network) as config,
         ):
             spec = VmSpec(
                 vm_id=held.vm.vm_id,
@@ -311,8 +314,11 @@ class Starter:
         parts = self._parts
         boot_limit_s = parts.settings.qemu.boot_timeout_s
         if (session := live.session) is None:
-            session = await parts.agent(record).connect(live.vm, timeout_s=boot_limit_s)
+            access = await access_of(parts, record, new_vm=True)
+            session = await parts.agent(record).connect(live.vm, access=access, timeout_s=boot_limit_s)
             live.session = session
+            if (key := session.info.host_key) != record.host_key:
+                await parts.ledger.change(record.pod_id, edits.host_key_seen(key))
             phases.done("boot")
         self._watcher.follow(live)
         await self._containers.attach_images(live, record)

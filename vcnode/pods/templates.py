@@ -150,7 +150,7 @@ class Templates:
                 raise UnsupportedError(
                     f"Pod {record.pod_id} requires a template, which hypervisor_type"
                     f" {record.hypervisor_type.value} with agent_type {record.agent_type.value} cannot make"
-                    f"{' for a guest of its own' * record.spec.hypervisor_config.own_guest}."
+                    f"{'' if record.spec.hypervisor_config.is_default else ' with a hypervisor_config'}."
                 )
             return None
         if await self._load(kind):
@@ -211,7 +211,7 @@ class Templates:
 
     def kind_of(self, record: PodRecord) -> Kind | None:
         """What the pod's VM would be cloned from; None: it boots."""
-        if record.spec.hypervisor_config.own_guest:
+        if not record.spec.hypervisor_config.is_default:
             return None
         size = record.spec.resources
         if record.network is not None:

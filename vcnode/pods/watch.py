@@ -23,6 +23,7 @@ from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import GuestContainerState
 from vcnode.pods import edits
 from vcnode.pods.containers import SIGKILL, Containers, root_of
+from vcnode.pods.guests import access_of
 from vcnode.pods.lifecycle import CONTAINER_ALIVE
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
@@ -90,9 +91,11 @@ class Watcher:
         Raises:
             VcnodeError: The guest does not answer; there is no session.
         """
-        agent = self._parts.agent(self._parts.ledger.get(live.pod_id))
+        record = self._parts.ledger.get(live.pod_id)
+        agent = self._parts.agent(record)
         try:
-            live.session = await agent.connect(live.vm, timeout_s=timeout_s)
+            access = await access_of(self._parts, record)
+            live.session = await agent.connect(live.vm, access=access, timeout_s=timeout_s)
             if set_clock:
                 await self.set_clock(live, timeout_s=timeout_s)
             await self.reconcile(live, await live.session.list_containers(timeout_s=timeout_s))

@@ -1,4 +1,4 @@
-"""What a VM is launched with: network devices, from the taps of its network, and the files that it boots."""
+"""Network devices of a VM, from the taps of its network."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
 
-from vcnode.drivers.base import Network, Storage
-from vcnode.errors import InvalidArgumentError, NotFoundError
+from vcnode.drivers.base import Network
 from vcnode.models.network import NetworkModel
-from vcnode.models.pod import HypervisorConfig
-from vcnode.models.vm import NetDev, NetworkAttachment, VmConfig
+from vcnode.models.vm import NetDev, NetworkAttachment
 
 
 @contextlib.asynccontextmanager
@@ -22,35 +20,6 @@ async def netdevs(network: Network, attachment: NetworkAttachment) -> AsyncItera
     finally:
         for fd in taps:
             os.close(fd)
-
-
-@contextlib.asynccontextmanager
-async def vm_config(storage: Storage, config: HypervisorConfig) -> AsyncIterator[VmConfig]:
-    """What a pod's VM boots, with its files open inside the block: for its launch.
-
-    Raises:
-        InvalidArgumentError, NotFoundError: As `Storage.open_file`; names the field.
-    """
-    with contextlib.ExitStack() as ours:
-        fds = {}
-        for name, path in config.files.items():
-            fds[name] = await open_guest_file(storage, name, path)
-            ours.callback(os.close, fds[name])
-        named = {name: f"/proc/self/fd/{fd}" for name, fd in fds.items()}
-        yield VmConfig(
-            kernel=named.get("kernel_path"), initrd=named.get("initrd_path"), file_fds=tuple(fds.values())
-        )
-
-
-async def open_guest_file(storage: Storage, name: str, path: str) -> int:
-    """Open the file in field *name* of a `HypervisorConfig`; raises as `vm_config`."""
-    field = f"pod.hypervisor_config.{name}"
-    try:
-        return await storage.open_file(path)
-    except NotFoundError as exc:
-        raise NotFoundError(f"{field}: {exc.message}", **{**exc.details, "field": field}) from exc
-    except InvalidArgumentError as exc:
-        raise InvalidArgumentError.field(field, exc.message) from exc
 
 
 def preparer(

@@ -23,6 +23,7 @@ from vcnode.models.commands import (
     PodStatuses,
     PodStopped,
 )
+from vcnode.models.console import ConsoleText
 from vcnode.models.fleet import Bid, DrainReport, NodeLabel, NodeStanding, PodBid, PodReleased
 from vcnode.models.living import ContainerProcesses, ContainerWaited, WaitCondition
 from vcnode.models.logs import ContainerLogEntries, ContainerLogs
@@ -180,6 +181,10 @@ class FakePods:
         if "status" in self.errors:
             raise self.errors["status"]
         return pod_status(pod_id)
+
+    async def console(self, pod_id: str, max_bytes: int, call: Call) -> ConsoleText:
+        self.calls.append(("console", (pod_id, max_bytes)))
+        return ConsoleText(pod_id=pod_id, text="booted")
 
     async def exec(
         self, pod_id: str, container_id: str | None, options: ExecOptions, call: Call

@@ -75,8 +75,8 @@ async def test_a_pod_without_id_gets_one(world: World) -> None:
             "pod.hypervisor_config.initrd_path",
         ),
         (
-            pod(hypervisor_config=HypervisorConfig(image_path="/roots/disk")),
-            UnsupportedError,
+            pod(hypervisor_config=HypervisorConfig(image_path="/etc/disk")),
+            InvalidArgumentError,
             "pod.hypervisor_config.image_path",
         ),
         (pod(network_model=NetworkModel.CNI), UnsupportedError, "pod.network_model"),

@@ -1,4 +1,6 @@
-"""Writable disks of containers: sparse ext4 files, each the copy of one that was formatted for its size.
+"""Writable disks: of containers, and overlays of the disk images of pods.
+
+Those of containers are sparse ext4 files, each the copy of one that was formatted for its size.
 
 ``<state_dir>/layers/<layer_id>`` is a disk, ``.base-<MiB>`` what those of a size are copied from, and
 ``.new-<layer_id>`` one that is not complete. A copy shares its blocks where the filesystem can (reflink), and
@@ -25,11 +27,14 @@ from vcnode.errors import DeadlineExceededError, ResourceExhaustedError, Storage
 log = logging.getLogger(__name__)
 
 MKFS = "mkfs.ext4"
+QEMU_IMG = "qemu-img"
 _UUID = "00000000-0000-0000-0000-000000000001"
 _MIB = 1024 * 1024
 _RESERVE_BYTES = 256 * _MIB
 """Left free on the state directory's filesystem: the database and the other pods need it."""
 _COPY_BYTES = 1 << 30
+_OVERLAY_BYTES = 64 * _MIB
+"""Most that an empty overlay takes; a hundredth of that for a disk of a TiB."""
 BASE = ".base-"
 FICLONE = 0x40049409
 """Source: linux/fs.h, _IOW(0x94, 9, int); ioctl_ficlone(2)."""
@@ -93,6 +98,39 @@ class LayerStore:
             await make_in_thread(self._copy, base, path)
         return LayerFile(path, is_new=True)
 
+    async def open_overlay(self, layer_id: str, size_bytes: int, *, timeout_s: float) -> int:
+        """Open what is written over a disk image of that size: an empty qcow2 image, made unless it is there.
+
+        It names no image: whoever opens it says what lies beneath. The caller closes the descriptor.
+
+        Raises:
+            DeadlineExceededError, ResourceExhaustedError, StorageError: It could not be made, and nothing is
+                left.
+            OSError: The host refused.
+        """
+        path = self._dir / check_name(layer_id)
+        late = DeadlineExceededError(f"Making disk {layer_id} took longer than {timeout_s:g} s.")
+        async with deadline_as(timeout_s, lambda: late):
+            if not await asyncio.to_thread(path.exists):
+                await self._make_overlay(path, size_bytes)
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    async def _make_overlay(self, path: Path, size_bytes: int) -> None:
+        self._check_space()
+        new = path.with_name(f".new-{path.name}")
+        argv = [QEMU_IMG, "create", "-q", "-f", "qcow2", str(new), str(-(-size_bytes // 512) * 512)]
+        try:
+            ended = await tools.run(argv, file_bytes=_OVERLAY_BYTES)
+            if ended.returncode != 0:
+                log.error("%s failed (exit %d): %s", QEMU_IMG, ended.returncode, ended.errors)
+                raise StorageError(f"{QEMU_IMG} failed; the node's log says why.")
+            new.chmod(0o600)
+            await asyncio.to_thread(_settle, new, path)
+        except FileNotFoundError as exc:
+            raise StorageError(f"{QEMU_IMG} is not installed on this node: install qemu-utils.") from exc
+        finally:
+            new.unlink(missing_ok=True)
+
     def remove(self, layer_id: str) -> None:
         """See `vcnode.drivers.base.Storage.remove_layer`. Blocking. Raises OSError."""
         (self._dir / check_name(layer_id)).unlink(missing_ok=True)
@@ -117,8 +155,7 @@ class LayerStore:
                 new.unlink(missing_ok=True)
         return base
 
-    def _copy(self, undo: list[Undo], base: Path, path: Path) -> None:
-        """Copy *base* to *path*, in one step as others see it."""
+    def _check_space(self) -> None:
         space = os.statvfs(self._dir)
         if space.f_bavail * space.f_frsize < self._reserve_bytes:
             raise ResourceExhaustedError(
@@ -126,6 +163,10 @@ class LayerStore:
                 resource="disk",
                 reserve_bytes=self._reserve_bytes,
             )
+
+    def _copy(self, undo: list[Undo], base: Path, path: Path) -> None:
+        """Copy *base* to *path*, in one step as others see it."""
+        self._check_space()
         new = path.with_name(f".new-{path.name}")
         undo.append(lambda: new.unlink(missing_ok=True))
         with base.open("rb", buffering=0) as source, new.open("xb", buffering=0) as target:

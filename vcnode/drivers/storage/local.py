@@ -11,6 +11,7 @@ from pathlib import Path
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, LayerFile, PullSource
 from vcnode.drivers.exhaustion import exhausted
+from vcnode.drivers.storage import qcow2
 from vcnode.drivers.storage.images import Around, ImageStore, no_points
 from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
@@ -19,7 +20,9 @@ from vcnode.drivers.storage.secrets import read_secret
 from vcnode.drivers.storage.threads import Undo, in_thread, make_in_thread
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import StorageError
+from vcnode.models.hypervisor import DiskFormat
 from vcnode.models.image import ImageConfig
+from vcnode.models.vm import DiskFile
 from vcnode.settings import ImageSettings
 
 log = logging.getLogger(__name__)
@@ -138,10 +141,40 @@ class LocalStorage:
         undo.append(lambda: os.close(fd))
         return fd
 
-    async def read_secret(self, path: str) -> bytes:
+    async def open_disk(
+        self,
+        path: str,
+        disk_format: DiskFormat,
+        *,
+        writable: bool = False,
+        overlay_id: str | None = None,
+        timeout_s: float,
+    ) -> DiskFile:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Opening disk image {path!r}"):
+            fd, size_bytes = await make_in_thread(self._open_image, path, disk_format, writable)
+            if writable or overlay_id is None:
+                return DiskFile(fd=fd, format=disk_format, read_only=not writable)
+            try:
+                over = await self._layers.open_overlay(overlay_id, size_bytes, timeout_s=timeout_s)
+            except BaseException:
+                os.close(fd)
+                raise
+            return DiskFile(fd=over, format=DiskFormat.QCOW2, base_fd=fd, base_format=disk_format)
+
+    def _open_image(
+        self, undo: list[Undo], path: str, disk_format: DiskFormat, writable: bool
+    ) -> tuple[int, int]:
+        fd = self._roots.open_file(path, writable=writable)
+        undo.append(lambda: os.close(fd))
+        if disk_format is DiskFormat.QCOW2:
+            return fd, qcow2.size_bytes(os.pread(fd, qcow2.HEADER_BYTES, 0), path)
+        return fd, os.fstat(fd).st_size
+
+    async def read_secret(self, path: str, *, private: bool = False) -> bytes:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated("Reading a secret"):
-            return await in_thread(read_secret, self._secret_roots, path)
+            return await in_thread(read_secret, self._secret_roots, path, private=private)
 
     async def share(self, vm_id: str, name: str, path: str) -> None:
         """See `vcnode.drivers.base.Storage`. AlreadyExistsError when *name* is taken."""

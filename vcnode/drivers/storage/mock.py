@@ -15,7 +15,9 @@ from vcnode.drivers.storage.images import check_digest
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import check_name
 from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
+from vcnode.models.hypervisor import DiskFormat
 from vcnode.models.image import ImageConfig, PullProgress
+from vcnode.models.vm import DiskFile
 
 
 @dataclass
@@ -37,6 +39,10 @@ class MockWorld:
     def empty(self) -> bool:
         """Whether no VM and no container holds anything (images stay, as they do in life)."""
         return not self.vm_dirs and not self.shares and not self.layers
+
+
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
 class MockStorage:
@@ -140,9 +146,26 @@ class MockStorage:
         """See `vcnode.drivers.base.Storage`; the descriptor leads nowhere."""
         await self._hit("open_file")
         self._check(path)
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return _nowhere()
 
-    async def read_secret(self, path: str) -> bytes:
+    async def open_disk(
+        self,
+        path: str,
+        disk_format: DiskFormat,
+        *,
+        writable: bool = False,
+        overlay_id: str | None = None,
+        timeout_s: float,
+    ) -> DiskFile:
+        """See `vcnode.drivers.base.Storage`; the descriptors lead nowhere."""
+        await self._hit("open_disk")
+        self._check(path)
+        if overlay_id is None or writable:
+            return DiskFile(fd=_nowhere(), format=disk_format, read_only=not writable)
+        self.world.layers.setdefault(check_name(overlay_id), 0)
+        return DiskFile(fd=_nowhere(), format=DiskFormat.QCOW2, base_fd=_nowhere(), base_format=disk_format)
+
+    async def read_secret(self, path: str, *, private: bool = False) -> bytes:
         """See `vcnode.drivers.base.Storage`; nothing is read."""
         await self._hit("read_secret")
         self._secret_roots.judge(path)

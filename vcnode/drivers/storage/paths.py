@@ -86,13 +86,13 @@ class AllowedRoots:
             os.close(fd)
         return again
 
-    def open_file(self, path: str) -> int:
-        """As `open`, but for reading, and it must be a plain file."""
+    def open_file(self, path: str, *, writable: bool = False) -> int:
+        """As `open`, but for reading, or for writing as well, and it must be a plain file."""
         fd = self.open(path)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise self._refuse(path, "is no plain file")
-            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as exc:
             raise self._translate(path, exc) from exc
         finally:

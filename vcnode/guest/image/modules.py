@@ -13,6 +13,7 @@ from vcnode.guest.image.errors import GuestImageError
 
 WANTED = (
     "virtio_mmio",  # every device of a microvm
+    "virtio_pci",  # and of the other machines
     "virtio_console",  # the agent's port
     "crc32c_generic",  # libcrc32c asks for it by name when it is loaded: nobody in the guest could answer
     "virtio_scsi",  # disks that come and go
@@ -22,6 +23,7 @@ WANTED = (
     "9pnet_virtio",  # directories shared with the host
     "9p",
     "virtio_net",
+    "virtio_blk",  # a disk image of the pod's own
     "virtio_rng",
     "virtio_balloon",  # in VMs with memory of their own
 )

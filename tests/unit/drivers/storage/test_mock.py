@@ -7,6 +7,7 @@ from vcnode.drivers.base import PullSource
 from vcnode.drivers.faults import OPERATIONS, FaultPlan
 from vcnode.drivers.storage.mock import MockStorage, MockWorld
 from vcnode.errors import StorageError
+from vcnode.models.hypervisor import DiskFormat
 
 ROOTS = [Path("/srv")]
 DIGEST = "sha256:" + "0" * 64
@@ -49,6 +50,7 @@ async def test_planned_faults_happen_before_anything_changes(operation):
         "remove_vm_dir": lambda: storage.remove_vm_dir("vm-1"),
         "check_rootfs": lambda: storage.check_rootfs("/srv/a"),
         "open_file": lambda: storage.open_file("/srv/a"),
+        "open_disk": lambda: storage.open_disk("/srv/a", DiskFormat.RAW, overlay_id="vm-1", timeout_s=1),
         "share": lambda: storage.share("vm-1", "c", "/srv/a"),
         "unshare": lambda: storage.unshare("vm-1", "c"),
         "build_image": lambda: storage.build_image("/srv/a", timeout_s=1),

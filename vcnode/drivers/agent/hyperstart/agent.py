@@ -10,7 +10,7 @@ from vcnode.aio import deadline_as
 from vcnode.drivers.agent.hyperstart.link import Link
 from vcnode.drivers.agent.hyperstart.messages import SHARE_TAG
 from vcnode.drivers.agent.hyperstart.session import HyperSession
-from vcnode.drivers.base import GuestSession, Vm
+from vcnode.drivers.base import PLAIN_ACCESS, AgentAccess, GuestSession, Vm
 from vcnode.errors import AgentError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentConfig, AgentType
@@ -46,9 +46,10 @@ class HyperstartAgent:
             Channel(channel_id=TTY, name=ports.tty_port),
         )
 
-    async def connect(self, vm: Vm, *, timeout_s: float, fork: bool = False) -> GuestSession:
+    async def connect(self, vm: Vm, *, access: AgentAccess = PLAIN_ACCESS, timeout_s: float) -> GuestSession:
         """See `GuestAgent.connect`. On failure and cancellation no socket is left."""
         vm_id = vm.record.vm_id
+        fork = access.config.hyperstart.dialect == "clearcontainers"
         late = AgentError(
             f"hyperstart in {vm_id} did not answer within {timeout_s:g} s; its console says what runs there."
         )

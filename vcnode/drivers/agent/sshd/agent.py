@@ -36,12 +36,14 @@ class SshdAgent:
     """The `GuestAgent` for guests with an SSH server.
 
     Args:
-        state_dir: Holds the node's own key.
+        state_dir: Holds the node's own key, which is made if it is missing.
+
+    Raises:
+        StorageError: That cannot be used.
     """
 
     def __init__(self, state_dir: Path) -> None:
-        self._state_dir = state_dir
-        self._own: asyncssh.SSHKey | None = None
+        self._own = keys.own_key(state_dir)
 
     @property
     def info(self) -> DriverInfo:
@@ -49,7 +51,8 @@ class SshdAgent:
         return DriverInfo(
             type=AgentType.SSHD,
             version=vcnode.__version__,
-            capabilities=("exec", "forward", "network", "tty"),
+            capabilities=("exec", "forward", "privileges", "tty"),
+            notes=(f"The node logs in with the key {keys.public_line(self._own)}",),
         )
 
     @property
@@ -71,7 +74,7 @@ class SshdAgent:
         """
         vm_id = vm.record.vm_id
         target = Target.of(vm_id, access)
-        key = await self._key(access)
+        key = self._key(access)
         attempts = Attempts()
         late = lambda: AgentError(  # noqa: E731
             f"The SSH server of {vm_id} at {target} let nobody in within {timeout_s:g} s; at last:"
@@ -87,11 +90,9 @@ class SshdAgent:
                 # Nothing tells when a guest begins to listen.
                 await asyncio.sleep(attempts.next_pause_s())
 
-    async def _key(self, access: AgentAccess) -> asyncssh.SSHKey:
+    def _key(self, access: AgentAccess) -> asyncssh.SSHKey:
         if access.private_key is not None:
             return keys.read_private(access.private_key, "pod.agent_config.sshd.private_key_file")
-        if self._own is None:
-            self._own = await asyncio.to_thread(keys.own_key, self._state_dir)
         return self._own
 
 

@@ -26,7 +26,7 @@ LOOK = (
 )
 """Asks what `Login` holds, in its order, then for the tools."""
 TOOLS = ("setpriv", "prlimit", "crun", "runc")
-POWER_OFF = "sync; poweroff || systemctl poweroff || busybox poweroff -f || halt -p"
+POWER_OFF = "sync; systemctl poweroff || poweroff || busybox poweroff -f"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NO_WORKDIR = 126
 """Exit code of a process whose working directory cannot be had; the reason is on its standard error."""
@@ -63,15 +63,16 @@ def start(process: GuestProcess, login: Login, token: str, *, tty: bool) -> str:
     Raises:
         UnsupportedError: The guest lacks the tool for something that is asked for.
     """
-    if len(process.capabilities) < len(ALL_CAPABILITIES):
-        raise UnsupportedError("cmd.capabilities: over SSH a process has those that its user has.")
+    there = shlex.quote(process.workdir)
     inner = [
-        f"mkdir -p -- {(there := shlex.quote(process.workdir))} && cd -- {there} || exit {NO_WORKDIR}",
+        f"cd -- {there} || exit {NO_WORKDIR}",
         *(f"export {_checked(name)}={shlex.quote(value)}" for name, value in process.envs),
         f"printf '%s %s\\n' {token} $$" + ("" if tty else " >&2"),
         f"exec {shlex.join([*_limits(process, login), *process.args])}",
     ]
-    return f"exec {_as_user(process, login, chr(10).join(inner))}"
+    # The directory is made as the login's user, who may make more of them.
+    made = "" if process.workdir == "/" else f"mkdir -p -- {there}; "
+    return f"{made}exec {_as_user(process, login, chr(10).join(inner))}"
 
 
 def _checked(name: str) -> str:
@@ -129,11 +130,19 @@ def _limits(process: GuestProcess, login: Login) -> list[str]:
             "prlimit",
             *(f"--{name}={_bound(soft)}:{_bound(hard)}" for name, soft, hard in process.rlimits),
         ]
-    # Of root, who has all capabilities, it would take nothing.
     is_root = process.user in ("0", "root") or (process.user == "" and login.uid == 0)
-    if process.no_new_privileges and "setpriv" in login.tools and not is_root:
-        words += ["setpriv", "--no-new-privs"]
-    return words
+    options = []
+    if len(set(process.capabilities)) < len(ALL_CAPABILITIES):
+        if not is_root or "setpriv" not in login.tools:
+            raise UnsupportedError(
+                "cmd.capabilities: over SSH they can be taken from root only, by setpriv (util-linux)."
+            )
+        kept = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in process.capabilities)
+        options += [f"--bounding-set=-all{kept}", "--inh-caps=-all"]
+    # Of root with all capabilities it would take nothing.
+    if process.no_new_privileges and "setpriv" in login.tools and (options or not is_root):
+        options.append("--no-new-privs")
+    return [*words, *(("setpriv", *options) if options else ())]
 
 
 def _bound(value: int) -> str:

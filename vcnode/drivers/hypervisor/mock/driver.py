@@ -13,8 +13,9 @@ from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.hypervisor.mock.world import MockMachine, MockWorld
 from vcnode.errors import HypervisorError, NotFoundError, UnsupportedError
+from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import HypervisorType, StopOutcome
+from vcnode.models.pod import HypervisorType, Resources, StopOutcome
 from vcnode.models.stats import CpuStats, VmStats, idle_interface
 from vcnode.models.vm import Disk, VmExit, VmRecord, VmShape, VmSpec, channel_socket
 
@@ -78,6 +79,11 @@ class MockVm:
         async with self._operation("resume", timeout_s):
             self._need_alive("resume")
             self._machine.running = True
+
+    async def read_console(self, max_bytes: int, *, timeout_s: float) -> str:
+        """See `Vm.read_console`: a pretended guest says that it is one."""
+        self._need_alive("read_console")
+        return "This guest only pretends."[-max_bytes:]
 
     async def read_stats(
         self, *, mem_size_mib: int, interfaces: Mapping[str, str], memory: bool, timeout_s: float
@@ -164,7 +170,7 @@ class MockHypervisor:
         return DriverInfo(
             type=HypervisorType.MOCK,
             capabilities=(
-                *("balloon", "disks", "initrd", "kernel", "pause", "share", "stats"),
+                *("balloon", "disks", "firmware", "image", "initrd", "kernel", "pause", "share", "stats"),
                 *(("templates",) if self._templates else ()),
             ),
             mock=True,
@@ -178,6 +184,9 @@ class MockHypervisor:
 
     async def open(self) -> None:
         """Nothing to probe."""
+
+    def check(self, config: HypervisorConfig, resources: Resources) -> None:
+        """See `Hypervisor.check`: a pretended VM can be anything."""
 
     async def launch(self, spec: VmSpec, *, timeout_s: float) -> MockVm:
         """See Protocol Hypervisor."""

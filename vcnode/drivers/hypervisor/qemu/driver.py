@@ -17,19 +17,20 @@ from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.hypervisor.qemu import accel, privileges, tsc, vhost
+from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, tsc, vhost
 from vcnode.drivers.hypervisor.qemu.argv import Launch, build, inherited_fds, own_guest
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups, Limits, disk_of
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
-from vcnode.drivers.hypervisor.qemu.machines import Architecture, host_architecture
+from vcnode.drivers.hypervisor.qemu.machines import Architecture, choose, host_architecture
 from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, spawn
 from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
 from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
-from vcnode.errors import HypervisorError, ResourceExhaustedError
+from vcnode.errors import HypervisorError, InvalidArgumentError, ResourceExhaustedError
+from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import HypervisorType
+from vcnode.models.pod import HypervisorType, Resources
 from vcnode.models.vm import VmRecord, VmShape, VmSpec
 from vcnode.settings import QemuSettings
 
@@ -100,7 +101,8 @@ class QemuHypervisor:
             type=HypervisorType.QEMU,
             version=self._build.version if self._build else None,
             capabilities=(
-                *("balloon", "disks", "initrd", "kernel", "pause", "recover", "share", "stats", "templates"),
+                *("balloon", "disks", "firmware", "image", "initrd", "kernel", "pause", "recover", "share"),
+                *("stats", "templates"),
             ),
             notes=self._notes,
         )
@@ -131,6 +133,20 @@ class QemuHypervisor:
             await self._tell_tsc()
         await self._sources.open(self._build.key, self._choice.accelerator, *own_guest(self._architecture))
         log.info("QEMU %s with %s: %s", self._build.version, self.accelerator, self._choice.reason)
+
+    def check(self, config: HypervisorConfig, resources: Resources) -> None:
+        """See Protocol Hypervisor."""
+        choose(
+            self._architecture,
+            config.machine_type,
+            from_disk=config.from_disk,
+            firmware=config.firmware_path is not None,
+        )
+        if config.huge_pages and (page_mib := hugepages.page_mib()) and resources.mem_size_mib % page_mib:
+            raise InvalidArgumentError.field(
+                "pod.resources.mem_size_mib",
+                f"must be a multiple of {page_mib}, the size of the host's huge pages in MiB",
+            )
 
     async def launch(self, spec: VmSpec, *, timeout_s: float) -> QemuVm:
         """See Protocol Hypervisor. A failed launch takes up to `UNDO_LIMIT_S` longer to undo."""
@@ -227,6 +243,8 @@ class QemuHypervisor:
         self._check_guest()
         files = self._files(spec)
         files.check(spec.channels)
+        if spec.config.huge_pages:
+            hugepages.require(spec.mem_size_mib)
         vm: QemuVm | None = None
         argv: Sequence[str] = ()
         uid = await self._user_for(spec)

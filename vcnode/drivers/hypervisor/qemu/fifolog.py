@@ -73,6 +73,13 @@ class BoundedFile:
         except OSError:
             return b""
 
+    def read(self, max_bytes: int) -> bytes:
+        """The last *max_bytes*, of the older file as well."""
+        newer = self.tail(max_bytes)
+        older = BoundedFile(Path(f"{self._path}.1"), max_bytes=self._max_bytes)
+        rest = max_bytes - len(newer)
+        return (older.tail(rest) if rest else b"") + newer
+
     def close(self) -> None:
         """Close the file. Idempotent; the next write opens it again."""
         if self._fd is not None:
@@ -112,6 +119,10 @@ class FifoLog:
     def text(self) -> str:
         """The last lines (`TAIL_BYTES` at most), with control characters made harmless."""
         return printable(bytes(self._tail))
+
+    def read(self, max_bytes: int) -> str:
+        """The last *max_bytes* that the files hold, as `text` has them. Blocking."""
+        return printable(self._file.read(max_bytes))
 
     def close(self) -> None:
         """Stop reading. Idempotent; what is in the FIFO stays there while QEMU holds it."""

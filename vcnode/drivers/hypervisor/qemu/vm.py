@@ -124,6 +124,12 @@ class QemuVm:
         await self.qmp.execute("cont", timeout_s=timeout_s)
         self._paused = False
 
+    async def read_console(self, max_bytes: int, *, timeout_s: float) -> str:
+        """See Protocol Vm."""
+        self._console.drain()
+        async with deadline_as(timeout_s, lambda: self._late("read_console", timeout_s)):
+            return await asyncio.to_thread(self._console.read, max_bytes)
+
     async def set_memory(self, mem_size_mib: int, *, timeout_s: float) -> None:
         """See Protocol Vm."""
         if not self._record.balloon:

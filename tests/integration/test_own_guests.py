@@ -1,0 +1,140 @@
+"""Pods whose guests are somebody else's: disks and kernels of their own, reached by SSH or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import machines
+from tests.support.netns import private_network
+from vcnode.drivers.agent.sshd import keys
+from vcnode.errors import UnsupportedError
+from vcnode.models.call import Call
+from vcnode.models.commands import ExecOptions
+from vcnode.models.hypervisor import HypervisorConfig, Param
+from vcnode.models.network import NetworkModel
+from vcnode.models.pod import AgentType, Cmd, EnvVar, PodSpec, PodState, Resources
+from vcnode.node import Node, running
+from vcnode.settings import NatsSettings, PolicySettings, QemuSettings, Settings
+
+missing = [
+    name for name in machines.TOOLS if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None
+]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: run dev/setup --tests"),
+]
+
+LIMIT_S = 120.0
+_ids = itertools.count(1)
+
+
+def call(verb: str) -> Call:
+    return Call(f"{verb}-{next(_ids)}", verb)
+
+
+@pytest.fixture
+def settings(guest_image: Path, short_dir: Path) -> Iterator[Settings]:
+    (short_dir / "roots").mkdir()
+    (short_dir / "s").mkdir()
+    with private_network():
+        yield Settings(
+            node_name="own",
+            state_dir=short_dir / "s",
+            run_dir=short_dir / "r",
+            guest_dir=guest_image,
+            allowed_roots=(short_dir / "roots",),
+            metrics_address="",
+            nats=NatsSettings(url="nats://127.0.0.1:1"),
+            qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
+            network=NetworkModel.BRIDGE,
+            policy=PolicySettings(kernel_params=("greeting=*",), hypervisor_params=("rtc=*",)),
+        )
+
+
+async def sh(node: Node, script: str, **cmd: object) -> str:
+    options = ExecOptions(
+        cmd=Cmd.model_validate({"args": ("sh", "-c", script), **cmd}, strict=False), timeout_s=60
+    )
+    result = await node.pods.exec("p1", None, options, call("pod.exec"))
+    assert result.exit_code == 0, result
+    return result.stdout.raw.decode().strip()
+
+
+async def test_a_guest_with_an_ssh_server_on_a_disk_of_its_own(settings: Settings, guest_image: Path):
+    """Direct kernel, own initramfs, a raw image below an overlay; exec over the pod's network."""
+    roots = settings.allowed_roots[0]
+    root = machines.root(roots, keys.own_key(settings.state_dir))
+    disk = machines.ext4_disk(root, roots / "disk.raw")
+    before = disk.read_bytes()
+    initrd = roots / "initrd"
+    initrd.write_bytes(machines.initramfs(guest_image))
+    config = HypervisorConfig(
+        initrd_path=str(initrd), image_path=str(disk), kernel_params=(Param(key="greeting", value="hello"),)
+    )
+    spec = PodSpec(
+        id="p1", agent_type=AgentType.SSHD, hypervisor_config=config, resources=Resources(vcpu_count=2)
+    )
+    async with running(settings) as node:
+        status = await node.pods.run(spec, call("pod.run"))
+        assert status.state is PodState.RUNNING
+        assert "greeting=hello" in (await sh(node, "cat /proc/cmdline")).split()
+        assert await sh(node, "nproc; hostname; cat /etc/boots") == "2\np1\n1"
+        cmd = {"envs": (EnvVar(var="A", value="it's"),), "workdir": "/var/x", "user": "web"}
+        assert await sh(node, 'echo "$A $PWD $(id -u)"', **cmd) == "it's /var/x 1000"
+        await node.pods.pause("p1", call("pod.pause"))
+        await node.pods.resume("p1", call("pod.resume"))
+    async with running(settings) as node:  # the node agent comes back: the same guest, by the same key
+        assert await sh(node, "cat /etc/boots") == "1"
+        assert (await node.pods.stop("p1", 30, call("pod.stop"))).outcome == "graceful"
+        await node.pods.start("p1", call("pod.start"))
+        assert await sh(node, "cat /etc/boots") == "2"  # what was written is the pod's
+        await node.pods.delete("p1", True, call("pod.delete"))
+    assert disk.read_bytes() == before  # and never the image's
+    assert list((settings.state_dir / "layers").iterdir()) == []
+
+
+async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Settings, guest_image: Path):
+    """Firmware, partitions, a boot loader and a kernel of its own in a qcow2 image; PCI devices."""
+    roots = settings.allowed_roots[0]
+    root = machines.root(roots, keys.own_key(settings.state_dir))
+    disk = machines.bootable_disk(
+        guest_image, root, roots / "disk.qcow2", append="root=/dev/vda2 console=ttyS0 panic=-1"
+    )
+    before = disk.read_bytes()
+    spec = PodSpec(
+        id="p1",
+        agent_type=AgentType.NOOP,
+        hypervisor_config=HypervisorConfig(image_path=str(disk), cpu_model="max", mem_prealloc=True),
+    )
+    async with running(settings) as node:
+        assert (await node.pods.run(spec, call("pod.run"))).state is PodState.RUNNING
+        text = await until_console_says(node, "boot 1 of own")
+        assert "virtio_blk" in text  # of the kernel on the disk, as its loader asked for
+        assert (await node.pods.pause("p1", call("pod.pause"))).state is PodState.PAUSED
+    async with running(settings) as node:  # the node agent comes back
+        assert node.pods.status("p1").state is PodState.PAUSED
+        assert (await node.pods.resume("p1", call("pod.resume"))).state is PodState.RUNNING
+        assert "boot 1 of own" in (await node.pods.console("p1", 4096, call("pod.console"))).text
+        with pytest.raises(UnsupportedError, match="noop"):
+            await sh(node, "true")
+        assert (await node.pods.stop("p1", 5, call("pod.stop"))).outcome == "forced"
+        assert node.pods.status("p1").state is PodState.STOPPED
+        await node.pods.delete("p1", True, call("pod.delete"))
+    assert disk.read_bytes() == before
+
+
+async def until_console_says(node: Node, text: str) -> str:
+    """Wait for a line on the console; nothing announces it."""
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            found = (await node.pods.console("p1", 64 * 1024, call("pod.console"))).text
+            if text in found:
+                return found
+            await asyncio.sleep(0.05)
