@@ -172,17 +172,19 @@ async def test_a_terminal(session: GuestSession):
     shell = process("sh", "-c", "stty size; read line; echo got $line; stty size; exit 3")
     running = await session.execute(shell, container_id=None, tty=(24, 81), timeout_s=LIMIT_S)
     seen = b""
+
+    async def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += (await anext(output))[1]
+
     output = running.output()
-    async for _, data in output:
-        seen += data
-        if b"24 81" in seen and b"got" not in seen:
-            await running.resize(30, 90)
-            await running.write_stdin(b"hello\r")
-        elif b"30 90" in seen:
-            break
+    await until(b"24 81\r\n")
+    assert seen == b"24 81\r\n", "the word that comes first is not the process's"
+    await running.resize(30, 90)
+    await running.write_stdin(b"hello\r")
+    await until(b"got hello\r\n30 90\r\n")
     assert (await running.wait()).exit_code == 3
-    assert b"got hello\r\n30 90" in seen
-    assert seen.index(b"24 81") == 0, "the word that comes first is not the process's"
 
 
 async def test_a_signal_reaches_what_the_process_has_started(session: GuestSession):
