@@ -36,6 +36,7 @@ from tests.support.hyperstart import (
 from tests.support.hypervms import SocketVm, connect_to
 from vcnode.drivers.agent.hyperstart import HyperstartAgent
 from vcnode.drivers.agent.hyperstart.known import FILE
+from vcnode.drivers.agent.hyperstart.process import MAX_UNREAD_BYTES, HyperProcess
 from vcnode.drivers.agent.hyperstart.session import HyperSession
 from vcnode.drivers.base import GuestSession, LogPosition, SessionLost
 from vcnode.errors import (
@@ -381,6 +382,26 @@ async def test_who_does_not_read_is_waited_for_until_he_lets_go(session: HyperSe
     await session.ping(timeout_s=LIMIT_S)  # commands go on in any case
     await stuck.close()
     assert await waiting == (0, b"fine\n", b"")
+
+
+async def test_what_is_killed_cannot_fill_the_memory(guest: FakeHyperstart, session: HyperSession) -> None:
+    """A hostile guest goes on with its output, whatever it is told."""
+    cid = await sleeping(session)
+    process = await execute(session, cid, "sleep", "1000")
+    assert isinstance(process, HyperProcess)
+    guest.refuse = {SIGNALPROCESS}
+    running = process.running
+    running.killed = True
+    for _ in range(200):
+        guest.put(running.stdio, bytes(50_000))
+        await asyncio.sleep(0)
+    await session.ping(timeout_s=LIMIT_S)
+    reader = running.readers[0]
+    async with asyncio.timeout(LIMIT_S):
+        while not reader.is_behind:
+            await reader.changed.wait()
+    assert reader.size <= MAX_UNREAD_BYTES + 50_000
+    guest.refuse = {0}
 
 
 async def test_a_terminal_has_a_size_and_no_other_output(

@@ -483,8 +483,9 @@ class FakeHyperstart:
                 header = await reader.readexactly(12)
                 seq, length = struct.unpack(">QI", header)
                 assert 12 <= length <= MAX_TTY_FRAME, "the guest's loop would end here"
+                # What has come is read before anything is written: the real one reads a frame in each turn of
+                # its loop, and writes to the process after that of the next turn.
                 self._input(seq, await reader.readexactly(length - 12))
-                await asyncio.sleep(0)  # one frame in each turn of the guest's loop
         if self._tty is writer:
             self._tty = None
         await _close(writer)

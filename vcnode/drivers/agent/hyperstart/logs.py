@@ -50,11 +50,13 @@ class Outputs:
     def take(self) -> list[LogRecord]:
         """Some of what is there, in order for each container."""
         taken: list[LogRecord] = []
-        for container_id, records in self._records.items():
+        for container_id, records in list(self._records.items()):
             while records and len(taken) < MAX_BATCH:
                 record = records.popleft()
                 self._sizes[container_id] -= len(record.data) + _RECORD_COST
                 taken.append(record)
+            if not records:
+                del self._records[container_id], self._sizes[container_id]
         return taken
 
     def forget(self, container_id: str) -> None:

@@ -130,7 +130,9 @@ class Running:
         """Output came."""
         name: OutputName = "stderr" if seq == self.stderr else "stdout"
         for reader in self.readers:
-            reader.add(name, data)
+            # Nothing waits for the readers of what is being killed, so they miss what they are behind with.
+            if not (self.killed and reader.is_behind):
+                reader.add(name, data)
         if self.on_output is not None:
             self.on_output(name, data)
 
