@@ -77,7 +77,7 @@ class Host:
                 yield client.node("n1")
 
 
-@pytest.fixture(params=[4242, 4244], ids=str)
+@pytest.fixture(params=[4242, 4244, "fork"], ids=str)
 async def host(
     request: pytest.FixtureRequest,
     nats_server: NatsServer,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import itertools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from vcnode.drivers.agent.events import EventQueue
 from vcnode.drivers.agent.hyperstart import copying, messages, wire
@@ -17,18 +14,13 @@ from vcnode.drivers.agent.hyperstart.dialogue import Dialogue, new_seq
 from vcnode.drivers.agent.hyperstart.errors import RefusedError
 from vcnode.drivers.agent.hyperstart.known import Known, Memory
 from vcnode.drivers.agent.hyperstart.logs import HyperLogFeed, Outputs
-from vcnode.drivers.agent.hyperstart.process import (
-    SIGKILL,
-    HyperAttachment,
-    HyperProcess,
-    OutputName,
-    Running,
-)
-from vcnode.drivers.agent.hyperstart.wire import Answer, Code, Dialect, ProtocolError
+from vcnode.drivers.agent.hyperstart.process import SIGKILL, HyperAttachment, OutputName, Running
+from vcnode.drivers.agent.hyperstart.processes import Processes
+from vcnode.drivers.agent.hyperstart.wire import Answer, Code, Dialect
+from vcnode.drivers.agent.refusing import RefusingSession
 from vcnode.drivers.base import (
     ContainerExited,
     CopyDirection,
-    GuestConnection,
     GuestEvent,
     LogFeed,
     LogPosition,
@@ -41,9 +33,7 @@ from vcnode.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from vcnode.models.living import ContainerProcess
-from vcnode.models.pod import ContainerResources
-from vcnode.models.stats import ContainerStats, GuestStats
+from vcnode.models.pod import AgentType, ContainerResources
 from vcnode.models.vm import (
     GuestConfig,
     GuestContainer,
@@ -55,16 +45,12 @@ from vcnode.models.vm import (
 
 log = logging.getLogger(__name__)
 
-LINGER_S = 2.0
-"""Seconds that the last output of a process may take after the guest has told its end."""
-SIGNAL_LIMIT_S = 10.0
-"""Seconds for the answer to a signal or a window size; the Protocol gives those no limit of their own."""
 MAX_INSTANCE = 1 << 53
 PID_OF_MAIN = 1
 """hyperstart tells no process ids; each container's main process counts as its first."""
 
 
-class HyperSession:
+class HyperSession(RefusingSession):
     """A `GuestSession` over the two ports of a guest.
 
     Args:
@@ -74,6 +60,7 @@ class HyperSession:
     """
 
     def __init__(self, vm_id: str, directory: Path, *, fork: bool = False) -> None:
+        super().__init__(AgentType.HYPERSTART)
         self.vm_id = vm_id
         self._directory = directory
         self._memory = Memory.load(directory)
@@ -83,15 +70,13 @@ class HyperSession:
             [seq for known in kept.values() for seq in (known.stdio, known.stderr) if seq],
             fork=fork,
             on_event=self._on_event,
-            on_piece=self._on_piece,
+            on_piece=lambda piece: self._processes.on_piece(piece),
             on_lost=self._on_lost,
         )
-        self._by_seq: dict[int, Running] = {}
+        self._processes = Processes(self.dialogue)
         self._mains: dict[str, Running] = {}
         self._specs: dict[str, GuestContainer] = {}
         """Containers that were created in this session; started or not."""
-        self._process_ids = itertools.count(1)
-        self._session_id = secrets.token_hex(4)
         self._events = EventQueue()
         self._outputs = Outputs()
         for container_id, known in kept.items():
@@ -147,7 +132,7 @@ class HyperSession:
 
     async def set_watchdog(self, watchdog: Watchdog, *, timeout_s: float) -> None:
         """Refused."""
-        self._refuse("ends by itself")
+        self._refuse("watchdog")
 
     async def create_container(self, container: GuestContainer, *, timeout_s: float) -> None:
         """See `GuestSession.create_container`: kept here, for the guest makes and starts it at once.
@@ -217,14 +202,15 @@ class HyperSession:
         def on_answer(answer: Answer) -> None:
             running.started = answer.ok
             if not answer.ok:
-                self._forget_running(running)
+                self._processes.forget(running)
+                self._mains.pop(container_id, None)
                 self._memory.containers.pop(container_id, None)
                 self._save()
 
         await self.dialogue.command(Code.NEWCONTAINER, payload, on_answer=on_answer)
         if not spec.stdin and not spec.tty:
             running.input_ended = True
-            self.end_input(running)
+            self._processes.end_input(running)
 
     async def signal_container(
         self, container_id: str, number: int, *, everyone: bool, timeout_s: float
@@ -238,44 +224,16 @@ class HyperSession:
             return
         async with self.dialogue.bounded("KILLCONTAINER", timeout_s):
             if everyone and self.dialect.named_processes:
-                for other in self._execs(container_id):
-                    await self._signal(other, number)
+                for other in self._processes.of(container_id):
+                    await self._processes.signal(other, number)
             if number == SIGKILL:
-                self._kills(running)
+                self._processes.kills(running)
             payload = messages.kill_container(container_id, number, self.dialect, everyone=everyone)
             try:
                 await self.dialogue.command(Code.KILLCONTAINER, payload)
             except RefusedError:
                 if running.exit is None and not running.eof:
                     raise
-
-    async def pause_container(self, container_id: str, *, timeout_s: float) -> None:
-        """Refused."""
-        self._refuse("freezes containers")
-
-    async def resume_container(self, container_id: str, *, timeout_s: float) -> None:
-        """Refused."""
-        self._refuse("freezes containers")
-
-    async def update_container(
-        self, container_id: str, resources: ContainerResources, *, timeout_s: float
-    ) -> None:
-        """Refused."""
-        self._refuse("limits containers")
-
-    async def available_memory(self, *, timeout_s: float) -> int:
-        """Refused."""
-        self._refuse("tells its memory")
-
-    async def list_processes(
-        self, container_id: str, *, limit: int, timeout_s: float
-    ) -> tuple[Sequence[ContainerProcess], int]:
-        """Refused."""
-        self._refuse("lists processes")
-
-    async def read_stats(self, *, timeout_s: float) -> tuple[GuestStats, Sequence[ContainerStats]]:
-        """Refused."""
-        self._refuse("counts what is used")
 
     async def delete_container(self, container_id: str, *, timeout_s: float) -> None:
         """See `GuestSession.delete_container`."""
@@ -320,7 +278,7 @@ class HyperSession:
             await self.dialogue.command(Code.KILLCONTAINER, payload)
         except RefusedError:
             if running.exit is None:
-                running.finish(signal_deaths_are_zero=False)
+                self._processes.finish(running)
 
     def _state(self, container_id: str) -> GuestContainerState:
         known = self._memory.containers.get(container_id)
@@ -351,43 +309,10 @@ class HyperSession:
         async with self.dialogue.bounded("EXECCMD", timeout_s):
             if container_id is None:
                 if not self.dialect.guest_exec:
-                    self._refuse("runs commands outside of containers")
+                    self._refuse("commands outside of containers")
             elif self._main(container_id) is None:
                 raise FailedPreconditionError(f"Container {container_id} does not run.")
-            running = Running(
-                container_id=container_id or messages.IN_GUEST,
-                process_id=f"x{next(self._process_ids)}-{self._session_id}",
-                stdio=new_seq(),
-                stderr=0 if tty else new_seq(),
-                terminal=tty is not None,
-            )
-            wanted = messages.process(
-                process,
-                self.dialect,
-                process_id=running.process_id,
-                stdio=running.stdio,
-                stderr=running.stderr,
-                terminal=running.terminal,
-            )
-            handle = HyperProcess(self, running)
-            self._by_seq |= dict.fromkeys(running.seqs, running)  # output may come before the answer
-            try:
-                payload = messages.execute(running.container_id, wanted)
-                on_answer = functools.partial(self._on_execute, running)
-                await self.dialogue.command(Code.EXECCMD, payload, on_answer=on_answer)
-                if tty is not None:
-                    await self._resize(running, *tty)
-            except asyncio.CancelledError:
-                handle.discard()
-                raise
-        return handle
-
-    def _on_execute(self, running: Running, answer: Answer) -> None:
-        running.started = answer.ok
-        if not answer.ok:
-            self._forget_running(running)
-        elif running.killed or all(reader.closed for reader in running.readers):
-            self.kill_unasked(running)
+            return await self._processes.execute(process, container_id or messages.IN_GUEST, tty)
 
     async def copy(
         self, direction: CopyDirection, *, container_id: str, path: str, max_bytes: int, timeout_s: float
@@ -420,11 +345,7 @@ class HyperSession:
         running = self._main(container_id)
         if running is None:
             raise FailedPreconditionError(f"Container {container_id} does not run.")
-        return HyperAttachment(self, running)
-
-    async def connect_port(self, port: int, *, timeout_s: float) -> GuestConnection:
-        """Refused."""
-        self._refuse("connects to ports")
+        return HyperAttachment(self._processes, running)
 
     async def ping(self, *, timeout_s: float) -> None:
         """See `GuestSession.ping`."""
@@ -443,93 +364,13 @@ class HyperSession:
     async def close(self) -> None:
         """See `GuestSession.close`. Without ids of processes (4242) execs are left to their end of input."""
         if not self.dialogue.is_over:
-            for running in {r for r in self._by_seq.values() if r not in self._mains.values()}:
-                self.kill_unasked(running)
+            self._processes.kill_all()
         self._events.end()
         self.dialogue.abort()
         self._wake_all()
         await self.dialogue.close()
 
-    # -- for the processes: `process.Owner` --------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise AgentError when the session is over."""
-        self.dialogue.check()
-
-    async def write_input(self, running: Running, data: memoryview) -> None:
-        """See `process.Owner`."""
-        await self.dialogue.write_input(running.stdio, data, lambda: running.exit is None and not running.eof)
-
-    def end_input(self, running: Running) -> None:
-        """See `process.Owner`."""
-        self.dialogue.end_input(running.stdio)
-
-    async def signal_process(self, running: Running, number: int) -> None:
-        """See `process.Owner`. Raises UnsupportedError where processes have no ids."""
-        async with self.dialogue.bounded("SIGNALPROCESS", SIGNAL_LIMIT_S):
-            await self._signal(running, number)
-
-    async def _signal(self, running: Running, number: int) -> None:
-        if running.exit is not None:
-            return
-        if number == SIGKILL:
-            self._kills(running)
-        try:
-            if running is self._mains.get(running.container_id):
-                payload = messages.kill_container(running.container_id, number, self.dialect, everyone=False)
-                await self.dialogue.command(Code.KILLCONTAINER, payload)
-            elif self.dialect.named_processes:
-                payload = messages.signal_process(running.container_id, running.process_id, number)
-                await self.dialogue.command(Code.SIGNALPROCESS, payload)
-            else:
-                self._refuse("signals what was executed")
-        except RefusedError:
-            if running.exit is None and not running.eof and running.code is None:
-                raise
-
-    def _kills(self, running: Running) -> None:
-        """Nobody need read what a process that is killed has written; it must not keep its end from us."""
-        running.killed = True
-        self.look_at_readers()
-
-    async def resize_process(self, running: Running, rows: int, columns: int) -> None:
-        """See `process.Owner`."""
-        async with self.dialogue.bounded("WINSIZE", SIGNAL_LIMIT_S):
-            await self._resize(running, rows, columns)
-
-    async def _resize(self, running: Running, rows: int, columns: int) -> None:
-        payload = messages.window(
-            running.container_id, running.process_id, running.stdio, rows, columns, self.dialect
-        )
-        try:
-            await self.dialogue.command(Code.WINSIZE, payload)
-        except RefusedError:
-            if running.exit is None and not running.eof and running.code is None:
-                raise
-
-    def kill_unasked(self, running: Running) -> None:
-        """See `process.Owner`. Where processes have no ids, all that can be done is to end its input."""
-        self._kills(running)
-        if self.dialogue.is_over or not running.started:
-            return  # a start under way: its answer leads here again
-        if self.dialect.named_processes:
-            payload = messages.signal_process(running.container_id, running.process_id, SIGKILL)
-            self.dialogue.send(Code.SIGNALPROCESS, payload, _ignore)
-        elif not running.terminal and not running.input_ended:
-            running.input_ended = True
-            self.end_input(running)
-
-    def look_at_readers(self) -> None:
-        """See `process.Owner`."""
-        behind = any(
-            reader.is_behind
-            for running in set(self._by_seq.values())
-            if not running.killed
-            for reader in running.readers
-        )
-        self.dialogue.tty.hold(behind)
-
-    # -- containers and processes ------------------------------------------------------------------
+    # -- containers --------------------------------------------------------------------------------
 
     @property
     def _alive(self) -> bool:
@@ -542,10 +383,6 @@ class HyperSession:
             raise NotFoundError(f"The guest has no container {container_id}.")
         running = self._mains.get(container_id)
         return None if running is None or running.exit is not None else running
-
-    def _execs(self, container_id: str) -> list[Running]:
-        found = {r for r in self._by_seq.values() if r.container_id == container_id and r.exit is None}
-        return [r for r in found if r is not self._mains.get(container_id) and r.started]
 
     def _watch_main(self, container_id: str, known: Known, *, started: bool = False) -> Running:
         running = Running(
@@ -564,12 +401,10 @@ class HyperSession:
         running.on_output = on_output
         running.on_end = functools.partial(self._container_ended, container_id, known)
         self._mains[container_id] = running
-        self._by_seq |= dict.fromkeys(running.seqs, running)
+        self._processes.add(running)
         return running
 
     def _container_ended(self, container_id: str, known: Known, exit_code: int) -> None:
-        for seq in (known.stdio, known.stderr):
-            self._by_seq.pop(seq, None)
         known.exit_code = exit_code
         if self.dialect.cleans_up and not self._alive:
             self._memory.pod_runs = False
@@ -579,77 +414,33 @@ class HyperSession:
         if not self._events.push(exited):
             self.dialogue.fail("The guest reported more than anybody reads.")
 
-    def _forget_running(self, running: Running) -> None:
-        """It was not started."""
-        for seq in running.seqs:
-            self._by_seq.pop(seq, None)
-        if self._mains.get(running.container_id) is running:
-            del self._mains[running.container_id]
-        running.on_end = None
-        running.finish(signal_deaths_are_zero=False)
-
     # -- what comes --------------------------------------------------------------------------------
 
     def _on_event(self, event: wire.ProcessEnded | wire.PodFinished) -> None:
         if isinstance(event, wire.ProcessEnded):
-            self._process_ended(event)
+            self._processes.on_end(event)
         elif self.dialect.cleans_up and not self._alive:
             # The guest has forgotten its containers; their ends come by their streams, or have come.
             self._memory.pod_runs = False
             self._save()
-
-    def _on_piece(self, piece: wire.Piece) -> None:
-        running = self._by_seq.get(piece.seq)
-        if running is None:
-            return  # of a process of an earlier session, or the end of one that has ended
-        if not piece.data:
-            # Also said of a process that has just ended, to input that came too late.
-            running.eof = running.eof or piece.seq == running.stdio
-        elif not running.eof:
-            running.take(piece.seq, piece.data)
-        elif piece.seq == running.stdio and len(piece.data) == 1 and self.dialect.exit_on_stream:
-            running.code = piece.data[0] if running.code is None else running.code
-        else:
-            raise ProtocolError("output after its end")
-        self._look_whether_ended(running)
-        self.look_at_readers()
-
-    def _process_ended(self, event: wire.ProcessEnded) -> None:
-        for running in set(self._by_seq.values()):
-            if (running.container_id, running.process_id) == (event.container, event.process):
-                running.code = event.status if running.code is None else running.code
-                self._look_whether_ended(running)
-                if running.exit is None:
-                    # What it has left running may hold its output open.
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(LINGER_S, self._finish, running)
-
-    def _look_whether_ended(self, running: Running) -> None:
-        if running.eof and running.code is not None:
-            self._finish(running)
-
-    def _finish(self, running: Running) -> None:
-        if self.dialogue.is_over:
-            return
-        for seq in running.seqs:
-            self._by_seq.pop(seq, None)
-        running.finish(signal_deaths_are_zero=self.dialect.signal_deaths_are_zero)
 
     def _on_lost(self, reason: str) -> None:
         self._events.end(SessionLost(reason))
         self._wake_all()
 
     def _wake_all(self) -> None:
-        for running in {*self._by_seq.values(), *self._mains.values()}:
-            running.wake()
+        self._processes.wake_all()
         self._outputs.wake()
 
     def _save(self) -> None:
         self._memory.save(self._directory)
 
-    def _refuse(self, what: str) -> NoReturn:
-        self.check()
-        raise UnsupportedError(f"hyperstart has no command that {what}.")
+    def check(self) -> None:
+        """Raise AgentError when the session is over."""
+        self.dialogue.check()
+
+    def _check(self) -> None:
+        self.dialogue.check()
 
 
 def check_container(container: GuestContainer) -> None:
@@ -668,7 +459,3 @@ def check_container(container: GuestContainer) -> None:
     for name, wanted in wants.items():
         if wanted:
             raise UnsupportedError(f"{name}: hyperstart has no command for it.", field=name)
-
-
-def _ignore(answer: Answer) -> None:
-    """Nobody asks."""
