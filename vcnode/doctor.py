@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from vcnode.drivers.hypervisor.qemu.cgroup import CONTROLLERS, cgroup2_mount
+from vcnode.drivers.hypervisor.qemu.machines import host_architecture
 from vcnode.drivers.storage import tools
-from vcnode.errors import VcnodeError
+from vcnode.errors import UnsupportedError, VcnodeError
 from vcnode.pods.salvage import damaged_files
 from vcnode.settings import Settings
 
@@ -131,19 +132,24 @@ def check_capabilities(status: str) -> Finding:
     )
 
 
-async def check_qemu(binary: str) -> Finding:
-    """QEMU is there, starts, and has the microvm machine."""
-    install = "Install the package qemu-system-x86, or set qemu.binary."
-    version_text = await _output(binary, "--version")
+async def check_qemu(binary: str | None) -> Finding:
+    """QEMU is there, starts, and has the machine that guests boot on; None: the one for this host."""
+    try:
+        arch = host_architecture()
+    except UnsupportedError as exc:
+        return Finding("qemu", "fail", exc.message, "Run vcnode on another host.")
+    program, machine = binary or arch.qemu, arch.machines[0]
+    install = f"Install the package {arch.package}, or set qemu.binary."
+    version_text = await _output(program, "--version")
     if version_text is None:
-        return Finding("qemu", "fail", f"{binary} cannot be run", install)
+        return Finding("qemu", "fail", f"{program} cannot be run", install)
     match = re.search(r"version (\d+)\.(\d+)(?:\.\d+)?", version_text)
     if match is None:
-        return Finding("qemu", "fail", f"{binary} does not say a version", install)
+        return Finding("qemu", "fail", f"{program} does not say a version", install)
     if (int(match[1]), int(match[2])) < MIN_QEMU:
         return Finding("qemu", "fail", match[0], "Install QEMU 7.0 or later; Debian 12 has 7.2.")
-    if "\nmicrovm" not in (await _output(binary, "-machine", "help") or ""):
-        return Finding("qemu", "fail", f"{match[0]}, without machine type microvm", install)
+    if f"\n{machine}" not in (await _output(program, "-machine", "help") or ""):
+        return Finding("qemu", "fail", f"{match[0]}, without machine type {machine}", install)
     return Finding("qemu", "ok", match[0])
 
 

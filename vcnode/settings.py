@@ -95,8 +95,8 @@ class NatsSettings(Group):
 class QemuSettings(Group):
     """How VMs are run."""
 
-    binary: str = "qemu-system-x86_64"
-    """QEMU, by name or path."""
+    binary: str | None = None
+    """QEMU, by name or path. Default: ``qemu-system-x86_64`` or ``qemu-system-aarch64``, as the host is."""
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     """``auto`` boots a guest to see whether KVM really works, remembers the answer, and says so."""
     tcg_cache_mib: int = Field(default=128, ge=16, le=2048)

@@ -5,6 +5,7 @@ The kernel modules are those of the node's own guest image.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import struct
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import asyncssh
 
-from vcnode.guest.image import debs
+from vcnode.drivers.hypervisor.qemu import Guest
+from vcnode.guest.image import debs, kernel, kernel_packages, modules
 from vcnode.guest.image.build import default_cache_dir
 from vcnode.guest.image.cpio import CharDevice, Directory, File, Symlink, Tree, pack
 
@@ -64,6 +66,51 @@ trap "sync; poweroff -f" USR2 # how poweroff of busybox tells process 1
 dropbear -F -E -r /etc/dropbear/key -p 22 &
 while true; do wait; done
 """
+
+
+_HELLO = """\
+#!/bin/sh
+mkdir -p /proc /sys
+mount -t proc none /proc
+mount -t sysfs none /sys
+for m in $(cat /etc/modules); do insmod /usr/lib/modules/$m; done
+echo "this is $(uname -m) with $(nproc) CPUs"
+cat /proc/cmdline
+for d in /sys/bus/virtio/devices/*; do echo "virtio $(basename $(readlink $d/driver))"; done
+poweroff -f
+"""
+"""Says what it is and has, and ends."""
+AARCH64 = Path(os.environ.get("VCNODE_TEST_AARCH64", ".cache/aarch64"))
+"""Where dev/aarch64 puts packages for the architecture."""
+
+
+def aarch64_guest(directory: Path) -> Guest:
+    """A kernel of Debian for aarch64, and an initramfs that says what it finds."""
+    [kernel_deb], [busybox_deb] = AARCH64.glob("linux-image-*.deb"), AARCH64.glob("busybox-static_*.deb")
+    image, builtin, loadable = b"", "", {}
+    for path, content in debs.members(kernel_deb, kernel_packages._wanted):
+        if isinstance(content, bytes):
+            if path.startswith("/boot/vmlinuz-"):
+                image = content
+            elif path.endswith("/modules.builtin"):
+                builtin = content.decode()
+            else:
+                loadable[path] = content
+    wanted = ("virtio_pci", "virtio_console", "virtio_scsi", "virtio_net", "virtio_blk", "9pnet_virtio")
+    chosen = modules.select(loadable, modules.builtin_modules(builtin), wanted)
+    [busybox] = (c for p, c in debs.members(busybox_deb, lambda path: path == "/usr/bin/busybox"))
+    assert isinstance(busybox, bytes)
+    tree = _applets(
+        busybox, "sh", "mount", "insmod", "cat", "mkdir", "uname", "nproc", "basename", "readlink", "poweroff"
+    )
+    for module in chosen:
+        tree.add(f"/usr/lib/modules/{module.name}.ko", File(module.content))
+    tree.add("/etc/modules", File("".join(f"{module.name}.ko\n" for module in chosen).encode()))
+    tree.add("/init", File(_HELLO.encode(), 0o755))
+    guest = Guest(directory / "Image", directory / "initrd")
+    guest.kernel.write_bytes(kernel.bootable(image, "aarch64"))
+    guest.initrd.write_bytes(pack(tree))
+    return guest
 
 
 def initramfs(guest_image: Path) -> bytes:
@@ -171,8 +218,12 @@ def packaged_kernel() -> bytes:
 
 
 def _busybox(*applets: str) -> Tree:
+    return _applets(Path("/bin/busybox").read_bytes(), *applets)
+
+
+def _applets(busybox: bytes, *applets: str) -> Tree:
     tree = Tree()
-    tree.add("/bin/busybox", File(Path("/bin/busybox").read_bytes(), 0o755))
+    tree.add("/bin/busybox", File(busybox, 0o755))
     for applet in applets:
         tree.add(f"/bin/{applet}", Symlink("busybox"))
     tree.add("/dev/console", CharDevice(5, 1))

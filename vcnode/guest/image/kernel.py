@@ -1,9 +1,13 @@
-"""Take the ELF kernel out of a packaged bzImage. Pure but for the decompression.
+"""Take what QEMU boots quickest out of a packaged kernel. Pure but for the decompression.
+
+On aarch64 that is the ``Image``, which packages hold as it is, in gzip, or in an EFI program that unpacks it.
+On x86_64 it is the ELF kernel in the bzImage.
 
 QEMU boots the ELF directly through its PVH entry: the guest then neither copies nor decompresses itself,
 which under TCG is more than half of the time to init.
 
-Source: Linux, Documentation/arch/x86/boot.rst (setup header); include/xen/interface/elfnote.h.
+Source: Linux, Documentation/arch/x86/boot.rst (setup header); include/xen/interface/elfnote.h;
+Documentation/arch/arm64/booting.rst; drivers/firmware/efi/libstub/zboot-header.S.
 """
 
 from __future__ import annotations
@@ -20,6 +24,34 @@ _SETUP_SECTORS_AT = 0x1F1
 _PAYLOAD_AT = 0x248
 _SECTOR_BYTES = 512
 _XEN_ELFNOTE_PHYS32_ENTRY = 18
+
+
+_GZIP = b"\x1f\x8b"
+_ARM64_AT, _ARM64 = 56, b"ARM\x64"
+_ZBOOT_AT, _ZBOOT = 4, b"zimg"
+
+
+def bootable(image: bytes, machine: str) -> bytes:
+    """What QEMU boots on *machine*, as uname(2) says it, of a packaged kernel.
+
+    Raises:
+        GuestImageError: *image* is no kernel for that machine, or is damaged.
+    """
+    return arm64_image(image) if machine == "aarch64" else vmlinux(image)
+
+
+def arm64_image(image: bytes) -> bytes:
+    """The ``Image`` in a packaged kernel of aarch64. Raises GuestImageError."""
+    if image[_ZBOOT_AT : _ZBOOT_AT + 4] == _ZBOOT:
+        offset, length = struct.unpack_from("<II", image, 8)
+        if not length or offset + length > len(image):
+            raise GuestImageError("The kernel image is cut short.")
+        image = decompress(image[offset : offset + length])
+    elif image.startswith(_GZIP):
+        image = decompress(image)
+    if image[_ARM64_AT : _ARM64_AT + 4] != _ARM64:
+        raise GuestImageError("The kernel package holds no Image for aarch64.")
+    return image
 
 
 def vmlinux(image: bytes) -> bytes:

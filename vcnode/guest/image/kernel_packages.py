@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Kernel:
     release: str
     """As ``uname -r`` says."""
     vmlinux: bytes
-    """The ELF kernel."""
+    """What QEMU boots: see `kernel.bootable`."""
     modules: tuple[Module, ...]
     """In load order."""
 
@@ -58,7 +59,7 @@ def unpack(packages: Sequence[Path]) -> Kernel:
             else:
                 loadable[path] = content
     chosen = modules.select(loadable, modules.builtin_modules(builtin))
-    return Kernel(release, kernel.vmlinux(image), tuple(chosen))
+    return Kernel(release, kernel.bootable(image, platform.machine()), tuple(chosen))
 
 
 def _wanted(path: str) -> bool:

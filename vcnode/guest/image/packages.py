@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,7 +25,10 @@ _UPDATE = "run 'apt-get update' as root, then build again"
 
 _PARTIAL = "partial-"
 
-_KERNEL_META = ("linux-image-amd64", "linux-image-virtual")
+_KERNEL_META = {
+    "x86_64": ("linux-image-amd64", "linux-image-virtual"),
+    "aarch64": ("linux-image-arm64", "linux-image-virtual"),
+}
 """Names of the package that depends on the newest kernel: Debian's, Ubuntu's."""
 _LIBRARIES = re.compile(r"(libc6|zlib1g|libexpat1|libffi\d+)(t64)?")
 """Of all libraries that Python and its extensions name, those that the agent's modules are linked with."""
@@ -204,10 +208,13 @@ def select(index: Index) -> Selection:
     Raises:
         GuestImageError: The index lacks one; says to update it.
     """
-    roots = index.lookup((*_KERNEL_META, "python3-minimal", "busybox-static"))
-    meta = next((roots[name] for name in _KERNEL_META if name in roots), None)
+    names = _KERNEL_META.get(machine := platform.machine())
+    if names is None:
+        raise GuestImageError(f"There are no guests for the architecture {machine}.")
+    roots = index.lookup((*names, "python3-minimal", "busybox-static"))
+    meta = next((roots[name] for name in names if name in roots), None)
     if meta is None:
-        raise IndexOutdatedError(f"apt knows no kernel package ({' or '.join(_KERNEL_META)}): {_UPDATE}.")
+        raise IndexOutdatedError(f"apt knows no kernel package ({' or '.join(names)}): {_UPDATE}.")
     python = _one(_require(roots, "python3-minimal"), r"python3\.\d+-minimal")
     kernel = _one(meta, r"linux-image-\d.*")
     core = index.lookup((kernel, python, f"lib{python}", f"lib{python.removesuffix('-minimal')}-stdlib"))

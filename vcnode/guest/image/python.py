@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +27,12 @@ _INSIDE = Path(__file__).with_name("_inside.py")
 _RUN_TIMEOUT_S = 300.0
 _ALWAYS = ("encodings.aliases", "encodings.ascii", "encodings.latin_1", "encodings.utf_8", "warnings")
 """Modules that the interpreter asks for by itself, where no import statement names them."""
-_LIBRARY_DIR = re.compile(r"/usr/lib(64)?/(x86_64-linux-gnu/)?[^/]+\.so(\.[0-9.]+)?")
-_LOADER = "/usr/lib64/ld-linux-x86-64.so.2"
+_LIBRARY_DIR = re.compile(r"/usr/lib(64)?/((?:x86_64|aarch64)-linux-gnu/)?[^/]+\.so(\.[0-9.]+)?")
+_LOADERS = {
+    "ld-linux-x86-64.so.2": "/usr/lib64/ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1": "/usr/lib/ld-linux-aarch64.so.1",
+}
+"""Where the C library's loader has to lie. Source: the ABIs of the architectures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +193,7 @@ def install(interpreter: Interpreter, agent_sources: Mapping[str, bytes], tree: 
     for path, content in compile_modules(interpreter, sources, scratch).items():
         tree.add(path, File(content))
     for name, content in closure(binaries, interpreter.libraries).items():
-        path = _LOADER if name.startswith("ld-linux") else f"/usr/lib/x86_64-linux-gnu/{name}"
+        path = _LOADERS.get(name) or f"/usr/lib/{platform.machine()}-linux-gnu/{name}"
         tree.add(path, File(content, 0o755))
     return len(sources)
 

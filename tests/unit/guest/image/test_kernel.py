@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import struct
 
 import pytest
 
@@ -50,3 +51,27 @@ def test_a_payload_that_is_no_elf_is_refused() -> None:
 def test_what_is_no_whole_bzimage_is_refused(image: bytes, said: str) -> None:
     with pytest.raises(GuestImageError, match=said):
         kernel.vmlinux(image)
+
+
+IMAGE = b"MZ".ljust(56, b"\0") + b"ARM\x64" + b"code"
+
+
+def zboot(payload: bytes) -> bytes:
+    """An EFI program that unpacks a kernel. Source: Linux, drivers/firmware/efi/libstub/zboot-header.S."""
+    header = b"MZ\0\0zimg" + struct.pack("<II", 64, len(payload)) + b"\0" * 8 + b"gzip"
+    return header.ljust(64, b"\0") + payload + b"more"
+
+
+@pytest.mark.parametrize(
+    "packaged", [IMAGE, gzip.compress(IMAGE), zboot(gzip.compress(IMAGE))], ids=["plain", "gzip", "EFI"]
+)
+def test_the_image_of_aarch64_is_found_however_it_is_packed(packaged: bytes):
+    assert kernel.bootable(packaged, "aarch64") == IMAGE
+
+
+@pytest.mark.parametrize(
+    "packaged", [b"", IMAGE.replace(b"ARM", b"RAM"), zboot(b"x" * 10)[:70], zboot(b"")], ids=str
+)
+def test_what_is_no_image_of_aarch64(packaged: bytes):
+    with pytest.raises(GuestImageError):
+        kernel.bootable(packaged, "aarch64")

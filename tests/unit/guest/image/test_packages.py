@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def test_debian_selection_has_what_is_needed_and_no_more() -> None:
         "libc6", "libexpat1", "libffi8", "zlib1g",
     }  # fmt: skip
     assert selection.busybox.name == "busybox-static"
+
+
+def test_the_kernel_is_for_the_hosts_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [*debian(), package("linux-image-arm64", "linux-image-6.1.0-1-arm64")]
+    both.append(package("linux-image-6.1.0-1-arm64"))
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert _names(packages.select(Archive(both)).kernel) == {"linux-image-6.1.0-1-arm64"}
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(GuestImageError, match="riscv64"):
+        packages.select(Archive(both))
 
 
 def test_ubuntu_selection_has_the_modules_package() -> None:

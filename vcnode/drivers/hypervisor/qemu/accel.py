@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Literal
 
 from vcnode.drivers.hypervisor.qemu import probe
+from vcnode.drivers.hypervisor.qemu.machines import ARCHITECTURES, Architecture
 from vcnode.drivers.hypervisor.qemu.process import spawn
 from vcnode.errors import HypervisorError
 
 log = logging.getLogger(__name__)
 
+X86_64 = ARCHITECTURES["x86_64"]
 KVM_DEVICE = Path("/dev/kvm")
 MEMORY_FILE = "accelerator.json"
 """In the state directory."""
@@ -58,7 +60,7 @@ class Choice:
     """One sentence for the operator."""
 
 
-async def find_build(binary: str) -> Build:
+async def find_build(binary: str, *, package: str = "qemu-system-x86") -> Build:
     """Find QEMU and ask for its version.
 
     Raises:
@@ -67,7 +69,7 @@ async def find_build(binary: str) -> Build:
     path = shutil.which(binary)
     if path is None:
         raise HypervisorError(
-            f"QEMU ({binary}) was not found; install it (Debian, Ubuntu: qemu-system-x86) or set qemu.binary."
+            f"QEMU ({binary}) was not found; install it (Debian, Ubuntu: {package}) or set qemu.binary."
         )
     try:
         result = await asyncio.to_thread(
@@ -94,7 +96,12 @@ def _identify(path: str, version: str, line: str) -> Build:
 
 
 async def choose(
-    wanted: Literal["auto", "kvm", "tcg"], build: Build, *, state_dir: Path, timeout_s: float
+    wanted: Literal["auto", "kvm", "tcg"],
+    build: Build,
+    *,
+    state_dir: Path,
+    timeout_s: float,
+    arch: Architecture = X86_64,
 ) -> Choice:
     """Choose the accelerator; with ``auto`` and ``kvm`` KVM is tried, unless the answer is remembered.
 
@@ -105,7 +112,7 @@ async def choose(
         return Choice("tcg", "TCG is used because the settings say so.")
     problem = kvm_unreachable()
     if problem is None:
-        problem = await _remembered_problem(build, state_dir, timeout_s, ask_again=wanted == "kvm")
+        problem = await _remembered_problem(build, state_dir, timeout_s, arch, ask_again=wanted == "kvm")
     if problem is None:
         return Choice("kvm", "KVM ran a test guest.")
     if wanted == "kvm":
@@ -122,7 +129,9 @@ def kvm_unreachable() -> str | None:
     return None
 
 
-async def try_accelerator(accelerator: Accelerator, binary: str, *, timeout_s: float) -> str | None:
+async def try_accelerator(
+    accelerator: Accelerator, binary: str, *, timeout_s: float, arch: Architecture = X86_64
+) -> str | None:
     """Boot the probe's guest under *accelerator*, as VMs are run.
 
     Returns:
@@ -133,11 +142,15 @@ async def try_accelerator(accelerator: Accelerator, binary: str, *, timeout_s: f
     """
     with tempfile.TemporaryDirectory(prefix="vcnode-probe-") as name:
         directory = Path(name)
-        guest = directory / "guest.elf"
-        guest.write_bytes(probe.guest_elf())
+        guest = directory / "guest"
+        found = probe.of(arch.name)
+        guest.write_bytes(found.guest)
         with (directory / "stderr").open("wb+") as stderr:
             process = spawn(
-                probe_argv(accelerator, binary, guest), stderr_fd=stderr.fileno(), fds=(), directory=directory
+                probe_argv(accelerator, binary, guest, arch),
+                stderr_fd=stderr.fileno(),
+                fds=(),
+                directory=directory,
             )
             try:
                 if not await process.ended_within(timeout_s):
@@ -149,7 +162,7 @@ async def try_accelerator(accelerator: Accelerator, binary: str, *, timeout_s: f
                 process.release()
             if not ended:
                 raise HypervisorError(f"The test guest's process {process.pid} survived SIGKILL.")
-            if exit_code == probe.EXIT_CODE:
+            if exit_code == found.exit_code:
                 return None
             stderr.seek(0)
             words = stderr.read(4096).decode("utf-8", "replace").strip()
@@ -157,14 +170,14 @@ async def try_accelerator(accelerator: Accelerator, binary: str, *, timeout_s: f
             return f"The test guest under {accelerator} failed: {_how(exit_code)}{_quote(words)}"
 
 
-def probe_argv(accelerator: Accelerator, binary: str, guest: Path) -> list[str]:
+def probe_argv(accelerator: Accelerator, binary: str, guest: Path, arch: Architecture = X86_64) -> list[str]:
     """The probe's command line: machine and CPU as in `argv`, and the device on which the guest ends."""
     return [
         *(binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-machine", f"microvm,accel={accelerator}"),
+        *("-machine", f"{arch.machines[0]},accel={accelerator}"),
         *("-cpu", "host" if accelerator == "kvm" else "max"),
         *("-m", "16M", "-kernel", str(guest)),
-        *("-device", f"isa-debug-exit,iobase={probe.EXIT_PORT:#x},iosize=4"),
+        *probe.of(arch.name).args,
     ]
 
 
@@ -180,7 +193,7 @@ def _quote(words: str) -> str:
 
 
 async def _remembered_problem(
-    build: Build, state_dir: Path, timeout_s: float, *, ask_again: bool
+    build: Build, state_dir: Path, timeout_s: float, arch: Architecture, *, ask_again: bool
 ) -> str | None:
     """Why KVM does not work, from the memory or by trying; *ask_again*: trust no bad news of the memory."""
     memory = state_dir / MEMORY_FILE
@@ -193,7 +206,7 @@ async def _remembered_problem(
                 return None
             if isinstance(problem, str) and not ask_again:
                 return f"{problem} (Remembered; remove {memory} to try again.)"
-    problem = await try_accelerator("kvm", build.path, timeout_s=timeout_s)
+    problem = await try_accelerator("kvm", build.path, timeout_s=timeout_s, arch=arch)
     try:
         write_memory(memory, key, problem)
     except OSError as exc:

@@ -121,15 +121,17 @@ class QemuHypervisor:
         self._check_guest()
         if self._settings.uid_base is not None:
             self._setpriv = privileges.find_setpriv()
-        self._build = await accel.find_build(self._settings.binary)
+        arch = self._architecture
+        self._build = await accel.find_build(self._settings.binary or arch.qemu, package=arch.package)
         self._choice = await accel.choose(
             self._settings.accel,
             self._build,
             state_dir=self._state_dir,
             timeout_s=self._settings.probe_timeout_s,
+            arch=arch,
         )
         self._notes = (self._choice.reason, *((self._cgroups.note,) if self._cgroups.note else ()))
-        if self._choice.accelerator == "tcg":
+        if self._choice.accelerator == "tcg" and arch.name == "x86_64":
             await self._tell_tsc()
         await self._sources.open(self._build.key, self._choice.accelerator, *own_guest(self._architecture))
         log.info("QEMU %s with %s: %s", self._build.version, self.accelerator, self._choice.reason)

@@ -56,13 +56,24 @@ class Architecture:
     """The machine type for guests that start from a disk."""
     tcg_cpu: str
     """CPU of a guest without KVM."""
+    package: str
+    """Debian's and Ubuntu's package of QEMU for it."""
+
+    @property
+    def qemu(self) -> str:
+        """QEMU for it, by name."""
+        return f"qemu-system-{self.name}"
 
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("x86_64", (MachineType.MICROVM, MachineType.Q35), MachineType.Q35, tcg_cpu="max,-erms"),
-        Architecture("aarch64", (MachineType.VIRT,), MachineType.VIRT, tcg_cpu="max,pauth-impdef=on"),
+        Architecture(
+            "x86_64", (MachineType.MICROVM, MachineType.Q35), MachineType.Q35, "max,-erms", "qemu-system-x86"
+        ),
+        Architecture(
+            "aarch64", (MachineType.VIRT,), MachineType.VIRT, "max,pauth-impdef=on", "qemu-system-arm"
+        ),
     )
 }
 """``max`` lets an idle guest stop its tick, and boots faster than the default model.

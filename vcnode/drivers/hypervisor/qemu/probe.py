@@ -1,4 +1,6 @@
-"""The smallest guest: switches the CPU to long mode, runs CPUID and RDTSC, and says so on a port.
+"""The smallest guests, which end QEMU by themselves.
+
+That of x86_64 switches to long mode, runs CPUID and RDTSC, and says so on a port; that of aarch64 powers off.
 
 It is enough to see whether an accelerator runs guests at all: firmware in real mode, then QEMU's PVH entry in
 protected mode, then paging and 64-bit code. Nothing of the host is read, so no guest image is needed.
@@ -7,6 +9,7 @@ protected mode, then paging and 64-bit code. Nothing of the host is read, so no 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 LOAD_ADDRESS = 0x100000
 TABLES_BYTES = 0x3000
@@ -68,3 +71,38 @@ def guest_elf() -> bytes:
     )
     notes = struct.pack("<IIIIIIII", 4, note_offset, 0, 0, len(note), len(note), 4, 4)
     return (header + load + notes + note).ljust(code_offset, b"\0") + _CODE
+
+
+def guest_image() -> bytes:
+    """The guest as an ``Image`` of aarch64: it asks the firmware to power off.
+
+    Source: Linux, Documentation/arch/arm64/booting.rst, "Call the kernel image"; Arm DEN0022, SYSTEM_OFF.
+    """
+    header_bytes = 64
+    code = struct.pack(
+        "<4I",
+        0x52800100,  # mov  w0, #0x8
+        0x72B08000,  # movk w0, #0x8400, lsl #16     SYSTEM_OFF
+        0xD4000002,  # hvc  #0
+        0x14000000,  # b    .
+    )
+    branch = 0x14000000 | header_bytes // 4
+    header = struct.pack("<IIQQQQQQII", branch, 0, 0, header_bytes + len(code), 0, 0, 0, 0, 0x644D5241, 0)
+    return header + code
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A guest, and how QEMU ends when it got through."""
+
+    guest: bytes
+    args: tuple[str, ...]
+    """What QEMU needs for it, besides."""
+    exit_code: int
+
+
+def of(architecture: str) -> Probe:
+    """The guest for an architecture, x86_64 or aarch64."""
+    if architecture == "aarch64":
+        return Probe(guest_image(), (), 0)
+    return Probe(guest_elf(), ("-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=4"), EXIT_CODE)
