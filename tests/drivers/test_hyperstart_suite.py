@@ -1,7 +1,8 @@
 """What a pod needs of hyperstart, whoever plays it: guests written from its description, and a real one.
 
 ``VCNODE_TEST_HYPERSTART=DIR`` names a directory with ``kernel`` and ``initrd`` of a real guest;
-``VCNODE_TEST_HYPERSTART_DIALECT=clearcontainers`` says that it is the fork's.
+``VCNODE_TEST_HYPERSTART_DIALECT=clearcontainers`` says that it is the fork's, and
+``VCNODE_TEST_HYPERSTART_MACHINE=microvm`` that its kernel is for another machine than q35.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vcnode.drivers.agent.hyperstart import HyperstartAgent
 from vcnode.drivers.base import GuestSession, LogRecord
 from vcnode.drivers.hypervisor.qemu import Guest, QemuHypervisor
 from vcnode.errors import UnsupportedError
+from vcnode.models.hypervisor import MachineType
 from vcnode.models.pod import AgentConfig
 from vcnode.models.vm import ContainerRoot, GuestConfig, GuestContainer, GuestProcess, VmConfig
 from vcnode.settings import QemuSettings
@@ -61,7 +63,11 @@ async def real_session(directory: Path, request: pytest.FixtureRequest) -> Async
     make_busybox(Path(spec.shared_dir, "busybox"))
     agent = HyperstartAgent()
     update = {
-        "config": VmConfig(kernel=str(Path(named, "kernel")), initrd=str(Path(named, "initrd"))),
+        "config": VmConfig(
+            machine_type=MachineType(os.environ.get(f"{REAL}_MACHINE", "q35")),
+            kernel=str(Path(named, "kernel")),
+            initrd=str(Path(named, "initrd")),
+        ),
         "channels": agent.channels(AgentConfig()),
         "share_tag": agent.share_tag,
         "mem_size_mib": 256,

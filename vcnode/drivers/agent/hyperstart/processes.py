@@ -118,11 +118,18 @@ class Processes:
         running.killed = True
         self.look_at_readers()
 
-    def kill_all(self) -> None:
-        """Kill what was executed in this session, without waiting for answers."""
-        for running in set(self._by_seq.values()):
-            if not _is_main(running):
+    async def kill_all(self) -> None:
+        """Kill what was executed in this session, as far as that can be done; returns when it is done.
+
+        Raises:
+            AgentError: The session is over.
+        """
+        executed = [running for running in set(self._by_seq.values()) if not _is_main(running)]
+        for running in executed:
+            if not running.killed:
                 self.kill_unasked(running)
+        if executed:
+            await self._dialogue.command(Code.PING)  # answered after all that was sent before
 
     def wake_all(self) -> None:
         """Let everybody look who waits: the session is over."""

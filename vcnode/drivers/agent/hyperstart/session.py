@@ -28,6 +28,7 @@ from vcnode.drivers.base import (
     SessionLost,
 )
 from vcnode.errors import (
+    AgentError,
     AlreadyExistsError,
     FailedPreconditionError,
     NotFoundError,
@@ -45,6 +46,8 @@ from vcnode.models.vm import (
 
 log = logging.getLogger(__name__)
 
+CLOSE_KILL_LIMIT_S = 2.0
+"""Seconds that the guest may take to kill what was executed, when the session is closed."""
 MAX_INSTANCE = 1 << 53
 PID_OF_MAIN = 1
 """hyperstart tells no process ids; each container's main process counts as its first."""
@@ -362,10 +365,14 @@ class HyperSession(RefusingSession):
         return self._events.read()
 
     async def close(self) -> None:
-        """See `GuestSession.close`. Without ids of processes (4242) execs are left to their end of input."""
-        if not self.dialogue.is_over:
-            self._processes.kill_all()
+        """See `GuestSession.close`. Without ids of processes execs are left to the end of their input."""
         self._events.end()
+        if not self.dialogue.is_over:
+            try:
+                async with self.dialogue.bounded("SIGNALPROCESS", CLOSE_KILL_LIMIT_S):
+                    await self._processes.kill_all()
+            except AgentError as exc:
+                log.info("What was executed in %s may go on", self.vm_id, exc_info=exc)
         self.dialogue.abort()
         self._wake_all()
         await self.dialogue.close()
