@@ -20,7 +20,7 @@ import pytest
 from tests.support.netns import private_network
 from tests.unit.drivers.network import frames
 from vcnode.drivers import namespaces
-from vcnode.drivers.network.bridge import BridgeNetwork, Nft, names
+from vcnode.drivers.network.bridge import BridgeNetwork, Nft, guard, names
 from vcnode.errors import NetworkError, UnsupportedError
 from vcnode.models.network import Interworking, NetworkConfig, PortMapping, RateMbit
 from vcnode.models.vm import NetworkAttachment, NetworkRequest
@@ -50,6 +50,7 @@ class Guest:
         interfaces = [ipaddress.ip_interface(address) for address in endpoint.addresses]
         self.v4, self.v6 = str(interfaces[0].ip), str(interfaces[1].ip)
         self.gateway = str(interfaces[0].network[1])
+        self.link_local = str(guard.Identity.of(self.mac, (), "", (), ()).link_local)
         os.set_blocking(tap, False)
 
     def send(self, frame: bytes) -> None:
@@ -150,6 +151,11 @@ async def test_what_is_the_pods_own_arrives_and_what_is_not_does_not(host: Host,
             frames.udp4(pod.mac, gateway, other.v4, pod.gateway, b"another address"),
             frames.udp4(other.mac, gateway, pod.v4, pod.gateway, b"another MAC"),
             frames.arp(pod.mac, pod.mac, other.v4, pod.gateway),
+            # The kernel takes the tag off before the guard sees the frame.
+            *(
+                frames.tagged(frames.udp4(pod.mac, gateway, other.v4, pod.gateway, b"in a VLAN"), vlan)
+                for vlan in (0, 5)
+            ),
         ]
         for frame in forged:
             pod.send(frame)
@@ -220,6 +226,34 @@ async def test_pods_hear_each_other_only_where_they_share_a_network(host: Host):
         # Whatever was to come has come: a frame of the host's own follows it on the same way.
         seen = _until(deaf, b"the end", ask=partial(_tell_the_end, deaf))
         assert not any(data in frame for frame in seen), (deaf.attachment.pod_id, seen)
+
+
+@pytest.mark.parametrize("mode", list(Interworking))
+async def test_friends_of_one_network_cannot_pose_as_each_other_or_as_the_router(
+    host: Host, mode: Interworking
+):
+    pod = await host.pod(networks=("blue",), interworking=mode)
+    friend, third = await host.pod(networks=("blue",)), await host.pod(networks=("blue",))
+    own = next(g for g in pod.attachment.endpoints[0].routes if g.gateway and ":" in g.gateway)
+    lies = [
+        frames.advertisement(pod.mac, pod.v6, third.v6),
+        frames.advertisement(pod.mac, pod.v6, str(own.gateway)),
+        frames.advertisement(pod.mac, third.v6, third.v6),
+        frames.icmp6(pod.mac, "33:33:00:00:00:01", pod.link_local, "ff02::1", 134, bytes(12)),
+        frames.icmp6(pod.mac, friend.mac, pod.link_local, friend.v6, 137, bytes(36)),
+    ]
+    lies += [frames.extended(lie, kind) for lie in lies for kind in (0, 43, 60)]
+    lies += [frames.fragment(lie) for lie in lies]
+    lies += [
+        frames.arp(pod.mac, pod.mac, third.v4, friend.v4),
+        frames.arp(pod.mac, third.mac, pod.v4, friend.v4),
+    ]
+    for lie in lies:
+        pod.send(lie)
+        pod.send(frames.tagged(lie, 0))
+    pod.send(frames.udp4(pod.mac, friend.mac, pod.v4, friend.v4, b"the truth"))
+    while b"the truth" not in (frame := friend.receive(b"")):
+        assert frame[6:12] != frames.mac(pod.mac), frame.hex()  # nothing but the truth comes from there
 
 
 def _tell_the_end(guest: Guest) -> None:

@@ -64,6 +64,22 @@ def advertisement(src_mac: str, src: str, target: str, *, dst: str = "ff02::1") 
     return icmp6(src_mac, "33:33:00:00:00:01", src, dst, 136, body)
 
 
+def extended(frame: bytes, kind: int, header: bytes = bytes(7)) -> bytes:
+    """An IPv6 frame with an extension header of a kind; *header* is what follows that header's first byte."""
+    payload = frame[20:21] + header + frame[54:]
+    return frame[:18] + struct.pack("!HB", len(payload), kind) + frame[21:54] + payload
+
+
+def fragment(frame: bytes, *, offset: int = 0, more: bool = False) -> bytes:
+    """An IPv6 frame as a fragment, at an offset in units of 8 bytes."""
+    return extended(frame, 44, bytes(1) + struct.pack("!HI", offset << 3 | more, 7))
+
+
+def tagged(frame: bytes, vlan: int) -> bytes:
+    """A frame in a VLAN."""
+    return frame[:12] + struct.pack("!HH", 0x8100, vlan) + frame[12:]
+
+
 def checksum(data: bytes) -> int:
     """Source: RFC 1071."""
     data += bytes(len(data) % 2)

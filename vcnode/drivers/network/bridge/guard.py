@@ -5,7 +5,8 @@ lets through only what a pod may say:
 
 - frames with its own MAC as source, of ARP, IPv4 and IPv6 only;
 - with its own addresses as source, and in ARP and neighbour advertisements no others as its own;
-- no router advertisement, no redirect;
+- no router advertisement, no redirect, and nothing behind extension headers or in fragments where one of
+  these could hide (RFC 7113, section 2);
 - through the gateway to anywhere, but not to other pods: those are reached directly, where a network is
   shared, or not at all.
 """
@@ -13,7 +14,7 @@ lets through only what a pod may say:
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vcnode.drivers.network.bpf import (
@@ -32,7 +33,11 @@ from vcnode.drivers.network.bpf import (
 )
 
 _ARP, _IPV4, _IPV6, _ICMPV6 = 0x0806, 0x0800, 0x86DD, 58
+_FRAGMENT, _OTHER_EXTENSIONS = 44, (0, 43, 60)
+"""Extension headers: hop-by-hop options, routing, destination options. Source: RFC 8200, section 4."""
 _ROUTER_ADVERTISEMENT, _NEIGHBOUR_ADVERTISEMENT, _REDIRECT = 134, 136, 137
+_NEIGHBOUR_DISCOVERY = range(133, 138)
+"""Types of ICMPv6 that nobody may cut into fragments. Source: RFC 6980."""
 
 # Offsets from the start of the frame. Source: RFC 826, RFC 791, RFC 8200, RFC 4861.
 _DST_MAC, _SRC_MAC, _TYPE, _PAYLOAD = 0, 6, 12, 14
@@ -130,7 +135,11 @@ def _from_v6(identity: Identity, own: ipaddress.IPv6Interface) -> Iterator[Instr
     yield from _words(_V6_SRC, identity.link_local.packed, otherwise="drop")
     yield Label("v6-source-right")
     yield Load(_V6_NEXT, 1)
-    yield JumpIf(_ICMPV6, None, "v6-routed")
+    yield JumpIf(_ICMPV6, "v6-icmp")
+    yield from _none_of(_OTHER_EXTENSIONS)
+    yield JumpIf(_FRAGMENT, None, "v6-routed")
+    yield from _fragment()
+    yield Label("v6-icmp")
     yield from _at_least(_V6_BODY + 1)
     yield Load(_V6_BODY, 1)
     yield JumpIf(_ROUTER_ADVERTISEMENT, "drop")
@@ -145,6 +154,26 @@ def _from_v6(identity: Identity, own: ipaddress.IPv6Interface) -> Iterator[Instr
     yield Jump("pass")
     yield Label("v6-routed")
     yield from _routed(identity, _V6_DST, 6)
+
+
+def _fragment() -> Iterator[Instruction]:
+    """Go on to where it is routed, unless it could become neighbour discovery when it is whole again."""
+    yield from _at_least(_V6_BODY + 9)
+    yield Load(_V6_BODY, 1)
+    yield from _none_of((*_OTHER_EXTENSIONS, _FRAGMENT))
+    yield JumpIf(_ICMPV6, None, "v6-routed")
+    yield Load(_V6_BODY + 2, 2)
+    yield And(0xFFF8)
+    yield JumpIf(0, None, "v6-routed")  # the type is in the first one
+    yield Load(_V6_BODY + 8, 1)
+    yield from _none_of(_NEIGHBOUR_DISCOVERY)
+    yield Jump("v6-routed")
+
+
+def _none_of(values: Iterable[int]) -> Iterator[Instruction]:
+    """Drop the frame when what was loaded is one of *values*."""
+    for value in values:
+        yield JumpIf(value, "drop")
 
 
 def _routed(identity: Identity, offset: int, version: int) -> Iterator[Instruction]:

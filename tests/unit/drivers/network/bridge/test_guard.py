@@ -17,6 +17,9 @@ V4 = guard.Identity.of(MAC, ("10.119.3.7/17",), GATEWAY, ("10.119.0.1",), SUBNET
 V6 = guard.Identity.of(MAC, ("fd00::307/113",), GATEWAY, ("fd00::1",), SUBNETS[1:])
 LL = "fe80::11:22ff:fe33:4455"
 OWN6 = "fd00::307"
+PING6 = frames.icmp6(MAC, GATEWAY, OWN6, "fd00::1", 128, bytes(8))
+ROUTER = frames.icmp6(MAC, "33:33:00:00:00:01", LL, "ff02::1", 134, bytes(12))
+CLAIM = frames.advertisement(MAC, OWN6, "fd00::1")
 
 PASS = {
     "arp": frames.arp(MAC, MAC, "10.119.3.7", "10.119.0.1"),
@@ -30,6 +33,8 @@ PASS = {
     "solicitation": frames.icmp6(MAC, "33:33:ff:00:00:01", OWN6, "ff02::1:ff00:1", 135, bytes(20)),
     "advertisement": frames.advertisement(MAC, OWN6, OWN6),
     "advertisement of link-local": frames.advertisement(MAC, LL, LL),
+    "first fragment": frames.fragment(PING6, more=True),
+    "another fragment": frames.fragment(PING6, offset=181),
 }
 DROP = {
     "another MAC": frames.udp4(OTHER, GATEWAY, "10.119.3.7", "10.119.0.1"),
@@ -44,6 +49,16 @@ DROP = {
     "router advertisement": frames.icmp6(MAC, "33:33:00:00:00:01", LL, "ff02::1", 134, bytes(12)),
     "redirect": frames.icmp6(MAC, GATEWAY, LL, "fd00::1", 137, bytes(36)),
     "advertisement of another": frames.advertisement(MAC, OWN6, "fd00::1"),
+    **{f"router advertisement behind header {kind}": frames.extended(ROUTER, kind) for kind in (0, 43, 60)},
+    **{f"claim behind header {kind}": frames.extended(CLAIM, kind) for kind in (0, 43, 60)},
+    "claim in a fragment": frames.fragment(CLAIM),
+    "claim in fragments": frames.fragment(CLAIM, more=True),
+    "claim behind a header in a fragment": frames.fragment(frames.extended(CLAIM, 60)),
+    "claim in a fragment of a fragment": frames.fragment(frames.fragment(CLAIM)),
+    "another pod by the gateway, in a fragment": frames.fragment(
+        frames.icmp6(MAC, GATEWAY, OWN6, "fd00::9999", 128, bytes(8)), offset=3
+    ),
+    "cut off in a fragment": frames.fragment(CLAIM)[:60],
     "another protocol": frames.ethernet(MAC, GATEWAY, 0x88CC, bytes(40)),
     "a frame within a frame": frames.ethernet(MAC, GATEWAY, 0x8100, bytes(40)),
     "cut off in ARP": frames.arp(MAC, MAC, "10.119.0.1", "10.119.3.9")[:30],
