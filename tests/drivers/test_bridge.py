@@ -322,6 +322,45 @@ async def test_a_name_that_is_taken_is_passed_over(host: Host):
     sh("ip", "link", "del", taken)
 
 
+async def test_a_bridge_whose_name_is_taken_is_told_and_left_alone(host: Host):
+    taken = names.bridge(host.mark, "blue")
+    sh("ip", "link", "add", taken, "up", "type", "ifb")
+    planned = host.plan(networks=("blue",))
+    with pytest.raises(NetworkError, match=f"Interface {taken} is no bridge, .*; rename or remove it"):
+        await host.network.attach(planned, timeout_s=LIMIT_S)
+    await host.network.detach(planned, timeout_s=LIMIT_S)
+    await host.network.close()
+    sh("ip", "link", "del", taken)  # it is still there
+
+
+async def test_nothing_of_nftables_stays_when_all_networks_had_names(host: Host):
+    nft = Nft.find()
+    assert nft is not None
+    pod = await host.pod(networks=("blue",), ports=(PortMapping(host=8080, container=80),))
+    host.close_taps()
+    await host.network.detach(pod.attachment, timeout_s=LIMIT_S)
+    assert await nft.tables(names.TABLE_PREFIX, timeout_s=LIMIT_S) == [names.table(host.mark)]
+    again = BridgeNetwork(BridgeSettings(), host.mark, nft)
+    await again.open()  # as after a crash
+    assert await nft.tables(names.TABLE_PREFIX, timeout_s=LIMIT_S) == []
+    await again.close()
+
+
+async def test_a_kernel_that_refuses_nftables_is_told_and_pods_work_without(tmp_path: Path):
+    program = tmp_path / "nft"
+    program.write_text("#!/bin/sh\necho 'Error: Could not process rule: Not supported' >&2; exit 1\n")
+    program.chmod(0o755)
+    with private_network():
+        network = BridgeNetwork(BridgeSettings(), "vm-00000", Nft(str(program)))
+        await network.open()
+        assert "Not supported. Load the kernel's modules for nftables" in network.info.notes[0]
+        assert network.info.capabilities == ("rate_mbit", "spares")
+        request = NetworkRequest(pod_id="p", vm_id="vm-000001234567")
+        attached = await network.attach(network.plan(request, ()), timeout_s=LIMIT_S)
+        await network.detach(attached, timeout_s=LIMIT_S)
+        await network.close()
+
+
 async def test_a_namespace_whose_name_is_taken_is_used_up_by_detach(host: Host):
     pod_vm = f"{host.mark}0000001"
     Path(namespaces.path_of(pod_vm)).touch()  # what a crash between two system calls leaves

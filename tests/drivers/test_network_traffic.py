@@ -9,14 +9,16 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.drivers.test_bridge import LIMIT_S, Host, bridging, sh
+from tests.support import networks
 from tests.support.peers import Peer, connection, peer, transfer
+from vcnode.drivers import namespaces
 from vcnode.drivers.network.bridge import BridgeNetwork, Nft, names
 from vcnode.errors import FailedPreconditionError, NetworkError
 from vcnode.models.network import Interworking, NetworkConfig, PortMapping, RateMbit
@@ -179,6 +181,62 @@ async def test_a_port_on_which_a_program_of_the_host_listens_is_refused() -> Non
                 await network.detach(planned, timeout_s=LIMIT_S)
         with socket.create_server(("127.0.0.1", 8080)):  # where published ports do not lead
             await found.guest(ports=ports)
+
+
+async def test_published_ports_lead_to_the_pod_from_everywhere_and_answers_come_back() -> None:
+    """TCP and UDP, IPv4 and IPv6: from the host, another pod, the pod itself, and from outside."""
+    async with site() as found:
+        ports = tuple(PortMapping(host=8080, container=80, protocol=p) for p in ("tcp", "udp"))
+        web, other = await found.guest(ports=ports), await found.guest()
+        friend = await found.guest(networks=("blue",))
+        outside = found.stack.enter_context(networks.named(f"out-{os.getpid()}"))
+        sh("ip", "link", "add", "up0", "type", "veth", "peer", "name", "out0", "netns", outside)
+        found.stack.callback(sh, "ip", "link", "del", "up0")
+        for near, far in (("198.51.100.1", "198.51.100.2"), ("2001:db8::1", "2001:db8::2")):
+            length, nodad = ("64", ("nodad",)) if ":" in near else ("24", ())
+            sh("ip", "addr", "add", f"{near}/{length}", "dev", "up0", *nodad)
+            networks.run("ip", "addr", "add", f"{far}/{length}", "dev", "out0", *nodad, netns=outside)
+        sh("ip", "link", "set", "up0", "up")
+        networks.run("ip", "link", "set", "out0", "up", netns=outside)
+        networks.settle(outside, "out0")
+        clients: dict[str, Callable[[int, int], socket.socket]] = {
+            "host": lambda family, kind: socket.socket(family, kind),
+            "itself": web.socket,
+            "pod": other.socket,
+            "pod of another network": friend.socket,
+            "outside": lambda family, kind: namespaces.call(outside, lambda: socket.socket(family, kind)),
+        }
+
+        def ask() -> None:
+            for family, address in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    with web.socket(family, kind) as server:
+                        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                        server.bind((web.addresses[family is socket.AF_INET6], 80))
+                        for name, client in clients.items():
+                            answers(server, client(family, kind), (address, 8080), name)
+
+        await asyncio.to_thread(ask)
+
+
+def answers(server: socket.socket, client: socket.socket, where: tuple[str, int], name: str) -> None:
+    """See that the client reaches the server there and hears from it."""
+    for end in (server, client):
+        end.settimeout(10)
+    with client:
+        try:
+            if client.type == socket.SOCK_STREAM:
+                server.listen()
+                client.connect(where)
+                server.accept()[0].close()
+                assert client.recv(1) == b"", name
+            else:
+                client.connect(where)  # so that an answer from another address is none
+                client.send(b"question")
+                server.sendto(b"answer", server.recvfrom(100)[1])
+                assert client.recv(100) == b"answer", name
+        except TimeoutError as exc:
+            raise AssertionError((name, where, client.type)) from exc
 
 
 async def test_two_nodes_on_a_host_keep_to_themselves() -> None:

@@ -56,7 +56,8 @@ async def check_network(settings: Settings) -> Finding:
     from vcnode.pods.marks import mark_of
 
     nft = await asyncio.to_thread(Nft.find)
-    obstacle = await BridgeNetwork(settings.bridge, mark_of(settings), nft).find_obstacle()
+    network = BridgeNetwork(settings.bridge, mark_of(settings), nft)
+    obstacle = await network.find_obstacle()
     if obstacle is not None:
         level: Level = "fail" if settings.network is NetworkModel.BRIDGE else "warn"
         return Finding("network", level, "no pod can be connected by a bridge", obstacle)
@@ -67,6 +68,9 @@ async def check_network(settings: Settings) -> Finding:
             "bridge works, but without nftables pods do not reach the outside and publish no ports",
             "Install the package nftables.",
         )
+    if (refused := await network.find_nft_obstacle()) is not None:
+        words = "bridge works, but pods do not reach the outside and publish no ports"
+        return Finding("network", "warn", words, refused)
     return Finding("network", "ok", "bridge works, with masquerading and published ports")
 
 

@@ -16,6 +16,9 @@ from pyroute2.netlink.rtnl.tcmsg import plugins, sched_bpf
 OK, SHOT = 0, 2
 """TC_ACT_OK and TC_ACT_SHOT: what a program returns for a frame that passes, or is dropped."""
 
+NO_MATCH, MATCH = 0, 0xFFFFFFFF
+"""What a program returns whose filter has an action of its own, and no class. Source: net/sched/cls_bpf.c."""
+
 _LOAD = {4: 0x20, 2: 0x28, 1: 0x30}  # BPF_LD | BPF_ABS with BPF_W, BPF_H, BPF_B
 _LOAD_LENGTH, _AND, _JEQ, _JGE, _JA, _RET = 0x80, 0x54, 0x15, 0x35, 0x05, 0x06
 

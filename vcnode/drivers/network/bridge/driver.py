@@ -81,14 +81,27 @@ class BridgeNetwork:
     async def open(self) -> None:
         """See Protocol Network. Makes nothing on the host: what pods need is made with the first."""
         self._unusable = await self.find_obstacle()
+        notes = [] if self._unusable is None else [f"No pod can be connected by a bridge: {self._unusable}"]
+        if self._unusable is None and (refused := await self.find_nft_obstacle()) is not None:
+            self._nft = None
+            notes.append(refused)
         if self._unusable is None:
             await self._tidy_up()
-        notes = [] if self._unusable is None else [f"No pod can be connected by a bridge: {self._unusable}"]
         if self._nft is None:
             notes.append(
                 "Without nftables (package nftables) pods do not reach the outside and publish no ports."
             )
         self._notes = tuple(notes)
+
+    async def find_nft_obstacle(self) -> str | None:
+        """Why the kernel would not take the node's table; None when it would, or there is no nft."""
+        if self._nft is None:
+            return None
+        try:
+            await self._nft.check(self._rules(), timeout_s=self._settings.nft_timeout_s)
+        except NetworkError as exc:
+            return f"{exc.message} Load the kernel's modules for nftables (nf_tables, nft_nat, nft_fib_inet)."
+        return None
 
     async def find_obstacle(self) -> str | None:
         """Why no pod can be connected here, with what would help; None when all is well. Changes nothing."""
@@ -130,9 +143,8 @@ class BridgeNetwork:
 
         async def work() -> bool:
             async with links.here() as netlink:
-                ours = [link for link in await links.every(netlink) if link.name.startswith(self._prefix)]
-                gone = [await host.remove_bridge(netlink, link.name) for link in ours]
-                return bool(ours) and all(gone)
+                ours = [link.name for link in await links.every(netlink) if self._is_bridge(link)]
+                return all([await host.remove_bridge(netlink, name) for name in ours])
 
         async with self._bridges, self._table_lock:
             if await namespaces.run(None, work) and self._nft is not None:
@@ -142,6 +154,15 @@ class BridgeNetwork:
     @property
     def _prefix(self) -> str:
         return names.bridges(self._mark)
+
+    def _is_bridge(self, link: links.Link) -> bool:
+        """Whether it is one of the node's bridges."""
+        return link.kind == host.BRIDGE_KIND and link.name.startswith(self._prefix)
+
+    def _rules(self) -> str:
+        """The node's table."""
+        subnets = self._plan.subnets
+        return firewall.base(self._table, self._prefix, subnets, masquerade=self._settings.masquerade)
 
     # -- plan ----------------------------------------------------------------------------------------------
 
@@ -313,10 +334,7 @@ class BridgeNetwork:
             settings = self._settings
             if settings.masquerade:
                 await asyncio.to_thread(host.enable_forwarding, self._plan.subnets)
-            rules = firewall.base(
-                self._table, self._prefix, self._plan.subnets, masquerade=settings.masquerade
-            )
-            await self._nft.load(rules, timeout_s=settings.nft_timeout_s)
+            await self._nft.load(self._rules(), timeout_s=settings.nft_timeout_s)
             self._table_ready = True
 
     async def open_taps(self, attachment: NetworkAttachment) -> Sequence[int]:
@@ -407,7 +425,7 @@ class BridgeNetwork:
         for link in await namespaces.run(None, look):
             if (vm_id := names.vm_of(link.name, mark)) is not None:
                 found.append(Held("link", link.name, vm_id))
-            elif link.name.startswith(self._prefix):
+            elif self._is_bridge(link):
                 found.append(Held("link", link.name, None))
         found += [Held("namespace", namespaces.path_of(name), name) for name in namespaces.names(mark)]
         if self._nft is not None and os.geteuid() == 0:

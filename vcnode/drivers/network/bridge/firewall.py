@@ -155,6 +155,10 @@ class Nft:
         if commands:
             await self._run(["-f", "-"], commands, timeout_s=timeout_s)
 
+    async def check(self, commands: str, *, timeout_s: float) -> None:
+        """See that the kernel would carry out *commands*; nothing changes. Raises NetworkError."""
+        await self._run(["-c", "-f", "-"], commands, timeout_s=timeout_s)
+
     async def published(self, table: str, *, timeout_s: float) -> list[Published]:
         """The published ports of a table; none when there is no such table. Raises NetworkError."""
         if table not in await self.tables(table, timeout_s=timeout_s):

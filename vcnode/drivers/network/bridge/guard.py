@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vcnode.drivers.network.bpf import (
+    MATCH,
+    NO_MATCH,
     OK,
     SHOT,
     And,
@@ -91,6 +93,19 @@ class Identity:
 def program(identity: Identity) -> bytes:
     """The program that drops what *identity* may not send, for `bpf`'s kind of filter."""
     return assemble(tuple(instructions(identity)))
+
+
+def sent_to(mac: str) -> bytes:
+    """A program that matches frames to *mac*, for a filter that has an action."""
+    return assemble(
+        (
+            *_at_least(_PAYLOAD),
+            *_mac(_DST_MAC, mac, otherwise="drop"),
+            Return(MATCH),
+            Label("drop"),
+            Return(NO_MATCH),
+        )
+    )
 
 
 def instructions(identity: Identity) -> Iterator[Instruction]:

@@ -19,8 +19,11 @@ from vcnode.errors import NetworkError
 from vcnode.models.network import Endpoint, Interworking, RateMbit
 
 SET_SUBNETS = "set subnet4 and subnet6 under [bridge] in the settings"
+BRIDGE_KIND = "bridge"
 _EGRESS_PRIO = 1
 _IFA_F_NODAD = 2
+_NUD_NOARP, _NTF_MASTER = 0x40, 0x04
+"""An entry of a bridge that does not age. Source: linux/neighbour.h."""
 _BURST_S = 0.01
 _BURST_BYTES = 64 * 1024
 """At least one frame as large as the guest may hand over at once."""
@@ -51,7 +54,12 @@ async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, endpoint: Endpoint) -
         NetworkError: It could not be made; nothing of it is left.
     """
     name = names.bridge(plan.mark, endpoint.network)
-    if (link := await links.find(netlink, name)) is not None and link.up:
+    link = await links.find(netlink, name)
+    if link is not None and link.kind != BRIDGE_KIND:
+        raise NetworkError(
+            f"Interface {name} is no bridge, and the node needs that name; rename or remove it."
+        )
+    if link is not None and link.up:
         return link
     if link is None and (route := await overlapping(netlink, plan)) is not None:
         # It was not there when the driver was opened: another node agent's, say.
@@ -61,7 +69,7 @@ async def ensure_bridge(netlink: AsyncIPRoute, plan: Plan, endpoint: Endpoint) -
         with doing(f"make bridge {name}"):
             if link is None:
                 await netlink.link(
-                    "add", ifname=name, kind="bridge", address=mac, br_mcast_snooping=0, mtu=plan.mtu
+                    "add", ifname=name, kind=BRIDGE_KIND, address=mac, br_mcast_snooping=0, mtu=plan.mtu
                 )
             link = await links.get(netlink, name)
             _configure_bridge(name)
@@ -101,7 +109,11 @@ def _configure_bridge(name: str) -> None:
 async def remove_bridge(netlink: AsyncIPRoute, name: str) -> bool:
     """Remove a bridge that has no port any more; whether it was."""
     link = await links.find(netlink, name)
-    if link is None or any(other.master == link.index for other in await links.every(netlink)):
+    if (
+        link is None
+        or link.kind != BRIDGE_KIND
+        or any(other.master == link.index for other in await links.every(netlink))
+    ):
         return False
     return await links.delete(netlink, name)
 
@@ -131,6 +143,7 @@ async def attach(
     with doing(f"set up port {name}"):
         if endpoint.network is None:
             await host.brport("set", index=veth.index, isolated=1)
+    await _deliver(host, veth, endpoint.mac, bridge)
     link = await links.get(pod, f"eth{index}")
     pair = await interworking.wire(pod, link, mode, index=index, pair_id=endpoint.id)
     await _guard(pod, link, plan, endpoint, bridge, clsact=mode is Interworking.TC)
@@ -147,17 +160,44 @@ async def _make_veth(
     spares = names.HOST_INTERFACES[10:]  # the digits are the interfaces' numbers
     for character in (names.HOST_INTERFACES[index], *spares):
         name = names.host_interface(vm_id, character)
+        own = {"ifname": name, "address": bridge.mac, "mtu": plan.mtu}
         peer = {"ifname": f"eth{index}", "net_ns_fd": netns_fd, "address": endpoint.mac, "mtu": plan.mtu}
         try:
             with doing(f"make interface {name}"):
-                await host.link(
-                    "add", ifname=name, kind="veth", master=bridge.index, mtu=plan.mtu, state="up", peer=peer
-                )
+                await host.link("add", **own, kind="veth", master=bridge.index, state="up", peer=peer)
             return name
         except NetworkError as exc:
             if exc.details.get("errno") != errno.EEXIST or await links.find(host, name) is None:
                 raise
     raise NetworkError(f"All names for an interface of VM {vm_id} are taken.")
+
+
+async def _deliver(host: AsyncIPRoute, veth: Link, mac: str, bridge: Link) -> None:
+    """Give what a pod sends to the host to the bridge's own interface, past br_netfilter.
+
+    That module (Docker and Kubernetes load it) has frames translated before they are bridged, and bridges
+    those that a published port leads back to the same bridge, where ports are kept apart. The port has the
+    bridge's MAC, or what comes in by it would count as another host's. The bridge learns no MAC from frames
+    that it does not see, so it is told.
+    """
+    with doing(f"lead {veth.name} to {bridge.name}"):
+        await host.fdb("add", ifindex=veth.index, lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+        await host.tc("add", "ingress", veth.index)
+        await host.tc(
+            "add-filter",
+            "bpf",
+            veth.index,
+            parent=interworking.INGRESS,
+            protocol=interworking.ETH_P_ALL,
+            prio=_EGRESS_PRIO,
+            classic=guard.sent_to(bridge.mac),
+            action={
+                "kind": "mirred",
+                "direction": "ingress",
+                "action": "redirect",
+                "ifindex": bridge.index,
+            },
+        )
 
 
 async def _guard(
