@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support import networks
-from tests.support.cni import Plugins, failure
+from tests.support.cni import RESULT, Plugins, failure
 from tests.support.peers import Peer, connection, peer, transfer
 from vcnode.drivers import namespaces
 from vcnode.drivers.network import taps
@@ -178,20 +178,22 @@ async def test_older_versions_are_spoken_with_the_real_plugins(version: str, hos
 async def test_the_plugin_bandwidth_bounds_real_traffic(host: Host) -> None:
     host.network("10-first", BANDWIDTH)
     driver = host.driver()
-    made = await attach(driver, host.plan(driver, rate_mbit=RateMbit(ingress=20)))
+    made = await attach(driver, host.plan(driver, rate_mbit=RateMbit(ingress=20, egress=10)))
     (tap,) = await driver.open_taps(made)
 
-    def measure(guest: Peer) -> float:
+    def measure(guest: Peer) -> tuple[float, float]:
         inner, outer = connection(guest.socket(), socket.create_server(("10.77.1.1", 0)))
         with inner, outer:
-            return transfer(outer, inner, 1_500_000)
+            return transfer(outer, inner, 1_500_000), transfer(inner, outer, 1_500_000)
 
     try:
         with peer(f"guest-{host.mark}", made, tap) as guest:
-            received = await asyncio.to_thread(measure, guest)
+            received, sent = await asyncio.to_thread(measure, guest)
     finally:
         taps.close([tap])
-    assert 20 * 0.66 < received < 20 * 1.2  # with the burst, which passes at once
+    # With the bursts, which pass at once.
+    assert 20 * 0.66 < received < 20 * 1.2
+    assert 10 * 0.66 < sent < 10 * 1.2
     await detach(driver, made)
     assert host.left() == NOTHING
 
@@ -377,6 +379,35 @@ async def test_host_without_cni_has_nothing_to_note(host: Host, tmp_path: Path) 
     assert driver.info.notes == ()
     with pytest.raises(NetworkError, match="no CNI network a default; configured: none"):
         await attach(driver, host.plan(driver))
+
+
+async def test_plugins_that_make_too_much_are_told(host: Host) -> None:
+    more = "; ".join(
+        f"ip -n $name link add x{n} type veth peer y{n}; ip -n $name addr add 10.78.{n}.1/24 dev x{n}"
+        for n in range(8)
+    )
+    host.plugins.write("much", add=f"name=$(basename $CNI_NETNS); {more}; echo '{json.dumps(RESULT)}'")
+    host.network("10-first", {"type": "much"})
+    driver = host.driver()
+    planned = host.plan(driver)
+    with pytest.raises(NetworkError, match=r"plugins of VM .* have made has more than 8 interfaces"):
+        await attach(driver, planned)
+    await detach(driver, planned)
+    assert {**host.left(), "links": []} == NOTHING
+
+
+async def test_what_is_kept_but_cannot_be_read_stops_no_start_and_nothing_is_collected(host: Host) -> None:
+    host.plugins.write("new")
+    conf = {"cniVersion": "1.1.0", "name": "new", "plugins": [{"type": "new"}]}
+    (host.conf_dir / "10-first.conflist").write_text(json.dumps(conf))
+    (host.directory / "state" / "cni").mkdir(parents=True)
+    (host.directory / "state" / "cni" / "vm-1.eth0.json").write_text("{")
+    (host.directory / "state" / "cni" / "vm-2.eth0.new").write_text("{")  # a crash in the middle of a write
+    driver = host.driver(gc=True)
+    await driver.open()
+    assert host.plugins.names() == []
+    assert "vm-1.eth0.json is damaged" in driver.info.notes[0]
+    assert host.kept() == ["vm-1.eth0.json"]
 
 
 async def test_garbage_is_collected_only_where_that_is_wanted(host: Host) -> None:

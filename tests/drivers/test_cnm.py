@@ -46,7 +46,12 @@ class Place:
             self.ip("link", "set", f"p-{name}", "up")
             self.ip("link", "set", name, "up")
         self.ip("link", "set", "eth0", "mtu", "1400", "alias", "somebody's own")
+        self.ip("link", "set", "net1", "mtu", "9000")
+        self.ip("link", "add", "off", "type", "veth", "peer", "p-off")
+        self.ip("addr", "add", "10.88.9.2/24", "dev", "off")
+        self.ip("rule", "add", "from", "10.88.0.2", "lookup", "100")
         self.ip("addr", "add", "10.88.0.2/24", "dev", "eth0")
+        self.ip("route", "add", "10.99.0.0/16", "dev", "eth0", "table", "100")
         self.ip("addr", "add", "10.88.7.2/24", "dev", "eth0")
         self.ip("addr", "add", "fd88::2/64", "dev", "eth0", "nodad")
         self.ip("addr", "add", "10.89.0.2/32", "dev", "net1")
@@ -95,6 +100,7 @@ async def test_interfaces_are_taken_and_put_back(mode: Interworking, place: Plac
         Route(destination="::/0", gateway="fd88::1"),
     )
     assert (second.name, second.mac, second.addresses) == ("net1", "02:aa:00:00:00:02", ("10.89.0.2/32",))
+    assert second.mtu == 9000
     assert second.routes == (
         Route(destination="10.89.0.1/32"),
         Route(destination="10.90.0.0/16", gateway="10.89.0.1", metric=7),
@@ -187,6 +193,23 @@ async def test_namespace_that_was_made_anew_is_left_alone(place: Place) -> None:
     await driver.detach(made, timeout_s=LIMIT_S)
     assert networks.links(place.path) == {"tap0"}
     assert place.kept() == []
+
+
+async def test_interfaces_on_top_of_each_other_are_refused_together(place: Place) -> None:
+    """What comes in by the lower one goes to the VM, so the upper one would hear nothing."""
+    place.ip("link", "add", "top0", "link", "net1", "type", "macvlan")
+    place.ip("link", "set", "top0", "up")
+    place.ip("addr", "add", "10.91.0.2/24", "dev", "top0")
+    networks.settle(place.path, "top0")
+    driver = place.driver()
+    before = networks.picture(place.path)
+    with pytest.raises(FailedPreconditionError, match="has top0 on top of net1, which cannot both"):
+        await attach(driver, place.plan(driver))
+    assert networks.picture(place.path) == before
+    place.ip("addr", "flush", "dev", "net1")
+    made = await attach(driver, place.plan(driver))
+    assert [e.name for e in made.endpoints] == ["eth0", "top0"]
+    await driver.detach(made, timeout_s=LIMIT_S)
 
 
 async def test_foreign_filters_are_refused_and_stay(place: Place) -> None:

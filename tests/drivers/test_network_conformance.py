@@ -128,8 +128,6 @@ def cni_network(directory: Path) -> CniNetwork:
 
 def config_of(host: Host, config: NetworkConfig = EVERYTHING) -> NetworkConfig:
     """*config*, where the network knows what is in it."""
-    if host.network.info.type == NetworkModel.CNI:  # the plugin needs a kernel with ifb for the other way
-        return config.model_copy(update={"rate_mbit": RateMbit(ingress=100)})
     return NetworkConfig() if host.network.info.type == NetworkModel.NOOP else config
 
 

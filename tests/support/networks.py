@@ -76,6 +76,7 @@ def picture(netns: str) -> dict[str, Any]:
         "links": show("addr", netns=netns),
         "routes4": show("-4", "route", "show", "table", "all", netns=netns),
         "routes6": show("-6", "route", "show", "table", "all", netns=netns),
+        "rules": show("rule", netns=netns),
         "qdiscs": show("qdisc", "show", netns=netns, program="tc"),
     }
     return {name: steady(look) for name, look in looks.items()}

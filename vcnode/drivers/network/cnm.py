@@ -27,7 +27,6 @@ from vcnode.models.node import DriverInfo
 from vcnode.models.vm import Data, NetworkAttachment, NetworkRequest
 from vcnode.settings import CnmSettings
 
-MAX_INTERFACES = 8
 _MARK = "vcnode "
 """How the aliases of interfaces begin that are wired to a VM."""
 _OF_VM = re.compile(r"vm-[0-9a-f]{12}(/.*)?")
@@ -71,7 +70,8 @@ class CnmNetwork:
         return DriverInfo(type=NetworkModel.CNM)
 
     async def open(self) -> None:
-        """Nothing to look for."""
+        """Nothing to look for but what a crash has left half written."""
+        await asyncio.to_thread(self._kept.tidy)
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -194,10 +194,8 @@ class CnmNetwork:
         path = planned.netns_path
         if not usable:
             problem = "has no interface that is up and has an address"
-        elif len(usable) > MAX_INTERFACES:
-            problem = f"has more than {MAX_INTERFACES} interfaces with an address"
-        elif bare := [s.link.name for s in usable if not s.link.mac.strip("0:")]:
-            problem = f"has {bare[0]}, which is no Ethernet interface"
+        elif (obstacle := scan.find_obstacle(usable)) is not None:
+            problem = obstacle
         elif wired := [link.name for link in every if (link.alias or "").startswith(_MARK)]:
             problem = f"is a VM's already: {wired[0]} is wired to one"
         elif taken := {link.name for link in every} & _names(len(usable)):

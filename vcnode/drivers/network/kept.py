@@ -16,6 +16,7 @@ from vcnode.models.vm import Data
 R = TypeVar("R", bound=Data)
 
 _SUFFIX = ".json"
+_UNFINISHED = ".new"
 
 
 class Kept(Generic[R]):
@@ -41,7 +42,7 @@ class Kept(Generic[R]):
             NetworkError: It cannot be written; an earlier one stays.
         """
         path = self.path(name)
-        temporary = path.with_suffix(".new")
+        temporary = path.with_suffix(_UNFINISHED)
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             with temporary.open("wb") as file:
@@ -79,6 +80,14 @@ class Kept(Generic[R]):
             self.path(name).unlink(missing_ok=True)
         except OSError as exc:
             raise NetworkError(f"{self.path(name)} cannot be removed: {exc.strerror}.") from exc
+
+    def tidy(self) -> None:
+        """Remove what a crash has left in the middle of `save`; nobody may be saving. Raises NetworkError."""
+        try:
+            for path in self._directory.glob(f"*{_UNFINISHED}"):
+                path.unlink(missing_ok=True)
+        except OSError as exc:
+            raise NetworkError(f"{self._directory} cannot be tidied up: {exc.strerror}.") from exc
 
     def _load(self, name: str) -> R:
         path = self.path(name)

@@ -45,6 +45,8 @@ class Link:
     """Index of the bridge that holds it."""
     alias: str | None
     """What somebody has noted on it."""
+    lower: int | None = None
+    """Index of the interface of the same namespace that it is on top of, as a VLAN's is."""
 
 
 def open_socket() -> socket.socket:
@@ -121,14 +123,18 @@ async def delete(netlink: AsyncIPRoute, name: str) -> bool:
 
 
 def _link(message: Any) -> Link:
+    kind = message.get(("linkinfo", "kind"))
+    # A veth names its other end there, which it is not on top of.
+    on_top = kind != "veth" and message.get("link_netnsid") is None
     return Link(
         index=message["index"],
         name=message.get("ifname"),
         mac=message.get("address") or "",
         mtu=message.get("mtu") or 0,
         up=bool(message["flags"] & 0x1),
-        kind=message.get(("linkinfo", "kind")),
+        kind=kind,
         loopback=bool(message["flags"] & 0x8),
         master=message.get("master"),
         alias=message.get("ifalias"),
+        lower=message.get("link") if on_top else None,
     )

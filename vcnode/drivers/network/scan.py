@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from vcnode.models.network import Endpoint, NetworkInterfacePair, Route
 MAX_ADDRESSES = 64
 """Of one interface; more are left out."""
 MAX_ROUTES = 256
+MAX_INTERFACES = 8
+"""Of one VM."""
 _SCOPE_HOST = 254
 _RT_TABLE_MAIN, _RTN_UNICAST, _RTPROT_KERNEL = 254, 1, 2
 _RTNH_F_ONLINK, _RTM_F_CLONED = 4, 0x200
@@ -125,6 +127,24 @@ def _routes(message: Any, index: int) -> Iterator[_Found]:
                 metric=metric,
             )
             yield _Found(route, of_kernel and metric in (None, 256))
+
+
+def find_obstacle(wanted: Sequence[Scanned]) -> str | None:
+    """Why these cannot be wired to a VM together, as what "the namespace" has; None when they can."""
+    if len(wanted) > MAX_INTERFACES:
+        return f"has more than {MAX_INTERFACES} interfaces with an address"
+    by_index = {s.link.index: s.link.name for s in wanted}
+    for link in (s.link for s in wanted):
+        if not link.mac.strip("0:"):
+            return f"has {link.name}, which is no Ethernet interface"
+        # All that comes in by the lower one goes to the VM, before the upper one has seen it.
+        for upper, lower in ((link.index, link.lower), (link.master, link.index)):
+            if upper in by_index and lower in by_index:
+                return (
+                    f"has {by_index[upper]} on top of {by_index[lower]}, which cannot both be wired to a VM; "
+                    "take the addresses off one of them"
+                )
+    return None
 
 
 def endpoint(scanned: Scanned, pair: NetworkInterfacePair, *, network: str | None = None) -> Endpoint:

@@ -43,3 +43,11 @@ def test_record_that_cannot_be_written_leaves_the_earlier_one(kept: Kept[Disk]) 
     with pytest.raises(NetworkError, match="cannot be written"):
         kept.save("a", Disk(disk_id="d", path="/y"))
     assert kept.find("")["a"].path == "/x"
+
+
+def test_what_a_crash_has_left_half_written_goes(kept: Kept[Disk]) -> None:
+    kept.tidy()  # where there is nothing at all
+    kept.save("a", Disk(disk_id="d", path="/x"))
+    kept.path("b").with_suffix(".new").write_text("{")
+    kept.tidy()
+    assert [path.name for path in kept.path("a").parent.iterdir()] == ["a.json"]

@@ -76,6 +76,7 @@ class CniNetwork:
 
     async def open(self) -> None:
         """See Protocol Network. Configurations are read again for each pod."""
+        await asyncio.to_thread(self._kept.tidy)
         found = await self._load()
         declared = frozenset[str]().union(*(network.capabilities for network in found.networks))
         offered = {"ports": PORTS, "rate_mbit": BANDWIDTH}
@@ -108,7 +109,11 @@ class CniNetwork:
 
     async def _collect(self, found: config.Directory) -> None:
         """Let plugins forget what is nobody's any more; a failure is noted and no more."""
-        valid = await asyncio.to_thread(self._kept.find, "")
+        try:
+            valid = await asyncio.to_thread(self._kept.find, "")
+        except NetworkError as exc:  # what it would have named must not be collected
+            self._notes += (exc.message,)
+            return
         for network in found.networks:
             mine = [a for a in valid.values() if a.network.get("name") == network.name]
             try:
@@ -358,9 +363,11 @@ async def _wire(planned: NetworkAttachment, added: Sequence[tuple[str, str]]) ->
             raise NetworkError(f"The CNI plugins of VM {planned.vm_id} have not made {', '.join(missing)}.")
         of_network: dict[str, str | None] = dict(added)
         others = [name for name, s in found.items() if name not in of_network and s.addresses]
+        wanted = [found[name] for name in (*of_network, *others)]
+        if (obstacle := scan.find_obstacle(wanted)) is not None:
+            raise NetworkError(f"What the CNI plugins of VM {planned.vm_id} have made {obstacle}.")
         endpoints = []
-        for index, name in enumerate([*of_network, *others]):
-            scanned = found[name]
+        for index, scanned in enumerate(wanted):
             pair = await interworking.wire(
                 netlink,
                 scanned.link,
@@ -368,7 +375,7 @@ async def _wire(planned: NetworkAttachment, added: Sequence[tuple[str, str]]) ->
                 index=index,
                 pair_id=f"{planned.vm_id}-{index}",
             )
-            endpoints.append(scan.endpoint(scanned, pair, network=of_network.get(name)))
+            endpoints.append(scan.endpoint(scanned, pair, network=of_network.get(scanned.link.name)))
         return tuple(endpoints)
 
 
