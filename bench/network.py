@@ -13,7 +13,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from bench.options import Options
@@ -100,14 +102,9 @@ async def network(options: Options) -> Result:
     rounds, seconds, pings = (3, 0.5, 60) if options.quick else (8, 1.0, 300)
     real = node_module.choose_drivers
 
-    def chosen(*arguments: object) -> node_module.Drivers:
-        drivers = real(*arguments)  # type: ignore[arg-type]
-        return node_module.Drivers(
-            hypervisors=drivers.hypervisors,
-            agents=drivers.agents,
-            networks={**drivers.networks, NetworkModel.CNM: TapNetwork()},
-            storage=drivers.storage,
-        )
+    def chosen(*arguments: Any, **options: Any) -> node_module.Drivers:
+        drivers = real(*arguments, **options)
+        return replace(drivers, networks={**drivers.networks, NetworkModel.CNM: TapNetwork()})
 
     with tempfile.TemporaryDirectory(prefix="vcb-", dir="/tmp") as place, private_network():
         settings = _settings(Path(place), options)
