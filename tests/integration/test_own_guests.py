@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.guest_here import make_busybox
 from tests.support import machines
 from tests.support.netns import private_network
 from vcnode.drivers.agent.sshd import keys
-from vcnode.errors import UnsupportedError
+from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
 from vcnode.models.hypervisor import HypervisorConfig, Param
 from vcnode.models.network import NetworkModel
-from vcnode.models.pod import AgentType, Cmd, EnvVar, PodSpec, PodState, Resources
+from vcnode.models.pod import AgentType, Cmd, ContainerSpec, EnvVar, PodSpec, PodState, Resources
 from vcnode.node import Node, running
 from vcnode.settings import NatsSettings, PolicySettings, QemuSettings, Settings
 
@@ -58,11 +59,40 @@ def settings(guest_image: Path, short_dir: Path) -> Iterator[Settings]:
         )
 
 
-async def sh(node: Node, script: str, **cmd: object) -> str:
+async def containers(node: Node, box: Path) -> None:
+    """By the guest's own runtime, on a directory of the host."""
+    make_busybox(box)
+    (box / "etc").mkdir(exist_ok=True)
+    (box / "etc/who").write_text("box")
+    (box / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n")
+    script = "trap 'exit 3' TERM; echo begun >/begun; while true; do sleep 0.1; done"
+    main = ContainerSpec(id="main", rootfs=str(box), cmd=Cmd(args=("/bin/sh", "-c", script)))
+    await node.pods.create_container("p1", main, call("container.create"))
+    await node.pods.start_container("p1", "main", call("container.start"))
+    assert await sh(node, 'id -u; echo "$A $PWD"', "main", user="web", workdir="/etc") == "1000\n /etc"
+    image = main.model_copy(update={"id": "other", "rootfs": None, "image": "x"})
+    with pytest.raises(UnsupportedError):
+        await node.pods.create_container("p1", image, call("container.create"))
+    once = main.model_copy(update={"id": "once", "cmd": Cmd(args=("/bin/sh", "-c", "exit 7"))})
+    await node.pods.create_container("p1", once, call("container.create"))
+    await node.pods.start_container("p1", "once", call("container.start"))
+    done = await node.pods.wait_container("p1", "once", "exited")
+    assert done.container is not None
+    assert done.container.exit_code == 7
+    await node.pods.delete_container("p1", "once", False, call("container.delete"))
+    missing = once.model_copy(update={"cmd": Cmd(args=("/no/such/program",))})
+    await node.pods.create_container("p1", missing, call("container.create"))
+    with pytest.raises(AgentError, match="no/such/program"):
+        await node.pods.start_container("p1", "once", call("container.start"))
+    await node.pods.delete_container("p1", "once", False, call("container.delete"))
+    assert (box / "begun").read_text() == "begun\n"
+
+
+async def sh(node: Node, script: str, container: str | None = None, **cmd: object) -> str:
     options = ExecOptions(
         cmd=Cmd.model_validate({"args": ("sh", "-c", script), **cmd}, strict=False), timeout_s=60
     )
-    result = await node.pods.exec("p1", None, options, call("pod.exec"))
+    result = await node.pods.exec("p1", container, options, call("pod.exec"))
     assert result.exit_code == 0, result
     return result.stdout.raw.decode().strip()
 
@@ -88,10 +118,14 @@ async def test_a_guest_with_an_ssh_server_on_a_disk_of_its_own(settings: Setting
         assert await sh(node, "nproc; hostname; cat /etc/boots") == "2\np1\n1"
         cmd = {"envs": (EnvVar(var="A", value="it's"),), "workdir": "/var/x", "user": "web"}
         assert await sh(node, 'echo "$A $PWD $(id -u)"', **cmd) == "it's /var/x 1000"
+        await containers(node, settings.allowed_roots[0] / "box")
         await node.pods.pause("p1", call("pod.pause"))
         await node.pods.resume("p1", call("pod.resume"))
     async with running(settings) as node:  # the node agent comes back: the same guest, by the same key
         assert await sh(node, "cat /etc/boots") == "1"
+        assert await sh(node, "hostname; cat /etc/who", "main") == "p1\nbox"  # it has gone on
+        await node.pods.stop_container("p1", "main", 10, call("container.stop"))
+        assert node.pods.container_status("p1", "main").exit_code == 3
         assert (await node.pods.stop("p1", 30, call("pod.stop"))).outcome == "graceful"
         await node.pods.start("p1", call("pod.start"))
         assert await sh(node, "cat /etc/boots") == "2"  # what was written is the pod's
@@ -105,7 +139,7 @@ async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Setti
     roots = settings.allowed_roots[0]
     root = machines.root(roots, keys.own_key(settings.state_dir))
     disk = machines.bootable_disk(
-        guest_image, root, roots / "disk.qcow2", append="root=/dev/vda2 console=ttyS0 panic=-1"
+        guest_image, root, roots / "disk.qcow2", append="root=/dev/vda2 console=ttyS0 quiet panic=-1"
     )
     before = disk.read_bytes()
     spec = PodSpec(
@@ -116,7 +150,7 @@ async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Setti
     async with running(settings) as node:
         assert (await node.pods.run(spec, call("pod.run"))).state is PodState.RUNNING
         text = await until_console_says(node, "boot 1 of own")
-        assert "virtio_blk" in text  # of the kernel on the disk, as its loader asked for
+        assert "SYSLINUX" in text  # the firmware has found the boot loader, which speaks on the serial port
         assert (await node.pods.pause("p1", call("pod.pause"))).state is PodState.PAUSED
     async with running(settings) as node:  # the node agent comes back
         assert node.pods.status("p1").state is PodState.PAUSED

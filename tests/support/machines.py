@@ -19,8 +19,8 @@ from vcnode.guest.image import debs, kernel, kernel_packages, modules
 from vcnode.guest.image.build import default_cache_dir
 from vcnode.guest.image.cpio import CharDevice, Directory, File, Symlink, Tree, pack
 
-DROPBEAR = "/usr/sbin/dropbear"
-TOOLS = ("dropbear", "syslinux", "mcopy", "mformat", "qemu-img", "mke2fs")
+_PATH = "/usr/sbin:/usr/bin"
+TOOLS = ("dropbear", "crun", "syslinux", "mcopy", "mformat", "qemu-img", "mke2fs")
 
 _INITRAMFS = """\
 #!/bin/sh
@@ -42,6 +42,7 @@ _INIT = """\
 export PATH=/bin
 mount -t proc none /proc
 mount -t sysfs none /sys
+mount -t cgroup2 none /sys/fs/cgroup
 mkdir -p /dev/pts
 mount -t devpts none /dev/pts
 hostname own
@@ -125,32 +126,17 @@ def initramfs(guest_image: Path) -> bytes:
 
 def root(directory: Path, trusted: asyncssh.SSHKey) -> Path:
     """A directory with the root of a guest that lets the holder of *trusted* in as root."""
-    tree = _busybox(
-        *(
-            "sh",
-            "mount",
-            "cat",
-            "ip",
-            "hostname",
-            "sync",
-            "poweroff",
-            "mkdir",
-            "id",
-            "uname",
-            "grep",
-            "sleep",
-        ),
-        *("echo", "kill", "head", "nproc", "df", "true", "stty", "printf", "dd", "tr", "sed", "date", "su"),
+    words = (
+        "sh mount cat ip hostname sync poweroff mkdir mkfifo id uname grep sleep rm mv setsid echo kill head"
     )
-    for path in {
-        DROPBEAR,
-        shutil.which("dropbearkey") or "",
-        *_libraries(DROPBEAR),
-        *_libraries("dropbearkey"),
-    }:
+    words += " nproc df true stty printf dd tr sed date su"
+    tree = _busybox(*words.split())
+    programs = [shutil.which(name, path=_PATH) or name for name in ("dropbear", "dropbearkey", "crun")]
+    for path in {*programs, *(library for program in programs for library in _libraries(program))}:
         tree.add(path, File(Path(path).read_bytes(), 0o755))
+    tree.add("/bin/crun", Symlink(programs[2])) if programs[2] != "/bin/crun" else None
     for name in ("dropbear", "dropbearkey"):
-        tree.add(f"/bin/{name}", Symlink(shutil.which(name, path="/usr/sbin:/usr/bin") or ""))
+        tree.add(f"/bin/{name}", Symlink(shutil.which(name, path=_PATH) or ""))
     tree.add("/bin/seed", File(b"#!/bin/sh\n", 0o755))
     tree.add("/sbin/init", File(_INIT.encode(), 0o755))
     tree.add("/etc/passwd", File(b"root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n"))
@@ -232,8 +218,7 @@ def _applets(busybox: bytes, *applets: str) -> Tree:
 
 
 def _libraries(program: str) -> set[str]:
-    path = shutil.which(program, path="/usr/sbin:/usr/bin") or program
-    listed = subprocess.run(["ldd", path], capture_output=True, text=True, check=True, timeout=30).stdout
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True, timeout=30).stdout
     return set(re.findall(r"(/\S+) \(0x", listed))
 
 

@@ -51,7 +51,7 @@ class SshdAgent:
         return DriverInfo(
             type=AgentType.SSHD,
             version=vcnode.__version__,
-            capabilities=("exec", "forward", "privileges", "tty"),
+            capabilities=("containers", "exec", "forward", "privileges", "readonly", "tty"),
             notes=(f"The node logs in with the key {keys.public_line(self._own)}",),
         )
 

@@ -26,7 +26,8 @@ _SIGNALS |= {"SEGV": 11, "TERM": 15, "USR1": 10, "USR2": 12, "BUS": 7, "TRAP": 5
 class Channel(asyncssh.SSHClientSession[bytes]):
     """The state of one channel; waiters look again at each change."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_close: Callable[[Channel], None] | None = None) -> None:
+        self._on_close = on_close
         self.chan: asyncssh.SSHClientChannel[bytes] | None = None
         self.pieces: deque[tuple[OutputName, bytes]] = deque()
         self.held_bytes = 0
@@ -68,6 +69,8 @@ class Channel(asyncssh.SSHClientSession[bytes]):
         if self.code is None:
             self.lost = exc or ConnectionResetError("closed without an exit status")
         self.wake()
+        if self._on_close is not None:
+            self._on_close(self)
 
     def pause_writing(self) -> None:
         """The guest takes no more input now."""

@@ -25,6 +25,8 @@ LOOK = (
     " for r in crun runc; do if command -v $r >/dev/null; then echo $r; break; fi; done; echo ."
 )
 """Asks what `Login` holds, in its order, then for the tools."""
+RUNTIMES = ("crun", "runc")
+"""OCI runtimes, the one that is preferred first."""
 TOOLS = ("setpriv", "prlimit", "crun", "runc")
 POWER_OFF = "sync; systemctl poweroff || poweroff || busybox poweroff -f"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -43,6 +45,11 @@ class Login:
     boot_id: str
     tools: frozenset[str]
     """Those of `TOOLS` that it has."""
+
+    @property
+    def runtime(self) -> str | None:
+        """What runs containers there."""
+        return next((name for name in RUNTIMES if name in self.tools), None)
 
     @classmethod
     def read(cls, answer: str) -> Login | None:
