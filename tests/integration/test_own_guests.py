@@ -33,6 +33,7 @@ pytestmark = [
 ]
 
 LIMIT_S = 120.0
+FIRST_UID = 1_900_000_000
 _ids = itertools.count(1)
 
 
@@ -135,7 +136,8 @@ async def test_a_guest_with_an_ssh_server_on_a_disk_of_its_own(settings: Setting
 
 
 async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Settings, guest_image: Path):
-    """Firmware, partitions, a boot loader and a kernel of its own in a qcow2 image; PCI devices."""
+    """Firmware, partitions, a boot loader and a kernel in a qcow2 image; PCI; QEMU without rights."""
+    settings = settings.model_copy(update={"qemu": settings.qemu.model_copy(update={"uid_base": FIRST_UID})})
     roots = settings.allowed_roots[0]
     root = machines.root(roots, keys.own_key(settings.state_dir))
     disk = machines.bootable_disk(
@@ -149,6 +151,7 @@ async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Setti
     )
     async with running(settings) as node:
         assert (await node.pods.run(spec, call("pod.run"))).state is PodState.RUNNING
+        assert node.pods._parts.live["p1"].vm.record.uid is not None
         text = await until_console_says(node, "boot 1 of own")
         assert "SYSLINUX" in text  # the firmware has found the boot loader, which speaks on the serial port
         assert (await node.pods.pause("p1", call("pod.pause"))).state is PodState.PAUSED

@@ -308,6 +308,8 @@ class QemuHypervisor:
         Its working directory is the VM's own, which it may go through but not list or write to.
         """
         fds = []
+        for fd in launch.spec.config.file_fds:  # disks are used as they were opened
+            privileges.check_readable(fd)
         for path in (launch.kernel, launch.initrd):
             fds.append(privileges.open_for_all(path))
             ours.callback(os.close, fds[-1])

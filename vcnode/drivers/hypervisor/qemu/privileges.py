@@ -95,7 +95,16 @@ def open_for_all(path: Path) -> int:
         OSError: It cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if not os.fstat(fd).st_mode & stat.S_IROTH:
+    try:
+        check_readable(fd)
+    except BaseException:
         os.close(fd)
-        raise HypervisorError(f"Others than root must be able to read {path}; run: chmod o+r {path}.")
+        raise
     return fd
+
+
+def check_readable(fd: int) -> None:
+    """See that an ordinary user may open the file behind *fd* anew. Raises HypervisorError."""
+    if not os.fstat(fd).st_mode & stat.S_IROTH:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        raise HypervisorError(f"Others than root must be able to read {path}; run: chmod o+r {path}.")
