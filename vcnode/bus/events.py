@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
-import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,7 +68,7 @@ class Outbox(Protocol):
         """Sequence of the oldest event that is still kept."""
         ...
 
-    async def rewind(self, sequence: int, *, published_after: float) -> int:
+    async def rewind(self, sequence: int, *, within_s: float, published_after: float = 0.0) -> int:
         """Have events after *sequence* published again."""
         ...
 
@@ -194,7 +194,7 @@ class EventPublisher:
         ids) or less (it was made anew, or restored from an older copy): what it lost is published again, as
         far as the outbox still keeps it and the stream would still keep it.
         """
-        forgotten = time.time() - config.max_age if config.max_age else 0.0
+        within_s = config.max_age or math.inf
         try:
             last = await uncancelled(
                 js.get_last_msg(
@@ -205,7 +205,7 @@ class EventPublisher:
                 )
             )
         except nats.js.errors.NotFoundError:
-            await self._publish_again(0, published_after=forgotten)
+            await self._publish_again(0, within_s=within_s)
             return
         try:
             known = Event.model_validate_json(last.data or b"")
@@ -216,19 +216,19 @@ class EventPublisher:
         own = await self._outbox.find(sequence)
         if own is not None and own.message_id == known.message_id:
             await self._outbox.mark_published(sequence)
-            await self._publish_again(sequence, published_after=forgotten)
+            await self._publish_again(sequence, within_s=within_s)
         elif sequence < await self._outbox.oldest():
-            await self._publish_again(sequence, published_after=forgotten)
+            await self._publish_again(sequence, within_s=within_s)
         else:
-            await self._continue(js, known, forgotten)
+            await self._continue(js, known, within_s)
 
-    async def _continue(self, js: JetStreamContext, known: Event, forgotten: float) -> None:
+    async def _continue(self, js: JetStreamContext, known: Event, within_s: float) -> None:
         """Follow on *known*, which the stream has of a database that this node has lost or put back.
 
         What this database has published since then is lost to the stream. Its own events get the numbers that
         follow, so that whoever reads the stream sees neither a number twice nor a gap.
         """
-        await self._publish_again(0, published_after=max(forgotten, known.time.timestamp()))
+        await self._publish_again(0, within_s=within_s, published_after=known.time.timestamp())
         there = await self._published_ids(js)
         count = await self._outbox.continue_after(int(known.sequence), published=there)
         if count:
@@ -268,8 +268,8 @@ class EventPublisher:
                 await uncancelled(sub.unsubscribe())
         return frozenset(found)
 
-    async def _publish_again(self, sequence: int, *, published_after: float) -> None:
-        count = await self._outbox.rewind(sequence, published_after=published_after)
+    async def _publish_again(self, sequence: int, *, within_s: float, published_after: float = 0.0) -> None:
+        count = await self._outbox.rewind(sequence, within_s=within_s, published_after=published_after)
         if count:
             log.warning("JetStream has lost %d events after %d; publishing them again", count, sequence)
 

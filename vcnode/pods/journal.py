@@ -46,6 +46,8 @@ class Unfinished:
     digest: str
     started_at: float
     """Seconds since 1970."""
+    after_sequence: int
+    """Sequence of the newest event before it."""
 
 
 class Journal:
@@ -54,7 +56,7 @@ class Journal:
     Args:
         store: The database.
         max_entries: Replies kept; the oldest go first.
-        max_age_s: Age in seconds at which a reply is forgotten.
+        max_age_s: Age in seconds (see `Ages`) at which a reply is forgotten.
         max_unpublished: At so many unpublished events no command is begun.
         mock: Whether the node only pretends; marks the events.
     """
@@ -109,8 +111,16 @@ class Journal:
                     unpublished=tx.unpublished_count,
                 )
             tx.execute(
-                "INSERT INTO journal (command_id, verb, digest, started_at, audit) VALUES (?, ?, ?, ?, ?)",
-                (command_id, verb, digest, self._now(), None if audit is None else audit.model_dump_json()),
+                "INSERT INTO journal (command_id, verb, digest, started_at, after_sequence, audit) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    command_id,
+                    verb,
+                    digest,
+                    self._store.clock().timestamp(),
+                    tx.sequence,
+                    None if audit is None else audit.model_dump_json(),
+                ),
             )
             return None
 
@@ -150,7 +160,8 @@ class Journal:
 
         def query(connection: sqlite3.Connection) -> list[Unfinished]:
             rows = connection.execute(
-                "SELECT command_id, verb, digest, started_at FROM journal WHERE finished_at IS NULL "
+                "SELECT command_id, verb, digest, started_at, after_sequence FROM journal "
+                "WHERE finished_at IS NULL "
                 "ORDER BY started_at, rowid"
             )
             return [Unfinished(*row) for row in rows]
@@ -167,9 +178,11 @@ class Journal:
 
         def fail(tx: Tx) -> None:
             for entry in found:
+                # Not those of an earlier command of this id, whose reply is forgotten.
                 rows = tx.execute(
-                    "SELECT event FROM outbox WHERE json_extract(event, '$.commandid') = ? ORDER BY sequence",
-                    (entry.command_id,),
+                    "SELECT event FROM outbox WHERE sequence > ? AND "
+                    "json_extract(event, '$.commandid') = ? ORDER BY sequence",
+                    (entry.after_sequence, entry.command_id),
                 )
                 events = [Event.model_validate_json(text) for (text,) in rows]
                 stored = _done(entry, events) or _restarted(entry, events, tx.pods)
@@ -183,22 +196,19 @@ class Journal:
         row = tx.execute(
             "UPDATE journal SET finished_at = ?, ok = ?, code = ?, number = ?, body = ? "
             "WHERE command_id = ? AND finished_at IS NULL RETURNING audit",
-            (self._now(), int(stored.ok), stored.code, stored.number, stored.body, command_id),
+            (self._store.ages(), int(stored.ok), stored.code, stored.number, stored.body, command_id),
         ).fetchone()
         if row is not None and row[0] is not None:
             record = AuditRecord.model_validate_json(row[0])
             tell(tx, concluded(record, stored), time=self._store.clock(), mock=self._mock)
 
     def _prune(self, tx: Tx) -> None:
-        tx.execute("DELETE FROM journal WHERE finished_at < ?", (self._now() - self._max_age_s,))
+        tx.execute("DELETE FROM journal WHERE finished_at < ?", (self._store.ages() - self._max_age_s,))
         tx.execute(
             "DELETE FROM journal WHERE rowid IN (SELECT rowid FROM journal WHERE finished_at IS NOT NULL "
             "ORDER BY finished_at DESC, rowid DESC LIMIT -1 OFFSET ?)",
             (self._max_entries,),
         )
-
-    def _now(self) -> float:
-        return self._store.clock().timestamp()
 
 
 def _earlier(command_id: str, verb: str, digest: str, row: tuple[object, ...]) -> Stored:

@@ -17,7 +17,7 @@ class Outbox:
 
     Args:
         store: The database.
-        retention_s: Seconds for which a published event is kept, in case JetStream loses it.
+        retention_s: Seconds (see `Ages`) for which a published event is kept, in case JetStream loses it.
     """
 
     def __init__(self, store: Store, *, retention_s: float) -> None:
@@ -53,22 +53,23 @@ class Outbox:
         prune = self._marks_count % PRUNE_EVERY == 0
 
         def mark(tx: Tx) -> None:
-            now = self._store.clock().timestamp()
             marked = tx.execute(
-                "UPDATE outbox SET published_at = ? WHERE sequence <= ? AND published_at IS NULL",
-                (now, sequence),
+                "UPDATE outbox SET published_at = ?, kept_since = ? "
+                "WHERE sequence <= ? AND published_at IS NULL",
+                (self._store.clock().timestamp(), self._store.ages(), sequence),
             )
             tx.unpublished_count -= marked.rowcount
             if prune:
-                tx.execute("DELETE FROM outbox WHERE published_at < ?", (now - self._retention_s,))
+                self._prune(tx)
 
         await self._store.write(mark)
 
-    async def rewind(self, sequence: int, *, published_after: float) -> int:
+    async def rewind(self, sequence: int, *, within_s: float, published_after: float = 0.0) -> int:
         """Have events published again that JetStream has lost.
 
         Args:
             sequence: The last that it still has; only later ones.
+            within_s: Only those that were published in the last so many seconds (see `Ages`).
             published_after: Seconds since 1970: only those that were published later than that.
 
         Returns:
@@ -77,8 +78,9 @@ class Outbox:
 
         def rewind(tx: Tx) -> int:
             lost = tx.execute(
-                "UPDATE outbox SET published_at = NULL WHERE sequence > ? AND published_at > ?",
-                (sequence, published_after),
+                "UPDATE outbox SET published_at = NULL "
+                "WHERE sequence > ? AND published_at > ? AND kept_since > ?",
+                (sequence, published_after, self._store.ages() - within_s),
             )
             tx.unpublished_count += lost.rowcount
             return lost.rowcount
@@ -98,10 +100,12 @@ class Outbox:
 
         def follow(tx: Tx) -> int:
             rows = tx.execute("SELECT sequence, event FROM outbox WHERE published_at IS NULL").fetchall()
-            now = self._store.clock().timestamp()
             for number, text in rows:
                 if Event.model_validate_json(text).message_id in published:
-                    tx.execute("UPDATE outbox SET published_at = ? WHERE sequence = ?", (now, number))
+                    tx.execute(
+                        "UPDATE outbox SET published_at = ?, kept_since = ? WHERE sequence = ?",
+                        (self._store.clock().timestamp(), self._store.ages(), number),
+                    )
                     tx.unpublished_count -= 1
             return tx.continue_after(sequence)
 
@@ -124,11 +128,11 @@ class Outbox:
     async def prune(self) -> None:
         """Remove published events older than the retention time."""
 
-        def prune(tx: Tx) -> None:
-            oldest = self._store.clock().timestamp() - self._retention_s
-            tx.execute("DELETE FROM outbox WHERE published_at < ?", (oldest,))
+        await self._store.write(self._prune)
 
-        await self._store.write(prune)
+    def _prune(self, tx: Tx) -> None:
+        oldest = self._store.ages() - self._retention_s
+        tx.execute("DELETE FROM outbox WHERE published_at IS NOT NULL AND kept_since < ?", (oldest,))
 
     async def wait(self) -> None:
         """Wait until there is an event to publish; returns at once if there is one."""

@@ -34,7 +34,8 @@ class Received:
     Args:
         store: The database.
         max_entries: Outcomes kept; the oldest go first.
-        max_age_s: Age in seconds at which an entry is forgotten; longer than any acknowledgement can be late.
+        max_age_s: Age in seconds (see `Ages`) at which an entry is forgotten; longer than any acknowledgement
+            can be late.
         mock: Whether the node only pretends to run VMs.
     """
 
@@ -57,7 +58,7 @@ class Received:
                 "INSERT INTO received (message, deliveries, received_at) VALUES (?, 1, ?) "
                 "ON CONFLICT (message) DO UPDATE SET deliveries = deliveries + 1 "
                 "RETURNING deliveries, outcome",
-                (message, self._store.clock().timestamp()),
+                (message, self._store.ages()),
             ).fetchone()
             return Receipt(*row)
 
@@ -97,11 +98,11 @@ class Received:
         prune = self._count % PRUNE_EVERY == 0
 
         def conclude(tx: Tx) -> None:
-            # Also of a message that is not there any more: a jump of the clock may have pruned it meanwhile.
+            # Also of a message that is not there any more: it may have been pruned meanwhile.
             marked = tx.execute(
                 "INSERT INTO received (message, deliveries, received_at, outcome) VALUES (?, 1, ?, ?) "
                 "ON CONFLICT (message) DO UPDATE SET outcome = excluded.outcome WHERE outcome IS NULL",
-                (message, self._store.clock().timestamp(), kind.value),
+                (message, self._store.ages(), kind.value),
             )
             if marked.rowcount:
                 tx.emit(
@@ -120,7 +121,7 @@ class Received:
         await self._store.write(conclude)
 
     def _prune(self, tx: Tx) -> None:
-        oldest = self._store.clock().timestamp() - self._max_age_s
+        oldest = self._store.ages() - self._max_age_s
         tx.execute("DELETE FROM received WHERE received_at < ?", (oldest,))
         tx.execute(
             "DELETE FROM received WHERE rowid IN (SELECT rowid FROM received WHERE outcome IS NOT NULL "

@@ -23,7 +23,7 @@ _VERSION_1 = (
         digest TEXT NOT NULL,
         status TEXT NOT NULL
     )""",
-    # finished_at IS NULL: in progress. Times are seconds since 1970.
+    # finished_at IS NULL: in progress. started_at is in seconds since 1970, finished_at by `pods.ages`.
     """CREATE TABLE journal (
         command_id TEXT PRIMARY KEY,
         verb TEXT NOT NULL,
@@ -36,7 +36,7 @@ _VERSION_1 = (
         body BLOB
     )""",
     "CREATE INDEX journal_finished ON journal (finished_at)",
-    # published_at IS NULL: still to be published
+    # published_at, in seconds since 1970, IS NULL: still to be published
     """CREATE TABLE outbox (
         sequence INTEGER PRIMARY KEY,
         event TEXT NOT NULL,
@@ -46,7 +46,8 @@ _VERSION_1 = (
 )
 
 _VERSION_2 = (
-    # durable commands; outcome is the kind of the event that told how it ended, NULL until then
+    # durable commands; outcome is the kind of the event that told how it ended, NULL until then; received_at
+    # is by `pods.ages`
     """CREATE TABLE received (
         message TEXT PRIMARY KEY,
         deliveries INTEGER NOT NULL,
@@ -61,7 +62,15 @@ _VERSION_3 = (
     "ALTER TABLE journal ADD COLUMN audit TEXT",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4 = (
+    # sequence of the newest event when the command was begun: what is older is none of its doing
+    "ALTER TABLE journal ADD COLUMN after_sequence INTEGER NOT NULL DEFAULT 0",
+    # when it was published by `pods.ages`, which no jump of the clock makes old
+    "ALTER TABLE outbox ADD COLUMN kept_since REAL",
+    "UPDATE outbox SET kept_since = published_at",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 """Statements that lead from version n to n + 1; only ever appended to."""
 
 

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from vcnode.models.base import JsonObject
 from vcnode.models.events import Event, EventKind
 from vcnode.models.node import ImageStatus
 from vcnode.models.records import PodRecord
+from vcnode.pods.ages import Ages, newest
 from vcnode.pods.identity import Identity, read_identity, write_identity
 from vcnode.pods.salvage import DamagedError, Rebuilt, finish_interrupted, rebuild
 from vcnode.pods.schema import migrate
@@ -67,6 +69,11 @@ class Tx:
         self._images = dict(base.images)
         self._sequence = base.sequence
         self.unpublished_count = base.unpublished_count
+
+    @property
+    def sequence(self) -> int:
+        """Sequence of the newest event, those of this transaction included; 0 before the first."""
+        return self._sequence
 
     @property
     def pods(self) -> Mapping[str, PodRecord]:
@@ -210,10 +217,15 @@ def translate(exc: sqlite3.Error) -> VcnodeError:
 class Store:
     """The database of one node agent; made by `open`."""
 
-    def __init__(self, path: Path, *, node_name: str, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, path: Path, *, node_name: str, clock: Callable[[], datetime], ticks: Callable[[], float]
+    ) -> None:
         self.path = path
         self.node_name = node_name
         self.clock = clock
+        self._ticks = ticks
+        self.ages = Ages(0.0, ticks)
+        """By it what is kept grows old; for the writer thread."""
         self.epoch = 0
         """Grows with each `open` on the same file."""
         self.identity = ""
@@ -237,7 +249,14 @@ class Store:
         self._connection: sqlite3.Connection | None = None
 
     @classmethod
-    async def open(cls, path: Path, *, node_name: str, clock: Callable[[], datetime]) -> Store:
+    async def open(
+        cls,
+        path: Path,
+        *,
+        node_name: str,
+        clock: Callable[[], datetime],
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> Store:
         """Open or make the database, migrate it, and count the epoch up.
 
         A damaged one is kept aside, and a new one made with what could be read of it: see `rebuilt`.
@@ -246,12 +265,13 @@ class Store:
             path: The file; its directory is made if missing.
             node_name: Must be the name that the database was made with: event ids depend on it.
             clock: Gives the current time, with its zone.
+            ticks: Seconds that only grow.
 
         Raises:
             StorageError: Not writable, open elsewhere, of a newer version, or of another node.
             ResourceExhaustedError: The disk is full.
         """
-        store = cls(path, node_name=node_name, clock=clock)
+        store = cls(path, node_name=node_name, clock=clock, ticks=ticks)
         try:
             await store._in_thread(store._open)
         except BaseException:
@@ -427,6 +447,8 @@ class Store:
                 epoch = self._claim(connection)
                 if known is None:
                     self.epoch = epoch
+                    start = newest(connection)
+                    self.ages = Ages(self.clock().timestamp() if start is None else start, self._ticks)
                 else:
                     _restore(connection, known, epoch=self.epoch)
                 self._view = _load(connection)
