@@ -442,6 +442,7 @@ def _join_bus(
         max_request_bytes=settings.limits.request_bytes,
         observer=metrics,
         clock=_now,
+        tasks=tasks,
         audits=settings.audit_events,
         trusts_request_info=settings.nats.trust_request_info,
     )

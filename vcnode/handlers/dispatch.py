@@ -30,6 +30,7 @@ from vcnode.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     NodeError,
+    StorageError,
     UnavailableError,
     VcnodeError,
 )
@@ -41,6 +42,7 @@ from vcnode.handlers.lanes import Lanes, Slot
 from vcnode.handlers.outcome import Outcome, as_duplicate, error_outcome, from_stored, with_id
 from vcnode.handlers.routes import AT_ONCE, ROUTES
 from vcnode.handlers.services import Services
+from vcnode.handlers.unkept import Unkept
 from vcnode.models import wire
 from vcnode.models.audit import AuditRecord
 from vcnode.models.base import Reply, Request
@@ -118,6 +120,7 @@ class Dispatcher:
         max_request_bytes: Largest body.
         observer: Hears how each command ended.
         clock: The time of day, with zone.
+        tasks: Owner of what goes on in the background.
         audits: Whether commands that may change something are told of in audit events.
         trusts_request_info: Whether the NATS server's word on a sender cannot be somebody else's.
     """
@@ -132,6 +135,7 @@ class Dispatcher:
         max_request_bytes: int,
         observer: Observer,
         clock: Callable[[], datetime],
+        tasks: aio.Spawner,
         audits: bool = False,
         trusts_request_info: bool = False,
     ) -> None:
@@ -144,6 +148,7 @@ class Dispatcher:
         self._observer = observer
         self._clock = clock
         self._running: dict[str, _Running] = {}
+        self._unkept = Unkept(tasks)
         self._draining = False
 
     @property
@@ -289,6 +294,9 @@ class Dispatcher:
         command_id = prepared.call.command_id
         if (first := self._running.get(command_id)) is not None:
             return await self._join(prepared, first)
+        if (unkept := self._unkept.find(command_id, prepared.call.verb, prepared.digest)) is not None:
+            return unkept
+        self._unkept.check_room()
         running = _Running(prepared.call.verb, prepared.digest, asyncio.get_running_loop().create_future())
         self._running[command_id] = running
         try:
@@ -317,7 +325,7 @@ class Dispatcher:
         if stored is not None:
             return as_duplicate(from_stored(stored))
         outcome = await _settled(prepared.call.verb, self._handle(prepared), begun=True)
-        await self._conclude(prepared.call.command_id, outcome)
+        await self._conclude(prepared, outcome)
         # What the journal has forgotten is told by whoever gives up repeating it, if anybody does.
         return replace(outcome, audit=prepared.audit) if outcome.retryable else outcome
 
@@ -326,7 +334,11 @@ class Dispatcher:
         begin = self._journal.begin(command_id, prepared.call.verb, prepared.digest, prepared.audit)
         try:
             return await aio.finish(begin, timeout_s=JOURNAL_TIMEOUT_S)
-        except TimeoutError as exc:
+        except (TimeoutError, StorageError) as exc:
+            if isinstance(exc, StorageError) and exc.details.get("settled", True):
+                raise
+            # It may be written yet, and would stand there as in progress for ever.
+            self._add_unkept(prepared, None, lambda: self._journal.forget(command_id))
             raise NodeError(
                 f"The journal did not take the command within {JOURNAL_TIMEOUT_S:g} s; nothing was done."
             ) from exc
@@ -334,28 +346,40 @@ class Dispatcher:
             await aio.finish(self._journal.forget(command_id), timeout_s=JOURNAL_TIMEOUT_S)
             raise
 
-    async def _conclude(self, command_id: str, outcome: Outcome) -> None:
+    async def _conclude(self, prepared: _Prepared, outcome: Outcome) -> None:
         """Keep the reply; what had no effect and may be tried again is forgotten instead.
 
         A journal that cannot be written does not turn a success into a failure: the caller still gets the
-        reply, and after a restart the command counts as unfinished.
+        reply, so does who sends the command again, and it is written when that is possible. After a restart
+        before that the command counts as unfinished.
         """
-        if outcome.retryable:
-            work = self._journal.forget(command_id)
-        else:
-            stored = Stored(
-                ok=outcome.ok,
-                body=outcome.body,
-                code=None if outcome.ok else outcome.code,
-                number=outcome.number,
-            )
-            work = self._journal.finish(command_id, stored)
+        command_id = prepared.call.command_id
+        stored = Stored(
+            ok=outcome.ok,
+            body=outcome.body,
+            code=None if outcome.ok else outcome.code,
+            number=outcome.number,
+        )
+
+        async def write() -> None:
+            if outcome.retryable:
+                await self._journal.forget(command_id)
+            else:
+                await self._journal.finish(command_id, stored)
+
         try:
-            await aio.finish(work, timeout_s=JOURNAL_TIMEOUT_S)
+            await aio.finish(write(), timeout_s=JOURNAL_TIMEOUT_S)
         except (VcnodeError, TimeoutError):
-            log.exception("The reply of command %s could not be kept", command_id)
+            log.exception("The reply of command %s could not be kept; trying again", command_id)
+            self._add_unkept(prepared, None if outcome.retryable else outcome, write)
         except asyncio.CancelledError as exc:
             _cancelled(exc)  # the entry is written and the reply is at hand: give it
+
+    def _add_unkept(
+        self, prepared: _Prepared, outcome: Outcome | None, write: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        call = prepared.call
+        self._unkept.add(call.command_id, call.verb, prepared.digest, outcome, write)
 
     async def _handle(self, prepared: _Prepared) -> Outcome:
         if prepared.command.mutates:

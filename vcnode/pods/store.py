@@ -309,7 +309,8 @@ class Store:
 
         Raises:
             StorageError: The database cannot be written; nothing of this transaction was kept. After
-                `WRITE_LIMIT_S` seconds without an answer of the disk it is raised, too, and the outcome open.
+                `WRITE_LIMIT_S` seconds without an answer of the disk it is raised, too, and the outcome open
+                (detail ``settled``: false).
             DamagedError: It is damaged; nothing of this was kept, and by now it is rebuilt, if it can be.
             ResourceExhaustedError: The disk is full.
             UnavailableError: The store is closed.
@@ -361,7 +362,8 @@ class Store:
             return await aio.finish(result(), timeout_s=WRITE_LIMIT_S)
         except TimeoutError as exc:
             raise StorageError(
-                f"The disk of the node's state directory has not answered for {WRITE_LIMIT_S:.0f} s."
+                f"The disk of the node's state directory has not answered for {WRITE_LIMIT_S:.0f} s.",
+                settled=False,
             ) from exc
 
     # ---- in the writer thread ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from vcnode.aio import Tasks
 from vcnode.errors import VcnodeError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.services import NodeService, Services
@@ -336,13 +337,13 @@ class FakeStreams:
 
 
 class MemoryJournal:
-    """A journal without a disk; ``begin_gate`` makes it slow, ``finish_error`` makes it fail."""
+    """A journal without a disk; ``begin_gate`` makes it slow, ``error`` makes its last word fail."""
 
     def __init__(self) -> None:
         self.begun: dict[str, tuple[str, str]] = {}
         self.stored: dict[str, Stored] = {}
         self.begin_gate: Gate | None = None
-        self.finish_error: Exception | None = None
+        self.error: Exception | None = None
 
     async def begin(self, command_id: str, verb: str, digest: str, audit: Any = None) -> Stored | None:
         if self.begin_gate is not None:
@@ -353,11 +354,13 @@ class MemoryJournal:
         return None
 
     async def finish(self, command_id: str, stored: Stored) -> None:
-        if self.finish_error is not None:
-            raise self.finish_error
+        if self.error is not None:
+            raise self.error
         self.stored[command_id] = stored
 
     async def forget(self, command_id: str) -> None:
+        if self.error is not None:
+            raise self.error
         if command_id not in self.stored:
             self.begun.pop(command_id, None)
 
@@ -411,6 +414,7 @@ class World:
         self,
         *,
         journal: Any = None,
+        tasks: Tasks | None = None,
         max_concurrent: int = 8,
         max_request_bytes: int = 64 * 1024,
         node_name: str = "n1",
@@ -445,5 +449,6 @@ class World:
             max_request_bytes=max_request_bytes,
             observer=self.counter,
             clock=clock,
+            tasks=Tasks() if tasks is None else tasks,
             **options,
         )

@@ -358,14 +358,70 @@ async def test_a_journal_that_cannot_begin_stops_the_command() -> None:
     assert not world.pods.calls
 
 
-async def test_a_journal_that_cannot_finish_does_not_hide_a_success(
-    caplog: pytest.LogCaptureFixture,
+@pytest.fixture
+def unkept(monkeypatch: pytest.MonkeyPatch, tasks: Tasks) -> World:
+    """A world whose journal takes no last word, for now."""
+    monkeypatch.setattr("vcnode.handlers.unkept.RETRY_FIRST_S", 0.001)
+    monkeypatch.setattr("vcnode.handlers.unkept.RETRY_MAX_S", 0.001)
+    world = World(tasks=tasks)
+    world.journal.error = StorageError("The node's database failed; nothing was changed.")
+    return world
+
+
+async def test_a_reply_that_the_journal_does_not_take_is_given_and_kept_until_it_does(
+    unkept: World, tasks: Tasks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = World()
-    world.journal.finish_error = StorageError("The node's database failed; nothing was changed.")
-    outcome = await world.dispatcher.dispatch("pod.create", {wire.COMMAND_ID: "c-1"}, CREATE)
-    assert outcome.ok
+    dispatch, headers = unkept.dispatcher.dispatch, {wire.COMMAND_ID: "c-1"}
+    first = await dispatch("pod.create", headers, CREATE)
+    assert first.ok
     assert "c-1 could not be kept" in caplog.text
+    again = await dispatch("pod.create", headers, CREATE)
+    assert (again.body, again.headers[wire.DUPLICATE]) == (first.body, "true")
+    other = error_of(await dispatch("pod.start", headers, b'{"pod_id": "p1"}'))
+    assert other.code == "already_exists"
+    unkept.journal.error = None
+    assert await tasks.join(timeout_s=10)
+    assert unkept.journal.stored["c-1"].body == first.body
+    assert (await dispatch("pod.create", headers, CREATE)).headers[wire.DUPLICATE] == "true"
+    assert unkept.pods.count("create") == 1
+
+
+async def test_a_command_that_the_journal_does_not_forget_is_not_begun_again_before_it_has(
+    unkept: World, tasks: Tasks
+) -> None:
+    dispatch, headers = unkept.dispatcher.dispatch, {wire.COMMAND_ID: "c-1"}
+    unkept.pods.errors["create"] = UnavailableError("Not now.")
+    assert error_of(await dispatch("pod.create", headers, CREATE)).message == "Not now."
+    del unkept.pods.errors["create"]
+    assert error_of(await dispatch("pod.create", headers, CREATE)).code == "unavailable"
+    unkept.journal.error = None
+    assert await tasks.join(timeout_s=10)
+    assert (await dispatch("pod.create", headers, CREATE)).ok
+
+
+async def test_a_command_that_the_journal_took_too_late_does_not_stand_there_for_ever(
+    unkept: World, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vcnode.handlers.dispatch.JOURNAL_TIMEOUT_S", 0.01)
+    dispatch, headers = unkept.dispatcher.dispatch, {wire.COMMAND_ID: "c-1"}
+    unkept.journal.begin_gate = Gate()
+    assert error_of(await dispatch("pod.create", headers, CREATE)).code == "internal"
+    unkept.journal.begun["c-1"] = ("pod.create", "written after all")
+    unkept.journal.begin_gate = None
+    assert error_of(await dispatch("pod.create", headers, CREATE)).code == "unavailable"
+    unkept.journal.error = None
+    assert await tasks.join(timeout_s=10)
+    assert not unkept.journal.begun
+    assert (await dispatch("pod.create", headers, CREATE)).ok
+    assert unkept.pods.count("create") == 1
+
+
+async def test_a_node_whose_journal_takes_nothing_begins_no_more_than_it_can_remember(
+    unkept: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vcnode.handlers.unkept.MAX_UNKEPT", 2)
+    codes = [(await unkept.dispatcher.dispatch("pod.create", {}, CREATE)).code for _ in range(3)]
+    assert codes == ["ok", "ok", "resource_exhausted"]
 
 
 async def test_a_draining_node_refuses_changes_and_answers_reads() -> None:
