@@ -35,7 +35,7 @@ from tests.support.hyperstart import (
     fake_hyperstart,
 )
 from tests.support.hypervms import SocketVm, connect_to
-from vcnode.drivers.agent.hyperstart import HyperstartAgent
+from vcnode.drivers.agent.hyperstart import HyperstartAgent, processes
 from vcnode.drivers.agent.hyperstart.known import FILE
 from vcnode.drivers.agent.hyperstart.process import MAX_UNREAD_BYTES, HyperProcess
 from vcnode.drivers.agent.hyperstart.session import HyperSession
@@ -596,9 +596,27 @@ async def test_a_session_finds_its_place_in_half_frames(guest: FakeHyperstart, s
     ).records()
     async with asyncio.timeout(LIMIT_S):
         (record,) = await anext(records)
-    assert (record.instance, record.data) == (known["instance"], b"late")
+    assert (record.instance, record.offset, record.data) == (known["instance"], 40, b"late")
     await again.ping(timeout_s=LIMIT_S)
     await again.close()
+
+
+@pytest.mark.parametrize("version", [4244])
+async def test_an_end_that_is_told_without_that_of_its_output_is_believed_after_a_while(
+    guest: FakeHyperstart, session: HyperSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LINGER_S", 0.05)
+    cid = await sleeping(session)
+    process = await execute(session, cid, "sh", "-c", "echo out; sleep 1000")
+    output = process.output()
+    assert await anext(output) == ("stdout", b"out\n")
+    (running,) = (p for p in guest.processes if guest.containers[cid] is not p)
+    told = {"container": cid, "process": "nobody", "event": "finished", "status": 7}
+    for event in (told, {**told, "process": running.id}):
+        guest.tell(23, json.dumps(event).encode())
+    async with asyncio.timeout(LIMIT_S):
+        assert [chunk async for chunk in output] == []
+        assert (await process.wait()).exit_code == 7
 
 
 async def test_a_container_that_the_guest_has_lost_is_told_as_ended(

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from vcnode.drivers.base import LogPosition, LogRecord
 
@@ -23,19 +24,28 @@ class Outputs:
         self._records: dict[str, deque[LogRecord]] = {}
         self._sizes: dict[str, int] = {}
         self._positions: dict[str, LogPosition] = {}
+        self._earlier: set[str] = set()
+        """Containers of which nobody has said yet how much they had written before."""
         self.changed = asyncio.Event()
         self.followed = False
 
-    def begin(self, container_id: str, instance: int, offset: int = 0) -> None:
-        """A container writes from now on; *offset* bytes were written before."""
-        self._positions[container_id] = LogPosition(instance, offset)
+    def begin(self, container_id: str, instance: int, *, earlier: bool) -> None:
+        """A container writes from now on, or goes on with what it has begun in an *earlier* session."""
+        self._positions[container_id] = LogPosition(instance, 0)
+        if earlier:
+            self._earlier.add(container_id)
 
     def resume(self, known: Mapping[str, LogPosition]) -> None:
-        """Go on after what is kept of outputs that have begun in an earlier session."""
-        for container_id, position in known.items():
+        """Count on from what is kept of outputs that have begun in an earlier session."""
+        for container_id, kept in known.items():
             here = self._positions.get(container_id)
-            if here is not None and here.instance == position.instance and here.offset < position.offset:
-                self._positions[container_id] = position
+            if here is None or container_id not in self._earlier or here.instance != kept.instance:
+                continue
+            self._earlier.discard(container_id)
+            self._positions[container_id] = LogPosition(here.instance, here.offset + kept.offset)
+            records = self._records.get(container_id, deque())
+            for index, record in enumerate(records):
+                records[index] = replace(record, offset=record.offset + kept.offset)
 
     def add(self, container_id: str, kind: str, data: bytes) -> None:
         """A container has written."""
@@ -62,6 +72,7 @@ class Outputs:
     def forget(self, container_id: str) -> None:
         """A container is deleted; what is unread of it can still be read."""
         self._positions.pop(container_id, None)
+        self._earlier.discard(container_id)
 
     def wake(self) -> None:
         """Let the reader look again."""

@@ -103,7 +103,7 @@ class HyperSession(RefusingSession):
         Once the pod runs, further interfaces and routes are set up each by itself.
         """
         if left := messages.left_out(config.endpoints):
-            log.warning("hyperstart in %s does not get %s", self.vm_id, ", ".join(left))
+            log.info("hyperstart in %s does not get %s", self.vm_id, ", ".join(left))
         async with self.dialogue.bounded("STARTPOD", timeout_s):
             if self._memory.pod_runs:
                 await self._reconfigure(config)
@@ -400,7 +400,7 @@ class HyperSession(RefusingSession):
             terminal=known.terminal,
             started=started,
         )
-        self._outputs.begin(container_id, known.instance)
+        self._outputs.begin(container_id, known.instance, earlier=started)
 
         def on_output(name: OutputName, data: bytes) -> None:
             self._outputs.add(container_id, name, data)
