@@ -220,6 +220,26 @@ async def test_a_command_without_an_answer_ends_with_its_time(
         await session.ping(timeout_s=0.05)
 
 
+@pytest.mark.parametrize("text", ["", "{}x", '{"containers": {"c": {"stdio": "1"}}}', "\0"])
+async def test_what_the_host_remembers_must_make_sense(short_dir: Path, text: str) -> None:
+    async with fake_hyperstart(short_dir) as guest:
+        (short_dir / FILE).write_text(text)
+        with pytest.raises(AgentError, match=FILE):
+            await connect(guest)
+
+
+async def test_a_start_that_cannot_be_remembered_does_not_happen(short_dir: Path) -> None:
+    async with fake_hyperstart(short_dir) as guest:
+        session = await connect(guest)
+        await session.configure(CONFIG, timeout_s=LIMIT_S)
+        await session.create_container(container("c1", "true"), timeout_s=LIMIT_S)
+        (short_dir / f"{FILE}.new").mkdir()
+        with pytest.raises(AgentError, match=FILE):
+            await session.start_container("c1", timeout_s=LIMIT_S)
+        assert guest.sent(NEWCONTAINER) == []
+        await session.close()
+
+
 async def test_an_unknown_version_is_not_spoken_with(short_dir: Path) -> None:
     async with fake_hyperstart(short_dir, 4245) as guest:
         with pytest.raises(AgentError, match="4245"):
