@@ -237,6 +237,9 @@ async def test_a_start_that_cannot_be_remembered_does_not_happen(short_dir: Path
         with pytest.raises(AgentError, match=FILE):
             await session.start_container("c1", timeout_s=LIMIT_S)
         assert guest.sent(NEWCONTAINER) == []
+        (short_dir / f"{FILE}.new").rmdir()
+        await session.start_container("c1", timeout_s=LIMIT_S)
+        assert await exit_of(session, "c1") == 0
         await session.close()
 
 

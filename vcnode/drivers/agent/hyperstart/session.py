@@ -199,7 +199,11 @@ class HyperSession(RefusingSession):
         )
         payload = messages.container(spec, main)
         self._memory.containers[container_id] = known
-        self._save()  # before the guest has it: what runs is never forgotten
+        try:
+            self._save()  # before the guest has it: what runs is never forgotten
+        except AgentError:
+            del self._memory.containers[container_id]
+            raise
         running = self._watch_main(container_id, known)
 
         def on_answer(answer: Answer) -> None:
