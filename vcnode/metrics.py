@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from vcnode.pod_metrics import PodMetrics, PodSample
 from vcnode.tally import Tally
+from vcnode.tracing import trace_id_of
 
 _COMMAND_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _PHASE_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -29,10 +30,18 @@ class Metrics:
     Args:
         registry: Where they are registered; one `Metrics` each.
         verbs: The verbs that get a label of their own.
+        on_phase: Also told the name and seconds of each phase of a start.
     """
 
-    def __init__(self, registry: CollectorRegistry, verbs: Collection[str]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        verbs: Collection[str],
+        *,
+        on_phase: Callable[[str, float], None] | None = None,
+    ) -> None:
         self._registry = registry
+        self._on_phase = on_phase
         self._verbs = frozenset(verbs)
         self._tally = Tally(_COMMAND_BUCKETS)
         registry.register(self._tally)
@@ -96,13 +105,18 @@ class Metrics:
         )
         self._build = Info("vcnode_build", "What this node runs.", registry=registry)
 
-    def command_done(self, verb: str, code: str, seconds: float) -> None:
-        """*verb* was answered with *code* (``ok`` or an error's) after *seconds*."""
-        self._tally.add(verb if verb in self._verbs else "unknown", code, seconds)
+    def command_done(self, verb: str, code: str, seconds: float, traceparent: str | None = None) -> None:
+        """*verb* was answered with *code* (``ok`` or an error's) after *seconds*, in that trace."""
+        known = verb if verb in self._verbs else "unknown"
+        self._tally.add(known, code, seconds, trace_id_of(traceparent))
 
-    def phase(self, name: str, seconds: float) -> None:
-        """A phase of a start took so long."""
-        self._phase_seconds.labels(name).observe(seconds)
+    def phase(self, name: str, seconds: float, traceparent: str | None = None) -> None:
+        """A phase of a start took so long; its trace is an exemplar."""
+        trace_id = trace_id_of(traceparent)
+        exemplar = None if trace_id is None else {"trace_id": trace_id}
+        self._phase_seconds.labels(name).observe(seconds, exemplar)
+        if self._on_phase is not None:
+            self._on_phase(name, seconds)
 
     def restarted(self, what: str) -> None:
         """A restart policy has started a container or a pod again."""

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from prometheus_client import CollectorRegistry
 
@@ -51,7 +52,8 @@ from vcnode.drivers.network.noop import NoopNetwork
 from vcnode.drivers.storage.images import Around, no_points
 from vcnode.drivers.storage.local import LocalStorage
 from vcnode.drivers.storage.mock import MockStorage
-from vcnode.drivers.watched import Hook, watched
+from vcnode.drivers.watched import Around as CallsWithin
+from vcnode.drivers.watched import Hook, surrounded, watched
 from vcnode.errors import FailedPreconditionError, StorageError, VcnodeError
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.handlers.services import NodeService, Services
@@ -79,6 +81,7 @@ from vcnode.pods.standing import Standing
 from vcnode.pods.store import Store
 from vcnode.pods.templates import EVICT_EVERY_S
 from vcnode.settings import Settings
+from vcnode.tracing import Tracing, open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +111,15 @@ class Drivers:
     def watched(self, *, before: Hook, after: Hook) -> Drivers:
         """The same with somebody who watches their calls."""
 
+        return self._each(partial(watched, before=before, after=after))
+
+    def surrounded(self, around: CallsWithin) -> Drivers:
+        """The same with each of their calls made within *around*."""
+        return self._each(partial(surrounded, around=around))
+
+    def _each(self, wrap: Callable[..., Any]) -> Drivers:
         def watch(driver: D, owner: str) -> D:
-            return watched(driver, owner, before=before, after=after)
+            return cast(D, wrap(driver, owner))
 
         return Drivers(
             hypervisors={name: watch(driver, "hypervisor") for name, driver in self.hypervisors.items()},
@@ -229,7 +239,15 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(state_lock(settings.state_dir))
         registry = CollectorRegistry()
-        metrics = Metrics(registry, COMMANDS)
+        tracing = open_tracing(
+            settings.node_name,
+            vcnode.__version__,
+            endpoint=settings.tracing.endpoint,
+            sample_ratio=settings.tracing.sample_ratio,
+        )
+        stack.push_async_callback(tracing.close)
+        traced = bool(settings.tracing.endpoint)
+        metrics = Metrics(registry, COMMANDS, on_phase=tracing.phase if traced else None)
         store = await Store.open(database_of(settings), node_name=settings.node_name, clock=_now)
         stack.push_async_callback(store.close)
         tasks = await stack.enter_async_context(Tasks())
@@ -238,6 +256,8 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         if points:
             drivers = drivers.watched(before=points.before, after=points.after)
             points.guard(store)
+        if traced:
+            drivers = drivers.surrounded(tracing.call)
         await _open_drivers(drivers, stack)
         mock = settings.hypervisor is HypervisorType.MOCK
         images = ImageService(
@@ -312,6 +332,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
             contact,
             tasks,
             stack,
+            tracing,
         )
         fleet.on_change(bus.lease.look)
         connection = bus.connection
@@ -410,6 +431,7 @@ def _join_bus(
     contact: Contact,
     tasks: Tasks,
     stack: contextlib.AsyncExitStack,
+    tracing: Tracing,
 ) -> _Bus:
     """Set up everything that speaks NATS; ``connection.start()`` then lets commands in."""
     subjects = Subjects(settings.nats.prefix)
@@ -445,6 +467,7 @@ def _join_bus(
         tasks=tasks,
         audits=settings.audit_events,
         trusts_request_info=settings.nats.trust_request_info,
+        tracing=tracing,
     )
     publisher = EventPublisher(
         connection,

@@ -266,6 +266,17 @@ class ImageRule(Group):
     """Its manifest must have one of these digests. Default: any."""
 
 
+class TracingSettings(Group):
+    """Where traces go. Certificates and headers are taken from OpenTelemetry's own environment variables
+    (``OTEL_EXPORTER_OTLP_CERTIFICATE``, ``OTEL_EXPORTER_OTLP_HEADERS``, …). Needs ``vcnode[otel]``."""
+
+    endpoint: str = Field(default="", pattern=r"^(https?://.+)?$")
+    """Takes spans by OTLP over HTTP, such as ``http://collector:4318/v1/traces``. Default: no spans are made,
+    and the traces of senders are passed on."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the commands that begin a trace, of those whose sender has none; what he traces is traced."""
+
+
 class PolicySettings(Group):
     """What callers may ask for, whoever they are. A refusal (``permission_denied``) names the setting here.
     Without this group everything is allowed but secrets in files of the host, its devices, and parameters of
@@ -457,6 +468,7 @@ class Settings(BaseSettings):
     cni: CniSettings = CniSettings()
     cnm: CnmSettings = CnmSettings()
     policy: PolicySettings = PolicySettings()
+    tracing: TracingSettings = TracingSettings()
     secrets: SecretSettings = SecretSettings()
     logs: LogSettings = LogSettings()
     stats: StatsSettings = StatsSettings()

@@ -2,6 +2,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from vcnode.metrics import Metrics
@@ -30,6 +31,24 @@ def test_commands_are_counted_and_timed(metrics, registry):
     assert value(registry, "vcnode_commands_total", verb="pod.create", code="not_found") == 1
     assert value(registry, "vcnode_command_duration_seconds_count", verb="pod.create") == 3
     assert value(registry, "vcnode_command_duration_seconds_bucket", verb="pod.create", le="0.03") == 2
+
+
+def test_a_trace_is_the_exemplar_of_its_buckets(metrics, registry):
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    metrics.command_done("pod.run", "ok", 0.02)
+    metrics.command_done("pod.run", "ok", 0.02, f"00-{trace}-b7ad6b7169203331-01")
+    metrics.phase("boot", 0.07, f"00-{trace}-b7ad6b7169203331-01")
+    found = {
+        (sample.name, sample.labels.get("le")): sample.exemplar.labels
+        for family in openmetrics_families(openmetrics(registry).decode())
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+    assert found == {
+        ("vcnode_command_duration_seconds_bucket", "0.03"): {"trace_id": trace},
+        ("vcnode_pod_start_phase_seconds_bucket", "0.1"): {"trace_id": trace},
+    }
+    assert trace not in generate_latest(registry).decode()  # the older format has no place for it
 
 
 def test_made_up_verbs_make_no_series_of_their_own(metrics, registry):

@@ -100,6 +100,8 @@ class Received(Protocol):
         command_id: str,
         data: JsonObject,
         audit: AuditRecord | None = None,
+        *,
+        traceparent: str | None = None,
     ) -> None:
         """Tell the outcome, once."""
         ...
@@ -351,7 +353,9 @@ class DurableCommands:
         if outcome.audit is not None:
             stored = Stored(outcome.ok, outcome.body, None if outcome.ok else outcome.code, outcome.number)
             audit = concluded(outcome.audit, stored)
-        told = await self._surely(lambda: self._tell(held.message, kind, command_id, data, audit))
+        told = await self._surely(
+            lambda: self._tell(held.message, kind, command_id, data, audit, outcome.traceparent)
+        )
         return told is not None
 
     async def _tell(
@@ -361,8 +365,9 @@ class DurableCommands:
         command_id: str,
         data: JsonObject,
         audit: AuditRecord | None,
+        traceparent: str | None,
     ) -> bool:
-        await self._received.conclude(message, kind, command_id, data, audit)
+        await self._received.conclude(message, kind, command_id, data, audit, traceparent=traceparent)
         return True
 
     async def _give_back(self, held: _Held) -> None:

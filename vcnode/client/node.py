@@ -25,6 +25,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from pydantic import ValidationError
 
+from vcnode import tracing
 from vcnode.client.requests import NobodyListensError, Requester
 from vcnode.client.streams import Opening, StreamMethods
 from vcnode.errors import (
@@ -762,6 +763,8 @@ class NodeClient(StreamMethods):
 
 def _headers(options: Read | Change, actor: str | None) -> dict[str, str]:
     headers = {} if actor is None else {wire.ACTOR: actor}
+    if (trace := tracing.current()) is not None:
+        headers[wire.TRACEPARENT] = trace
     if (command_id := options.get("command_id")) is not None:
         headers[wire.COMMAND_ID] = str(command_id)
     if (deadline_s := options.get("deadline_s")) is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from vcnode.drivers.faults import OPERATIONS
@@ -13,6 +14,9 @@ T = TypeVar("T")
 
 Hook = Callable[[str], None]
 """Called with the operation, such as ``hypervisor.launch``."""
+
+Around = Callable[[str], contextlib.AbstractContextManager[None]]
+"""Called with the operation; each call is made within what this gives."""
 
 _RESULTS = {
     "hypervisor.launch": "vm",
@@ -31,9 +35,20 @@ def watched(driver: T, owner: str, *, before: Hook, after: Hook) -> T:
         before: Called when nothing is done yet.
         after: Called when all is done, and the caller does not know yet; not after a failure.
     """
+
+    @contextlib.contextmanager
+    def around(operation: str) -> Iterator[None]:
+        before(operation)
+        yield
+        after(operation)
+
+    return surrounded(driver, owner, around)
+
+
+def surrounded(driver: T, owner: str, around: Around) -> T:
+    """*driver* as it is, but with each of its calls that a fault plan can name made within *around*."""
     calls = {
-        name: _call(f"{owner}.{name}", name, before, after)
-        for name in _operations(cast(type, type(driver)), owner)
+        name: _call(f"{owner}.{name}", name, around) for name in _operations(cast(type, type(driver)), owner)
     }
     made = type(f"Watched{type(driver).__name__}", (_Watched,), calls)
     return cast(T, made(driver))
@@ -56,14 +71,13 @@ class _Watched:
         return getattr(self._driver, name)
 
 
-def _call(operation: str, name: str, before: Hook, after: Hook) -> Callable[..., Any]:
+def _call(operation: str, name: str, around: Around) -> Callable[..., Any]:
     async def call(self: _Watched, *args: Any, **kwargs: Any) -> Any:
-        before(operation)
         method = getattr(self._driver, name)
-        result = await method(*map(_bare, args), **{key: _bare(value) for key, value in kwargs.items()})
-        after(operation)
+        with around(operation):
+            result = await method(*map(_bare, args), **{key: _bare(value) for key, value in kwargs.items()})
         if result is not None and operation in _RESULTS:
-            return watched(result, _RESULTS[operation], before=before, after=after)
+            return surrounded(result, _RESULTS[operation], around)
         return result
 
     return functools.update_wrapper(call, _Watched.__getattr__, assigned=())

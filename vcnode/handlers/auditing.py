@@ -48,6 +48,7 @@ def begin(
         received_at=now,
         ok=False,
         code=PENDING,
+        traceparent=meta.traceparent,
     )
 
 

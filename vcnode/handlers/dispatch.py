@@ -49,6 +49,7 @@ from vcnode.models.base import Reply, Request
 from vcnode.models.call import Call
 from vcnode.models.commands import COMMANDS, Command
 from vcnode.pods.stored import Stored
+from vcnode.tracing import TRACE_ID, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class Journal(Protocol):
 class Observer(Protocol):
     """Hears how commands end."""
 
-    def command_done(self, verb: str, code: str, seconds: float) -> None:
-        """*verb* was answered with *code* (``ok`` or an error's) after *seconds*."""
+    def command_done(self, verb: str, code: str, seconds: float, traceparent: str | None = None) -> None:
+        """*verb* was answered with *code* (``ok`` or an error's) after *seconds*, within that trace."""
         ...
 
 
@@ -138,7 +139,9 @@ class Dispatcher:
         tasks: aio.Spawner,
         audits: bool = False,
         trusts_request_info: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing or Tracing()
         self._audits = audits
         self._trusts_request_info = trusts_request_info
         self._services = services
@@ -199,29 +202,44 @@ class Dispatcher:
             return self.answer(verb, headers, body)
         started = time.monotonic()
         command_id = new_command_id()
+        traceparent: str | None = None
 
         async def work() -> Outcome:
-            nonlocal command_id
+            nonlocal command_id, traceparent
             meta = meta_headers.parse(headers)
             command_id = meta.command_id or command_id
-            with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
-                return await self._run(self._prepare(verb, meta, command_id, body, way))
+            with self._tracing.command(verb, command_id, meta.traceparent, way=way) as span:
+                traceparent = span.traceparent
+                bound = {"verb": verb, "command_id": command_id}
+                if traceparent is not None:
+                    bound["trace_id"] = traceparent[TRACE_ID]
+                with structlog.contextvars.bound_contextvars(**bound):
+                    traced = replace(meta, traceparent=traceparent)
+                    outcome = await _settled(verb, self._checked(verb, traced, command_id, body, way))
+                span.ended(outcome.code)
+                return outcome
 
         outcome = await _settled(verb, work())
-        self._observer.command_done(verb, outcome.code, time.monotonic() - started)
-        return with_id(outcome, command_id)
+        self._observer.command_done(verb, outcome.code, time.monotonic() - started, traceparent)
+        return with_id(outcome, command_id, traceparent)
+
+    async def _checked(
+        self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes, way: Way
+    ) -> Outcome:
+        return await self._run(self._prepare(verb, meta, command_id, body, way))
 
     def answer(self, verb: str, headers: Mapping[str, str], body: bytes) -> Outcome:
         """Carry out one command of `AT_ONCE`; as `dispatch`, but without waiting for anything.
 
-        These are most of what a scheduler sends, so they get no task, no slot and no timer.
+        These are most of what a scheduler sends, so they get no task, no slot, no timer and no span.
         """
         started = time.monotonic()
         command_id = new_command_id()
+        traceparent: str | None = None
         try:
             meta = meta_headers.parse(headers)
-            command_id = meta.command_id or command_id
-            call = Call(command_id, verb, None, meta.expected_revision, meta.traceparent)
+            command_id, traceparent = meta.command_id or command_id, meta.traceparent
+            call = Call(command_id, verb, None, meta.expected_revision, traceparent)
             self._check_size(body)
             request = decode_again(COMMANDS[verb].request, body)
             if meta.deadline is not None:
@@ -231,7 +249,7 @@ class Dispatcher:
         except Exception as exc:
             with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
                 outcome = with_id(error_outcome(exc, verb), command_id)
-        self._observer.command_done(verb, outcome.code, time.monotonic() - started)
+        self._observer.command_done(verb, outcome.code, time.monotonic() - started, traceparent)
         return outcome
 
     def _check_size(self, body: bytes) -> None:

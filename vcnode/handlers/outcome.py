@@ -40,6 +40,8 @@ class Outcome:
     retryable: bool = False
     audit: AuditRecord | None = None
     """What is still to be told of it if this outcome stays; None: nothing, or the journal has told it."""
+    traceparent: str | None = None
+    """Of the command, for what is still to be told of it."""
     quiet: bool = False
     """Whether a node that was asked among all does not answer at all."""
 
@@ -124,9 +126,10 @@ def as_duplicate(outcome: Outcome) -> Outcome:
     return replace(outcome, headers={**outcome.headers, wire.DUPLICATE: "true"}, audit=None)
 
 
-def with_id(outcome: Outcome, command_id: str) -> Outcome:
-    """Put the command's id into a reply."""
-    return replace(outcome, headers={**outcome.headers, wire.COMMAND_ID: command_id})
+def with_id(outcome: Outcome, command_id: str, traceparent: str | None = None) -> Outcome:
+    """Put the command's id into a reply, and its trace beside it."""
+    headers = {**outcome.headers, wire.COMMAND_ID: command_id}
+    return replace(outcome, headers=headers, traceparent=traceparent)
 
 
 def _plain(details: Mapping[str, object]) -> dict[str, object]:

@@ -55,3 +55,5 @@ class AuditRecord(Reply):
     """The setting that denied it."""
     message: str | None = None
     """The error's message."""
+    traceparent: str | None = None
+    """W3C trace context of the command, if it has one."""

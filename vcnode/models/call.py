@@ -19,4 +19,4 @@ class Call:
     expected_revision: int | None = None
     """The pod's revision must be this one, or the command is refused."""
     traceparent: str | None = None
-    """W3C trace context, as received."""
+    """W3C trace context of its effects: that of the node's span where spans are made, else as received."""

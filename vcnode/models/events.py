@@ -104,6 +104,8 @@ class Event(Reply):
     """True when the node only pretends to run VMs."""
     commandid: str | None = None
     """The command that caused it, if one did."""
+    traceparent: str | None = None
+    """W3C trace context of that command, if it has one."""
     data: JsonObject
     """The status after the change (``PodStatus``, ``ContainerStatus``, …) or the facts of the event."""
 

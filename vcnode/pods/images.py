@@ -244,9 +244,7 @@ class ImageService:
         async def report(progress: PullProgress) -> None:
             data = {"name": name, "reference": request.reference, **progress.model_dump(mode="json")}
             try:
-                await self._store.write(
-                    lambda tx: self._emit(tx, EventKind.IMAGE_PULLING, name, data, call.command_id)
-                )
+                await self._store.write(lambda tx: self._emit(tx, EventKind.IMAGE_PULLING, name, data, call))
             except VcnodeError as exc:
                 # Progress is told, not owed: the pull itself will meet a database that cannot be written.
                 log.warning("The progress of %s cannot be told: %s", name, exc.message)
@@ -284,7 +282,7 @@ class ImageService:
         def save(tx: Tx) -> ImageStatus | None:
             replaced = tx.images.get(name)
             tx.save_image(image)
-            self._emit(tx, kind, name, image.model_dump(mode="json"), call.command_id)
+            self._emit(tx, kind, name, image.model_dump(mode="json"), call)
             for used in self._used_at.keys() & tx.images.keys():
                 tx.save_image(self._with_use(tx.images[used]))
             return replaced
@@ -301,11 +299,18 @@ class ImageService:
     def _forget(self, tx: Tx, image: ImageStatus, call: Call | None) -> None:
         tx.forget_image(image.name)
         data = image.model_dump(mode="json")
-        command_id = None if call is None else call.command_id
-        self._emit(tx, EventKind.IMAGE_REMOVED, image.name, data, command_id)
+        self._emit(tx, EventKind.IMAGE_REMOVED, image.name, data, call)
 
-    def _emit(self, tx: Tx, kind: EventKind, name: str, data: JsonObject, command_id: str | None) -> None:
-        tx.emit(kind, f"image/{name}", data, time=self._clock(), mock=self._mock, command_id=command_id)
+    def _emit(self, tx: Tx, kind: EventKind, name: str, data: JsonObject, call: Call | None) -> None:
+        tx.emit(
+            kind,
+            f"image/{name}",
+            data,
+            time=self._clock(),
+            mock=self._mock,
+            command_id=None if call is None else call.command_id,
+            traceparent=None if call is None else call.traceparent,
+        )
 
     async def _sweep(self) -> None:
         """Delete the files of forgotten images that nothing uses."""

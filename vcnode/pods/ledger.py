@@ -266,6 +266,7 @@ class Ledger:
             time=self._clock(),
             mock=self._is_mock(record),
             command_id=None if call is None else call.command_id or None,
+            traceparent=None if call is None else call.traceparent,
         )
 
 

@@ -35,8 +35,8 @@ KILL_LIMIT_S = 20.0
 class Observer(Protocol):
     """Whoever measures; the metrics of the node."""
 
-    def phase(self, name: str, seconds: float) -> None:
-        """A phase of a start took so long."""
+    def phase(self, name: str, seconds: float, traceparent: str | None) -> None:
+        """A phase of a start took so long; *traceparent* is that of its command."""
         ...
 
     def session_lost(self) -> None:

@@ -86,6 +86,8 @@ class Received:
         command_id: str,
         data: JsonObject,
         audit: AuditRecord | None = None,
+        *,
+        traceparent: str | None = None,
     ) -> None:
         """Emit the outcome of *message* as an event; no effect if it has been told before.
 
@@ -112,6 +114,7 @@ class Received:
                     time=self._store.clock(),
                     mock=self._mock,
                     command_id=command_id,
+                    traceparent=traceparent,
                 )
                 if audit is not None:
                     tell(tx, audit, time=self._store.clock(), mock=self._mock)

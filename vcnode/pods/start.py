@@ -60,10 +60,12 @@ class Phases:
     Args:
         observer: Gets each phase.
         began: Loop time at which the command arrived.
+        traceparent: The command's.
     """
 
-    def __init__(self, observer: Observer, began: float) -> None:
+    def __init__(self, observer: Observer, began: float, traceparent: str | None) -> None:
         self._observer = observer
+        self._traceparent = traceparent
         self._began = began
         self._last = began
         self.ms: dict[str, float] = {}
@@ -86,7 +88,7 @@ class Phases:
 
     def _note(self, name: str, seconds: float) -> None:
         self.ms[name] = round(seconds * 1000, 3)
-        self._observer.phase(name, seconds)
+        self._observer.phase(name, seconds, self._traceparent)
 
 
 class Starter:
@@ -138,7 +140,7 @@ class Starter:
             vm = self._new_vm(record) if spare is None else spare.vm.record
             plan = partial(parts.network(record).plan, request_of(record, vm.vm_id))
             record = await parts.ledger.begin_start(pod_id, vm, plan, call)
-            phases = Phases(parts.observer, began)
+            phases = Phases(parts.observer, began, call.traceparent)
             await ticket.granted.wait()
             phases.done("queue")
             return await self._bring_up(record, spare, undo, phases, call)

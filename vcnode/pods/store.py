@@ -129,6 +129,7 @@ class Tx:
         time: datetime,
         mock: bool = False,
         command_id: str | None = None,
+        traceparent: str | None = None,
     ) -> Event:
         """Put an event into the outbox under the next sequence number; see `Event` for the fields."""
         sequence = self._sequence + 1
@@ -142,6 +143,7 @@ class Tx:
             epoch=self._epoch,
             mock=mock,
             commandid=command_id,
+            traceparent=traceparent,
             data=data,
         )
         self.execute(

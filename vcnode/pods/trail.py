@@ -47,6 +47,7 @@ def tell(tx: Tx, record: AuditRecord, *, time: datetime, mock: bool) -> Event:
         time=time,
         mock=mock,
         command_id=record.command_id,
+        traceparent=record.traceparent,
     )
 
 

@@ -370,9 +370,11 @@ class Counter:
 
     def __init__(self) -> None:
         self.done: list[tuple[str, str]] = []
+        self.traces: list[str | None] = []
 
-    def command_done(self, verb: str, code: str, seconds: float) -> None:
+    def command_done(self, verb: str, code: str, seconds: float, traceparent: str | None = None) -> None:
         self.done.append((verb, code))
+        self.traces.append(traceparent)
 
 
 class FakeFleet:

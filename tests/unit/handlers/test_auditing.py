@@ -90,6 +90,7 @@ async def test_a_success_is_told_with_who_and_what(store: Store) -> None:
         "code": "ok",
         "rule": None,
         "message": None,
+        "traceparent": None,
     }
 
 

@@ -156,7 +156,7 @@ class Observed:
     def restarted(self, what: str) -> None:
         self.restarts.append(what)
 
-    def phase(self, name: str, seconds: float) -> None:
+    def phase(self, name: str, seconds: float, traceparent: str | None) -> None:
         self.phases.append((name, seconds))
 
     def session_lost(self) -> None:
