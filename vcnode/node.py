@@ -137,7 +137,9 @@ def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_po
     if settings.hypervisor is HypervisorType.MOCK:
         return _mock_drivers(settings, FaultPlan.parse(settings.faults), tasks)
     guest = Guest(kernel=settings.guest_dir / "vmlinux", initrd=settings.guest_dir / "initrd")
-    qemu = QemuHypervisor(settings.qemu, guest, state_dir=settings.state_dir, tasks=tasks)
+    qemu = QemuHypervisor(
+        settings.qemu, guest, state_dir=settings.state_dir, run_dir=settings.run_dir, tasks=tasks
+    )
     return Drivers(
         hypervisors={HypervisorType.QEMU: qemu},
         agents={
@@ -160,6 +162,7 @@ def choose_drivers(settings: Settings, tasks: Spawner, *, around: Around = no_po
             settings.images,
             around=around,
             secret_dirs=settings.policy.secret_dirs,
+            hook_dirs=settings.policy.hook_dirs,
         ),
     )
 
@@ -183,6 +186,7 @@ def _mock_drivers(settings: Settings, plan: FaultPlan, tasks: Spawner) -> Driver
             settings.host_paths,
             run_dir=settings.run_dir,
             secret_dirs=settings.policy.secret_dirs,
+            hook_dirs=settings.policy.hook_dirs,
             faults=plan,
             world=host.storage,
         ),

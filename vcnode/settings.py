@@ -92,6 +92,10 @@ class NatsSettings(Group):
     """Seconds after which a node that is not heard of loses its name; renewed three times as often."""
 
 
+SpawnerType = Literal["none", "nsenter"]
+"""Drivers that start the processes of pods."""
+
+
 class QemuSettings(Group):
     """How VMs are run."""
 
@@ -104,6 +108,9 @@ class QemuSettings(Group):
     over. A start needs some 30; what a VM has once used of it, it keeps while it is idle."""
     probe_timeout_s: float = Field(default=10.0, gt=0)
     """Limit of that test boot."""
+    spawner: SpawnerType = "nsenter"
+    """Where QEMU and the processes that help it run: in the pod's network namespace (``nsenter``), or in the
+    node agent's (``none``), where the pod's interfaces are not counted in its stats."""
     boot_timeout_s: float = Field(default=60.0, gt=0)
     """Limit from the launch of a VM to the first answer of its agent."""
     uid_base: int | None = Field(default=None, ge=1000, le=4_000_000_000)
@@ -279,8 +286,8 @@ class TracingSettings(Group):
 
 class PolicySettings(Group):
     """What callers may ask for, whoever they are. A refusal (``permission_denied``) names the setting here.
-    Without this group everything is allowed but secrets in files of the host, its devices, and parameters of
-    kernel and hypervisor."""
+    Without this group everything is allowed but secrets in files of the host, its devices, hooks, and
+    parameters of kernel and hypervisor."""
 
     host_paths: tuple[Path, ...] | None = None
     """Roots, volumes and imports must lie below one of these, which must lie below ``allowed_roots``; links
@@ -299,6 +306,12 @@ class PolicySettings(Group):
     secret_dirs: tuple[Path, ...] = ()
     """Directories of the host whose files may be given to containers as secrets. Default: none. What lies
     there can be had by everybody who may command the node; links that lead out are not followed."""
+    hook_dirs: tuple[Path, ...] = ()
+    """Directories of the host whose programs pods may have run as hooks, with the rights of the node agent;
+    only what its user alone can change is run, links that lead out are not followed. Default: none."""
+    hook_env: tuple[str, ...] = ("HOOK_*",)
+    """Variables that pods may set for hooks, such as ``HOOK_*``. Whoever sets ``*`` free gives its users the
+    host: ``LD_PRELOAD`` is one."""
     devices: tuple[str, ...] = ()
     """Devices of the host that pods may have, as paths; ``*`` stands for any letters. Default: none."""
     kernel_params: tuple[str, ...] = ()

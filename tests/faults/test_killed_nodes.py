@@ -51,6 +51,17 @@ def stories(pod: str) -> dict[str, list[Verb]]:
     disk = {"image_path": "/srv/disk.qcow2"}
     extra = {"id": "extra", "rootfs": "/srv/app", "cmd": {"args": ["sleep", "infinity"]}}
     spec = {"pod": {"id": pod, "containers": [main]}}
+    mounts = [{"source": "data", "destination": "/data"}, {"source": "disk", "destination": "/disk"}]
+    volumes = [
+        {"mount_tag": "data", "host_path": "/srv/data"},
+        {"mount_tag": "disk", "device": "/srv/disk", "fs": "ext4"},
+    ]
+    sockets = [
+        {"name": "one", "host_path": "/srv/one.sock"},
+        {"name": "two", "host_path": "/srv/two.sock", "mode": "connect"},
+    ]
+    reaching = {"pod": {"id": pod, "volumes": volumes, "sockets": sockets, "containers": [extra]}}
+    more = {"mount_tag": "more", "host_path": "/srv/more"}
     it, its_main, its_extra = (
         {"pod_id": pod},
         {"pod_id": pod, "container_id": "main"},
@@ -89,6 +100,14 @@ def stories(pod: str) -> dict[str, list[Verb]]:
             ("container.create", {"pod_id": pod, "container": {**main, "id": "extra"}}),
             ("container.start", its_extra),
             ("container.delete", {**its_extra, "force": True}),
+        ],
+        "volumes": [
+            ("pod.run", reaching),
+            ("pod.attach_volume", {"pod_id": pod, "volume": more}),
+            ("pod.detach_volume", {"pod_id": pod, "mount_tag": "more"}),
+            ("container.create", {"pod_id": pod, "container": {**main, "mounts": mounts}}),
+            ("container.start", its_main),
+            ("container.delete", {**its_main, "force": True}),
         ],
         "standing": [
             ("pod.run", spec),
@@ -129,7 +148,7 @@ ELSEWHERE = {
     "storage.blank_image": "as network.prepare",
     "storage.read_notes": "here, in the sweep of recovery; it reads",
     "storage.read_secret": "reads",
-    "storage.open_file": "reads",
+    "storage.open_hook": "reads; a hook that fails or outlives its node agent: unit/pods/test_hooks.py",
     "agent.ping": "changes nothing",
     "agent.list_containers": "here, in the sweep of recovery; it reads",
     "agent.list_processes": "reads",

@@ -30,6 +30,10 @@ async def create(
     user: flags.User = None,
     readonly: flags.Readonly = False,
     disk: flags.Disk = None,
+    volume: flags.Mounts = None,
+    tmpfs: flags.Tmpfs = None,
+    label: flags.Label = None,
+    annotation: flags.Annotation = None,
     cpus: flags.Cpus = None,
     mem_limit: flags.MemLimit = None,
     pids_limit: flags.PidsLimit = None,
@@ -60,6 +64,10 @@ async def create(
         pids_limit=pids_limit,
         stdin=open_stdin,
         tty=open_tty,
+        mounts=tuple(volume or ()),
+        tmpfs=tuple(tmpfs or ()),
+        label=tuple(label or ()),
+        annotation=tuple(annotation or ()),
         restart=restart,
         startup_probe=startup_probe,
         readiness_probe=readiness_probe,
@@ -349,6 +357,8 @@ async def list_(
     states: Annotated[
         list[str] | None, typer.Option("--state", metavar="STATE", help="Only containers in this state.")
     ] = None,
+    label: flags.Label = None,
+    annotation: flags.Annotation = None,
 ) -> None:
     """List containers, of all pods or of one.
 
@@ -359,12 +369,20 @@ async def list_(
     from vcnode.cli import specs, views
     from vcnode.models.commands import ContainerList
 
-    wanted = specs.model(
-        ContainerList, {"pod_id": pod_id, "states": states or []}, "The selection is not right."
-    )
+    data = {
+        "pod_id": pod_id,
+        "states": states or [],
+        "labels": specs.pairs(label or (), "--label"),
+        "annotations": specs.pairs(annotation or (), "--annotation"),
+    }
+    wanted = specs.model(ContainerList, data, "The selection is not right.")
     async with cli.node() as node:
         reply = await node.container_list(
-            pod_id=wanted.pod_id, states=wanted.states, deadline_s=cli.options.deadline_s
+            pod_id=wanted.pod_id,
+            states=wanted.states,
+            labels=wanted.labels,
+            annotations=wanted.annotations,
+            deadline_s=cli.options.deadline_s,
         )
     cli.show(reply, views.containers)
 

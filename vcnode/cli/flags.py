@@ -97,6 +97,37 @@ LivenessProbe = Annotated[
         help="What ends the container when it fails, such as timeout=2,failures=5,tcp:5432.",
     ),
 ]
+Mounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume",
+        "-v",
+        metavar="SOURCE:DEST[:OPTIONS]",
+        help="Mount a volume of the pod, or a part of it (TAG/path), in the container.",
+    ),
+]
+VolumesAndMounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume",
+        "-v",
+        metavar="SOURCE:DEST[:OPTIONS]",
+        help="Mount a directory of the node's host, or a volume of the file (TAG or TAG/path).",
+    ),
+]
+Tmpfs = Annotated[
+    list[str] | None,
+    typer.Option("--tmpfs", metavar="DEST[:OPTIONS]", help="Mount memory, such as /tmp:size=64m."),
+]
+Sockets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--socket",
+        metavar="PATH:NAME[:connect]",
+        help="UNIX socket of the node's host that leads to the guest's serial port NAME, or that it is"
+        " connected to.",
+    ),
+]
 Label = Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label.")]
 Annotation = Annotated[
     list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Annotation.")

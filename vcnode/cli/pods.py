@@ -69,6 +69,7 @@ def _creating(run: bool) -> str:
         \b
         vcnode pod run --id web --image busybox --memory 256 -- httpd -f
         vcnode pod run --id web3 --image busybox --publish 8080:80 --join blue -- httpd -f
+        vcnode pod run --id web4 --image busybox -v /srv/www:/www:ro --tmpfs /tmp -- httpd -f -h /www
         vcnode pod run -f pod.toml --id web2
         echo '{"id": "p1", "containers": [{"image": "busybox"}]}' | vcnode pod run -f -
         """
@@ -98,6 +99,9 @@ def _register(name: str, *, run: bool) -> None:
         user: flags.User = None,
         readonly: flags.Readonly = False,
         disk: flags.Disk = None,
+        volume: flags.VolumesAndMounts = None,
+        tmpfs: flags.Tmpfs = None,
+        socket: flags.Sockets = None,
         cpus: flags.Cpus = None,
         mem_limit: flags.MemLimit = None,
         pids_limit: flags.PidsLimit = None,
@@ -141,6 +145,8 @@ def _register(name: str, *, run: bool) -> None:
             netns=netns,
             interworking=interworking,
             publish=publish or (),
+            volumes=volume or (),
+            sockets=socket or (),
             rate_mbit=rate_mbit,
             dns=dns or (),
             label=label or (),
@@ -157,6 +163,8 @@ def _register(name: str, *, run: bool) -> None:
             pids_limit=pids_limit,
             stdin=open_stdin,
             tty=open_tty,
+            mounts=tuple(volume or ()),
+            tmpfs=tuple(tmpfs or ()),
             restart=restart,
             startup_probe=startup_probe,
             readiness_probe=readiness_probe,
@@ -260,6 +268,61 @@ async def resize(
     cli.show(reply, views.pod)
 
 
+@command(app, "attach-volume")
+async def attach_volume(
+    cli: Cli,
+    pod_id: flags.Pod,
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="Its name in the pod.")],
+    host_path: Annotated[
+        str | None, typer.Option("--host-path", metavar="DIR", help="Directory on the node's host.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="FILE", help="File on the node's host that is a disk.")
+    ] = None,
+    fs: Annotated[str | None, typer.Option("--fs", help="File system of that: ext4 or erofs.")] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Nothing in it can write there.")] = False,
+    command_id: flags.CommandId = None,
+) -> None:
+    """Add a volume to a pod, which may be running. Containers that are created later can mount it.
+
+    \b
+    vcnode pod attach-volume web data --host-path /srv/data
+    vcnode pod attach-volume web disk --device /srv/disk.img --fs ext4
+    vcnode container create web --id more --image busybox -v data:/data -- sleep 60
+    """
+    from vcnode.cli import specs, views
+    from vcnode.models.volumes import Volume
+
+    data = {"mount_tag": tag, "host_path": host_path, "device": device, "fs": fs, "read_only": read_only}
+    volume = specs.model(Volume, data, "The volume is not described right.")
+    async with cli.node() as node:
+        reply = await node.pod_attach_volume(
+            pod_id, volume, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.pod)
+
+
+@command(app, "detach-volume")
+async def detach_volume(
+    cli: Cli,
+    pod_id: flags.Pod,
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="Its name in the pod.")],
+    command_id: flags.CommandId = None,
+) -> None:
+    """Take a volume away from a pod. No container may mount it.
+
+    \b
+    vcnode pod detach-volume web data
+    """
+    from vcnode.cli import views
+
+    async with cli.node() as node:
+        reply = await node.pod_detach_volume(
+            pod_id, tag, command_id=command_id, deadline_s=cli.options.deadline_s
+        )
+    cli.show(reply, views.pod)
+
+
 @command(app, "delete")
 async def delete(
     cli: Cli, pod_id: flags.Pod, force: flags.Force = False, command_id: flags.CommandId = None
@@ -288,6 +351,7 @@ async def list_(
     states: Annotated[
         list[str] | None, typer.Option("--state", metavar="STATE", help="Only pods in this state.")
     ] = None,
+    annotation: flags.Annotation = None,
 ) -> None:
     """List the pods of a node.
 
@@ -299,11 +363,18 @@ async def list_(
     from vcnode.cli import specs, views
     from vcnode.models.commands import PodList
 
-    wanted = {"labels": specs.pairs(label or (), "--label"), "states": states or []}
+    wanted = {
+        "labels": specs.pairs(label or (), "--label"),
+        "annotations": specs.pairs(annotation or (), "--annotation"),
+        "states": states or [],
+    }
     request = specs.model(PodList, wanted, "No such state.")
     async with cli.node() as node:
         reply = await node.pod_list(
-            labels=request.labels, states=request.states, deadline_s=cli.options.deadline_s
+            labels=request.labels,
+            annotations=request.annotations,
+            states=request.states,
+            deadline_s=cli.options.deadline_s,
         )
     cli.show(reply, views.pods)
 

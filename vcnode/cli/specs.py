@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -67,6 +68,10 @@ class ContainerFlags:
     liveness_probe: str | None = None
     stdin: bool = False
     tty: bool = False
+    mounts: Sequence[str] = ()
+    tmpfs: Sequence[str] = ()
+    label: Sequence[str] = ()
+    annotation: Sequence[str] = ()
     cmd: CmdFlags = CmdFlags()
 
     @property
@@ -97,6 +102,9 @@ class ContainerFlags:
                 "tty": self.tty or None,
                 "writable": None if self.disk_size_mib is None else "disk",
                 "disk_size_mib": self.disk_size_mib,
+                "labels": pairs(self.label, "--label") or None,
+                "annotations": pairs(self.annotation, "--annotation") or None,
+                "mounts": [*map(mount, self.mounts), *map(tmpfs, self.tmpfs)] or None,
                 "resources": resources,
                 **restart_data(self.restart),
                 "probes": {
@@ -130,6 +138,8 @@ class PodFlags:
     netns: str | None = None
     interworking: str | None = None
     publish: Sequence[str] = ()
+    volumes: Sequence[str] = ()
+    sockets: Sequence[str] = ()
     rate_mbit: float | None = None
     dns: Sequence[str] = ()
     label: Sequence[str] = ()
@@ -156,6 +166,8 @@ class PodFlags:
                     "rate_mbit": {"ingress": self.rate_mbit, "egress": self.rate_mbit},
                     "dns": {"servers": list(self.dns) or None},
                 },
+                "volumes": [volume for text in self.volumes if (volume := host_volume(text))] or None,
+                "sockets": [socket(text) for text in self.sockets] or None,
                 "labels": pairs(self.label, "--label"),
                 "annotations": pairs(self.annotation, "--annotation"),
             }
@@ -172,6 +184,54 @@ def port(text: str) -> dict[str, Any]:
     if match is None:
         raise UsageError(f"--publish {text}: write HOST:CONTAINER, such as 8080:80 or 5353:53/udp.")
     return {"host": int(match[1]), "container": int(match[2]), "protocol": match[3] or "tcp"}
+
+
+def mount(text: str) -> dict[str, Any]:
+    """A mount, ``SOURCE:DESTINATION[:OPTIONS]``, as request data; a SOURCE on the host is `host_volume`.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    source, colon, rest = text.partition(":")
+    destination, _, options = rest.partition(":")
+    if not source or not colon or not destination.startswith("/"):
+        raise UsageError(f"--volume {text}: write SOURCE:/DESTINATION, or SOURCE:/DESTINATION:ro,noexec.")
+    tag = _tag(source) if source.startswith("/") else source
+    return given({"source": tag, "destination": destination, "options": _options(options)})
+
+
+def tmpfs(text: str) -> dict[str, Any]:
+    """A tmpfs, ``DESTINATION[:OPTIONS]``, as request data."""
+    destination, _, options = text.partition(":")
+    return given({"type": "tmpfs", "destination": destination, "options": _options(options)})
+
+
+def host_volume(text: str) -> dict[str, Any] | None:
+    """The volume of the pod that a mount of a directory of the host needs; None for one of a volume."""
+    source, _, rest = text.partition(":")
+    if not source.startswith("/"):
+        return None
+    read_only = "ro" in (_options(rest.partition(":")[2]) or ())
+    return given({"mount_tag": _tag(source), "host_path": source, "read_only": read_only or None})
+
+
+def socket(text: str) -> dict[str, Any]:
+    """A socket, ``PATH:NAME[:connect]``, as request data. Raises UsageError when it is something else."""
+    path, _, rest = text.partition(":")
+    name, _, mode = rest.partition(":")
+    if not path.startswith("/") or not name:
+        raise UsageError(f"--socket {text}: write PATH:NAME or PATH:NAME:connect.")
+    return given({"host_path": path, "name": name, "mode": mode or None})
+
+
+def _options(text: str) -> list[str] | None:
+    return text.split(",") if text else None
+
+
+def _tag(path: str) -> str:
+    """The tag of a directory of the host: its last name, as far as that may be, and what tells it apart."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.rstrip("/").rpartition("/")[2])[:32]
+    return f"v-{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def pod_spec(file: Mapping[str, Any] | None, flags: PodFlags, container: ContainerFlags) -> PodSpec:

@@ -82,6 +82,8 @@ def pod(status: PodStatus) -> None:
             ("started", status.started_at and status.started_at.isoformat(timespec="milliseconds")),
             ("finished", status.finished_at and status.finished_at.isoformat(timespec="milliseconds")),
             ("start took", phases(status.phases_ms)),
+            ("volumes", ", ".join(f"{v.mount_tag} ({v.host_path or v.device})" for v in status.volumes)),
+            ("sockets", ", ".join(f"{s.name} ({s.host_path})" for s in status.sockets)),
             ("labels", labels(status.labels)),
             ("annotations", labels(status.annotations)),
             ("left over", "; ".join(status.leftovers)),

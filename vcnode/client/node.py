@@ -58,9 +58,11 @@ from vcnode.models.commands import (
     ImageRef,
     ImageRemoved,
     ImageStatuses,
+    PodAttachVolume,
     PodCreate,
     PodDelete,
     PodDeleted,
+    PodDetachVolume,
     PodExec,
     PodList,
     PodName,
@@ -121,6 +123,7 @@ from vcnode.models.sessions import (
 from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.models.subjects import Subjects
 from vcnode.models.violations import violations_of
+from vcnode.models.volumes import Volume
 
 GRACE_S = 5.0
 """How much longer than its deadline a command's reply is awaited, so that the node can say what happened."""
@@ -229,6 +232,16 @@ class NodeClient(StreamMethods):
         request = _make(PodResize, pod_id=pod_id, mem_size_mib=mem_size_mib)
         return await self._send("pod.resize", request, PodStatus, options)
 
+    async def pod_attach_volume(self, pod_id: str, volume: Volume, **options: Unpack[Change]) -> PodStatus:
+        """Add a volume to a pod; containers that are created from then on can mount it."""
+        request = _make(PodAttachVolume, pod_id=pod_id, volume=volume)
+        return await self._send("pod.attach_volume", request, PodStatus, options)
+
+    async def pod_detach_volume(self, pod_id: str, mount_tag: str, **options: Unpack[Change]) -> PodStatus:
+        """Take a volume away from a pod that no container mounts."""
+        request = _make(PodDetachVolume, pod_id=pod_id, mount_tag=mount_tag)
+        return await self._send("pod.detach_volume", request, PodStatus, options)
+
     async def pod_delete(
         self,
         pod_id: str,
@@ -265,11 +278,13 @@ class NodeClient(StreamMethods):
         self,
         *,
         labels: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
         states: Sequence[PodState] = (),
         **options: Unpack[Read],
     ) -> PodStatuses:
-        """List pods that carry all *labels* and are in one of *states* (empty: any)."""
-        request = _make(PodList, labels=dict(labels or {}), states=tuple(states))
+        """List pods that carry all *labels* and *annotations* and are in one of *states* (empty: any)."""
+        more = {"annotations": dict(annotations)} if annotations else {}
+        request = _make(PodList, labels=dict(labels or {}), states=tuple(states), **more)
         return await self._send("pod.list", request, PodStatuses, options)
 
     async def pod_status(self, pod_id: str, **options: Unpack[Read]) -> PodStatus:
@@ -552,10 +567,14 @@ class NodeClient(StreamMethods):
         *,
         pod_id: str | None = None,
         states: Sequence[ContainerState] = (),
+        labels: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
         **options: Unpack[Read],
     ) -> ContainerStatuses:
-        """List containers, of one pod or of all, in one of *states* (empty: any)."""
-        request = _make(ContainerList, pod_id=pod_id, states=tuple(states))
+        """List containers, of one pod or of all, in one of *states* (empty: any), that carry all of these."""
+        carried = {"labels": dict(labels or {}), "annotations": dict(annotations or {})}
+        more = {name: value for name, value in carried.items() if value}
+        request = _make(ContainerList, pod_id=pod_id, states=tuple(states), **more)
         return await self._send("container.list", request, ContainerStatuses, options)
 
     async def container_status(

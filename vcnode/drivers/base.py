@@ -34,6 +34,7 @@ from vcnode.models.vm import (
     GuestProcess,
     NetworkAttachment,
     NetworkRequest,
+    Port,
     VmExit,
     VmRecord,
     VmShape,
@@ -79,6 +80,14 @@ class Vm(Protocol):
 
     async def detach_disk(self, disk_id: str, *, timeout_s: float) -> None:
         """Unplug a disk; succeeds if it is not there. The guest must have let go of it before."""
+        ...
+
+    async def attach_port(self, port: Port, *, timeout_s: float) -> None:
+        """Plug a serial port into the running VM; it stays until the VM ends. The caller keeps ``port.fd``.
+
+        Raises:
+            HypervisorError: QEMU refused (all ports are taken, among the reasons), or is gone.
+        """
         ...
 
     async def pause(self, *, timeout_s: float) -> None:
@@ -791,12 +800,44 @@ class Storage(Protocol):
         """
         ...
 
-    async def open_file(self, path: str) -> int:
-        """Open a plain file under the allowed roots for reading; the caller closes the descriptor.
+    async def open_file(self, path: str, *, writable: bool = False) -> int:
+        """Open a plain file under the allowed roots, to read or for both; the caller closes the descriptor.
 
         Raises:
             InvalidArgumentError: Outside of them, links resolved, or no plain file.
             NotFoundError: It does not exist.
+        """
+        ...
+
+    async def open_hook(self, path: str) -> int:
+        """Open a program below the directories of hooks; the caller closes the descriptor.
+
+        Raises:
+            InvalidArgumentError: Outside of them, links resolved; or no plain file that only root can change.
+            NotFoundError: It does not exist.
+        """
+        ...
+
+    async def listen(self, vm_id: str, path: str) -> int:
+        """Make a UNIX socket under the allowed roots, for root, and listen there; the caller closes it.
+
+        `remove_vm_dir` of the VM removes it, unless somebody else listens there by then.
+
+        Raises:
+            InvalidArgumentError: The directory is outside of them, links resolved, or there is none.
+            NotFoundError: The directory does not exist.
+            FailedPreconditionError: Somebody listens there, or something else is in its place.
+            StorageError: The VM has no directory.
+        """
+        ...
+
+    async def connect(self, path: str) -> int:
+        """Connect to a UNIX socket under the allowed roots; the caller closes the descriptor.
+
+        Raises:
+            InvalidArgumentError: Outside of them, links resolved, or no socket.
+            NotFoundError: It does not exist.
+            FailedPreconditionError: Nobody listens there.
         """
         ...
 
@@ -839,8 +880,11 @@ class Storage(Protocol):
         """
         ...
 
-    async def share(self, vm_id: str, name: str, path: str) -> None:
-        """Make the host directory *path* appear as ``shared/<name>`` of the VM; checks as `check_rootfs`."""
+    async def share(self, vm_id: str, name: str, path: str, *, read_only: bool = False) -> None:
+        """Make the host directory *path* appear as ``shared/<name>`` of the VM; checks as `check_rootfs`.
+
+        *read_only*: nothing in the VM can write there, whatever it mounts how.
+        """
         ...
 
     async def unshare(self, vm_id: str, name: str) -> None:

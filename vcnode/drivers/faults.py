@@ -27,14 +27,14 @@ OPERATIONS = frozenset(
     f"{owner}.{verb}"
     for owner, verbs in {
         "hypervisor": "launch recover kill clone save_template held free",
-        "vm": "attach_disk detach_disk pause resume read_stats set_memory stop",
+        "vm": "attach_disk attach_port detach_disk pause resume read_stats set_memory stop",
         "agent": "attach connect connect_port copy configure set_clock set_watchdog create_container"
         " start_container signal_container pause_container resume_container list_processes read_stats"
         " delete_container update_container available_memory list_containers execute ping shutdown",
         "network": "prepare attach open_taps detach recover held free",
         "storage": "make_vm_dir remove_vm_dir check_rootfs open_file open_disk share unshare build_image"
         " image_file image_files remove_image pull_image blank_image make_layer remove_layer held write_note"
-        " read_notes read_secret",
+        " read_notes read_secret open_hook listen connect",
     }.items()
     for verb in verbs.split()
 ) | {"vm"}

@@ -53,6 +53,7 @@ class _Host(_State):
     notes: dict[str, str]
     images: dict[str, ImageFile]
     layers: dict[str, int]
+    sockets: dict[str, str] = {}
     networks: dict[str, NetworkAttachment]
     guests: dict[str, _Guest]
 
@@ -91,6 +92,7 @@ class MockHost:
             notes=self.storage.notes,
             images=self.storage.images,
             layers=self.storage.layers,
+            sockets=self.storage.sockets,
             networks=self.networks,
             guests={vm_id: _of_guest(guest) for vm_id, guest in self.guests.by_vm_id.items()},
         )
@@ -115,6 +117,7 @@ class MockHost:
         self.storage.vm_dirs |= host.vm_dirs
         self.storage.shares.update({(vm_id, name): path for vm_id, name, path in host.shares})
         self.storage.notes.update(host.notes)
+        self.storage.sockets.update(host.sockets)
         self.networks.update(host.networks)
         for vm_id, guest in host.guests.items():
             self.guests.by_vm_id[vm_id] = _to_guest(guest.config, guest.containers)

@@ -54,7 +54,7 @@ async def container_delete(node: Services, call: Call, request: ContainerDelete)
 
 def container_list(node: Services, call: Call, request: ContainerList) -> ContainerStatuses:
     """``container.list``."""
-    return node.pods.list_containers(request.pod_id, request.states)
+    return node.pods.list_containers(request.pod_id, request.states, request.labels, request.annotations)
 
 
 def container_status(node: Services, call: Call, request: ContainerName) -> ContainerStatus:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from vcnode.handlers.services import Services
 from vcnode.models.call import Call
 from vcnode.models.commands import (
+    PodAttachVolume,
     PodCreate,
     PodDelete,
     PodDeleted,
+    PodDetachVolume,
     PodList,
     PodName,
     PodResize,
@@ -56,6 +58,16 @@ async def pod_resize(node: Services, call: Call, request: PodResize) -> PodStatu
     return await node.pods.resize(request.pod_id, request.mem_size_mib, call)
 
 
+async def pod_attach_volume(node: Services, call: Call, request: PodAttachVolume) -> PodStatus:
+    """``pod.attach_volume``."""
+    return await node.pods.attach_volume(request.pod_id, request.volume, call)
+
+
+async def pod_detach_volume(node: Services, call: Call, request: PodDetachVolume) -> PodStatus:
+    """``pod.detach_volume``."""
+    return await node.pods.detach_volume(request.pod_id, request.mount_tag, call)
+
+
 async def pod_delete(node: Services, call: Call, request: PodDelete) -> PodDeleted:
     """``pod.delete``."""
     return await node.pods.delete(request.pod_id, request.force, call)
@@ -63,7 +75,7 @@ async def pod_delete(node: Services, call: Call, request: PodDelete) -> PodDelet
 
 def pod_list(node: Services, call: Call, request: PodList) -> PodStatuses:
     """``pod.list``."""
-    return node.pods.list(request.labels, request.states)
+    return node.pods.list(request.labels, request.states, request.annotations)
 
 
 def pod_status(node: Services, call: Call, request: PodName) -> PodStatus:

@@ -33,10 +33,12 @@ from vcnode.handlers.node import (
     node_uncordon,
 )
 from vcnode.handlers.pod import (
+    pod_attach_volume,
     pod_bid,
     pod_console,
     pod_create,
     pod_delete,
+    pod_detach_volume,
     pod_list,
     pod_pause,
     pod_release,
@@ -76,6 +78,8 @@ ROUTES: dict[str, Handler] = {
     "pod.pause": pod_pause,
     "pod.resume": pod_resume,
     "pod.resize": pod_resize,
+    "pod.attach_volume": pod_attach_volume,
+    "pod.detach_volume": pod_detach_volume,
     "pod.delete": pod_delete,
     "pod.list": pod_list,
     "pod.status": pod_status,

@@ -63,6 +63,7 @@ from vcnode.models.sessions import (
 )
 from vcnode.models.signals import Signal
 from vcnode.models.stats import PodStats, PodStatsOf
+from vcnode.models.volumes import MountTag, Volume
 
 
 class Empty(Request):
@@ -99,6 +100,20 @@ class PodResize(PodName):
     """Memory that it is to have, in MiB; at most what its VM was started with."""
 
 
+class PodAttachVolume(PodName):
+    """``pod.attach_volume``."""
+
+    volume: Volume
+    """The volume."""
+
+
+class PodDetachVolume(PodName):
+    """``pod.detach_volume``."""
+
+    mount_tag: MountTag
+    """The volume."""
+
+
 class PodDelete(Request):
     """``pod.delete``."""
 
@@ -112,6 +127,8 @@ class PodList(Request):
 
     labels: Labels = {}
     """Only pods that carry all of these labels."""
+    annotations: Labels = {}
+    """Only pods that carry all of these annotations."""
     states: tuple[PodState, ...] = ()
     """Only pods in one of these states; empty means any."""
 
@@ -198,6 +215,10 @@ class ContainerList(Request):
 
     pod_id: PodId | None = None
     """Only containers of this pod."""
+    labels: Labels = {}
+    """Only containers that carry all of these labels."""
+    annotations: Labels = {}
+    """Only containers that carry all of these annotations."""
     states: tuple[ContainerState, ...] = ()
     """Only containers in one of these states; empty means any."""
 
@@ -331,6 +352,8 @@ _ALL = (
     Command("pod.pause", PodName, PodStatus, True, "Stop a pod's vCPUs; its memory stays."),
     Command("pod.resume", PodName, PodStatus, True, "Let a paused pod run again.", 60.0),
     Command("pod.resize", PodResize, PodStatus, True, "Change a running pod's memory.", 60.0),
+    Command("pod.attach_volume", PodAttachVolume, PodStatus, True, "Add a volume to a pod."),
+    Command("pod.detach_volume", PodDetachVolume, PodStatus, True, "Take a volume away from a pod."),
     Command("pod.delete", PodDelete, PodDeleted, True, "Free and forget a pod that is not running.", 120.0),
     Command("pod.list", PodList, PodStatuses, False, "List pods."),
     Command("pod.status", PodName, PodStatus, False, "Show one pod."),

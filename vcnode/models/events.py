@@ -22,6 +22,8 @@ class EventKind(StrEnum):
     POD_PAUSED = "pod.paused"
     POD_RESUMED = "pod.resumed"
     POD_RESIZED = "pod.resized"
+    POD_VOLUME_ATTACHED = "pod.volume_attached"
+    POD_VOLUME_DETACHED = "pod.volume_detached"
     """Its memory is another."""
     POD_STOPPING = "pod.stopping"
     POD_STOPPED = "pod.stopped"

@@ -44,6 +44,13 @@ class Param(Request):
         return f"{self.key}={self.value}" if self.value else self.key
 
 
+Digest = Annotated[
+    str,
+    StringConstraints(pattern=r"^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$"),
+    Field(description="``sha256:`` or ``sha512:`` and the hex digits of a file's digest."),
+]
+
+
 class HypervisorConfig(Request):
     """How the VM of a pod is built and what it boots. The default is the node's own guest, on its own
     machine; only with that there are templates and spare VMs."""
@@ -67,6 +74,14 @@ class HypervisorConfig(Request):
     firmware_path: HostPath | None = None
     """Firmware that starts the guest from its disk, such as UEFI. Default: QEMU's own BIOS; ``virt`` has
     none."""
+    kernel_digest: Digest | None = None
+    """What ``kernel_path`` must hold; verified before each start, as the others are."""
+    initrd_digest: Digest | None = None
+    """What ``initrd_path`` must hold."""
+    image_digest: Digest | None = None
+    """What ``image_path`` must hold, which then is not writable."""
+    firmware_digest: Digest | None = None
+    """What ``firmware_path`` must hold."""
     kernel_params: tuple[Param, ...] = Field(default=(), max_length=MAX_PARAMS)
     """Parameters for the kernel, after the node's own; policy permitting."""
     hypervisor_params: tuple[Param, ...] = Field(default=(), max_length=MAX_PARAMS)
@@ -109,6 +124,20 @@ class HypervisorConfig(Request):
             return self.image_format
         is_qcow2 = self.image_path is not None and self.image_path.endswith(".qcow2")
         return DiskFormat.QCOW2 if is_qcow2 else DiskFormat.RAW
+
+    def digest_of(self, name: str) -> str | None:
+        """What the file in field *name* must hold, if anything is said."""
+        digest: str | None = getattr(self, name.replace("_path", "_digest"))
+        return digest
+
+    @model_validator(mode="after")
+    def _digests(self) -> Self:
+        for name in ("kernel", "initrd", "image", "firmware"):
+            if getattr(self, f"{name}_digest") is not None and getattr(self, f"{name}_path") is None:
+                raise ValueError(f"'{name}_digest' goes with '{name}_path'")
+        if self.image_digest is not None and self.image_writable:
+            raise ValueError("'image_digest' does not go with 'image_writable'")
+        return self
 
     @model_validator(mode="after")
     def _fit(self) -> Self:

@@ -19,12 +19,23 @@ from vcnode.models.base import (
     Reply,
     Request,
 )
+from vcnode.models.hooks import Hooks
 from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.network import NetworkConfig, NetworkModel, NetworkNamespace
 from vcnode.models.probes import Probes
 from vcnode.models.secrets import MAX_SECRETS, Sealed, SecretFile, SecretPath, check_one
 from vcnode.models.signals import Signal
 from vcnode.models.sshd import SshdConfig
+from vcnode.models.volumes import (
+    MAX_MOUNTS,
+    MAX_SOCKETS,
+    MAX_VOLUMES,
+    Mount,
+    PortName,
+    Socket,
+    Volume,
+    check_distinct,
+)
 
 MIN_MEM_SIZE_MIB = 128
 """The smallest guest worth booting. Measured with one vCPU: with 112 MiB the kernel panics while it unpacks
@@ -100,9 +111,6 @@ class Resources(Request):
     """Virtual CPUs."""
     mem_size_mib: int = Field(default=256, ge=MIN_MEM_SIZE_MIB, le=MAX_MEM_SIZE_MIB)
     """Guest memory in MiB."""
-
-
-PortName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")]
 
 
 class HyperConfig(Request):
@@ -220,6 +228,8 @@ class ContainerSpec(Request):
     """Limits."""
     secrets: tuple[SecretFile, ...] = Field(default=(), max_length=MAX_SECRETS)
     """Files that only the container sees, in its ``/run/secrets``."""
+    mounts: tuple[Mount, ...] = Field(default=(), max_length=MAX_MOUNTS)
+    """What it mounts besides its root."""
     stdin: bool = False
     """Whether ``container.attach`` can write to the main process's input; otherwise that is /dev/null."""
     tty: bool = False
@@ -251,6 +261,9 @@ class ContainerSpec(Request):
         names = [secret.name for secret in self.secrets]
         if len(set(names)) < len(names):
             raise ValueError("'secrets' must have distinct names")
+        places = [mount.destination for mount in self.mounts]
+        if len(set(places)) < len(places):
+            raise ValueError("'mounts' must have distinct destinations")
         return self
 
     @model_validator(mode="after")
@@ -327,6 +340,12 @@ class PodSpec(Request):
     """With ``on-failure``: most restarts in a row. Default: any."""
     on_disconnect: OnDisconnect = OnDisconnect()
     """What becomes of it when the node has had no NATS for a while."""
+    volumes: tuple[Volume, ...] = Field(default=(), max_length=MAX_VOLUMES)
+    """What of the host its containers can mount; more can be added later."""
+    sockets: tuple[Socket, ...] = Field(default=(), max_length=MAX_SOCKETS)
+    """UNIX sockets of the host that are connected with the guest."""
+    hooks: Hooks = Hooks()
+    """Programs on the host that run at points of its life."""
     containers: tuple[ContainerSpec, ...] = Field(default=(), max_length=MAX_CONTAINERS)
     """Containers that start with the pod; more can be added later."""
     labels: Labels = {}
@@ -340,6 +359,7 @@ class PodSpec(Request):
         ids = [c.id for c in self.containers if c.id is not None]
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ValueError(f"container ids must be distinct; {', '.join(twice)} is used more than once")
+        check_distinct(self.volumes, self.sockets)
         return self
 
     @property
@@ -389,6 +409,8 @@ class ContainerStatus(Reply):
     """Digest of that image's file."""
     disk_size_mib: int | None = None
     """Size of its writable disk in MiB, if it has one."""
+    mounts: tuple[Mount, ...] = ()
+    """What it mounts."""
     resources: ContainerResources = ContainerResources()
     """Its limits, as given or as last changed by ``container.update``."""
     created_at: Moment
@@ -460,6 +482,10 @@ class PodStatus(Reply):
     """Driver that connects the pod."""
     network: NetworkNamespace | None = None
     """Its network namespace and interfaces, while it has them."""
+    volumes: tuple[Volume, ...] = ()
+    """Its volumes, those that were added later included."""
+    sockets: tuple[Socket, ...] = ()
+    """As given."""
     containers: tuple[ContainerStatus, ...] = ()
     """Its containers, in the order of creation."""
     on_disconnect: OnDisconnect = OnDisconnect()

@@ -15,6 +15,7 @@ from vcnode.models.pod import (
     PodState,
 )
 from vcnode.models.vm import Data, NetworkAttachment, VmRecord
+from vcnode.models.volumes import Volume
 
 
 class Restarts(Data):
@@ -118,6 +119,8 @@ class PodRecord(Data):
     """Of the overlay over its disk image, if it has one: made at the first start, removed with the pod."""
     host_key: str | None = None
     """By which its guest has proved itself, if its agent asks for that."""
+    volumes: tuple[Volume, ...] = ()
+    """As given, and those that commands have added since."""
     containers: tuple[ContainerRecord, ...] = ()
     """In the order of creation."""
     leftovers: tuple[str, ...] = ()

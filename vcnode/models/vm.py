@@ -83,6 +83,17 @@ SHARE_TAG = "vcnode-shared"
 """Mount tag of the 9p share, as vcnode's own agent knows it."""
 
 
+class Share(Data):
+    """A directory of the host that is a device of a VM from the start."""
+
+    tag: str
+    """By which the guest mounts it."""
+    directory: str
+    """What is shared, as the VM's process may open it."""
+    virtio_fs: bool = False
+    """Whether by virtio-fs, not 9p; the VM's memory is then shared with the process that serves it."""
+
+
 def channel_socket(directory: str, channel_id: str) -> Path:
     """Where the socket of a channel is."""
     return Path(directory, f"{channel_id}.sock")
@@ -115,6 +126,8 @@ class VmSpec(Data):
     """Mount tag of the 9p share."""
     host_dirs: bool = True
     """Whether directories of the host may be shared with it: its process then needs rights on them."""
+    shares: tuple[Share, ...] = ()
+    """Further directories. By virtio-fs only of a VM that boots and becomes no template."""
     balloon: bool = False
     """Whether its memory can be changed while it runs. Never of a clone or a template: what a balloon gives
     back would be punched out of the template's file, which other VMs share."""
@@ -168,6 +181,8 @@ class VmRecord(Data):
     """Start time of that process (field 22 of /proc/PID/stat): a reused pid has another."""
     accelerator: str | None = None
     """``kvm`` or ``tcg``."""
+    helpers: tuple[tuple[int, int], ...] = ()
+    """Pid and start time of each process that helps it, and ends with it."""
     uid: int | None = None
     """User id that its process has to itself; None: the node agent's."""
     balloon: bool = False
@@ -187,6 +202,10 @@ class VmExit(Data):
     """Last lines of the serial console."""
 
 
+VOLUME_DISK = "v-"
+"""How the ids of disks begin that are volumes of pods."""
+
+
 class Disk(Data):
     """A disk to attach to a running VM."""
 
@@ -194,8 +213,25 @@ class Disk(Data):
     """Unique within the VM; becomes the SCSI serial by which the guest finds it."""
     path: str
     """File on the host."""
+    fd: int | None = None
+    """That file, open; the hypervisor opens none itself then, now and when it is found again."""
     read_only: bool = True
     """Whether the guest may not write."""
+
+
+class Port(Data):
+    """A serial port to plug into a running VM, and what is behind it on the host."""
+
+    port_id: str
+    """Unique within the VM: of its device."""
+    chardev_id: str
+    """Unique within the VM: of the socket behind it."""
+    name: str
+    """Name in the guest."""
+    fd: int
+    """A UNIX socket: one that listens, or one that is connected."""
+    listens: bool
+    """Which of the two."""
 
 
 class ContainerRoot(Data):
@@ -207,6 +243,29 @@ class ContainerRoot(Data):
     """Attached disk that holds an erofs image."""
     layer_disk_id: str | None = None
     """With ``disk_id``: attached disk for what is written over the image. None: the guest's memory."""
+
+
+class GuestMount(Data):
+    """What a container mounts besides its root; none of the first four: a tmpfs."""
+
+    shared_name: str | None = None
+    """Directory below the 9p share."""
+    fs_tag: str | None = None
+    """Tag of a virtio-fs device."""
+    disk_id: str | None = None
+    """Attached disk."""
+    port: str | None = None
+    """Name of a serial port."""
+    fs: str | None = None
+    """With ``disk_id``: its file system."""
+    read_only: bool = False
+    """With ``disk_id``: whether the disk is, for everybody."""
+    path: str = ""
+    """What in there it is; empty: all."""
+    destination: str
+    """Where the container has it."""
+    options: tuple[str, ...] = ()
+    """As of mount(8)."""
 
 
 class GuestSecret(Data):
@@ -258,6 +317,8 @@ class GuestContainer(Data):
     """Main process."""
     secrets: tuple[GuestSecret, ...] = ()
     """Files for it alone."""
+    mounts: tuple[GuestMount, ...] = ()
+    """What it mounts besides its root."""
     secret_envs: tuple[str, ...] = ()
     """Variables of its environment that nobody may write down."""
     resources: ContainerResources = ContainerResources()

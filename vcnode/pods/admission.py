@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vcnode.drivers.base import ImageFile
@@ -10,13 +11,17 @@ from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhausted
 from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.image import ImageConfig
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import AgentConfig, AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
+from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
+from vcnode.models.volumes import Volume
 from vcnode.pods import features
 from vcnode.pods.guests import access_of, check_files
+from vcnode.pods.hooks import check_hooks
 from vcnode.pods.marks import new_vm_id
 from vcnode.pods.parts import Parts, driver
 from vcnode.pods.process import NO_CONFIG, guest_process
+from vcnode.pods.sockets import check_sockets
+from vcnode.pods.volumes import check_mounts, check_volume
 from vcnode.settings import Settings
 
 _IN_OWN_GUESTS = frozenset({AgentType.HYPERSTART, AgentType.SSHD})
@@ -70,6 +75,17 @@ class Admission:
             )
         _check_boots(spec, agent_type, hypervisor.info)
         features.check_pod(spec, agent.info)
+        check_sockets(spec, hypervisor.info)
+        for number, volume in enumerate(spec.volumes):
+            await check_volume(
+                volume,
+                f"pod.volumes[{number}]",
+                pod=spec,
+                hypervisor=hypervisor,
+                agent=agent,
+                storage=parts.storage,
+            )
+        await check_hooks(parts.storage, spec.hooks)
         if spec.containers:
             self._check_containers_supported(agent_type, "pod.containers")
             features.check_policy(agent.info, spec.agent_config, settings.policy, "pod.agent_type")
@@ -80,7 +96,7 @@ class Admission:
         await check_files(parts.storage, spec.hypervisor_config)
         now = parts.clock()
         containers = [
-            await self._container(_with_id(c), agent.info, spec.agent_config, f"pod.containers[{index}]")
+            await self._container(_with_id(c), agent.info, spec, spec.volumes, f"pod.containers[{index}]")
             for index, c in enumerate(spec.containers)
         ]
         record = PodRecord(
@@ -91,6 +107,7 @@ class Admission:
             network_model=network_model,
             state=PodState.READY,
             created_at=now,
+            volumes=spec.volumes,
             containers=tuple(containers),
             disk_id=new_vm_id(settings) if _has_overlay(spec.hypervisor_config) else None,
         )
@@ -100,14 +117,26 @@ class Admission:
     async def container(self, spec: ContainerSpec, pod: PodRecord) -> ContainerRecord:
         """The record of a container to add to *pod*, in ``ready``; raises as `pod`."""
         self._check_containers_supported(pod.agent_type, "container")
-        info, config = self.parts.agent(pod).info, pod.spec.agent_config
-        features.check_policy(info, config, self.parts.settings.policy, "container")
-        return await self._container(_with_id(spec), info, config, "container")
+        info = self.parts.agent(pod).info
+        features.check_policy(info, pod.spec.agent_config, self.parts.settings.policy, "container")
+        return await self._container(_with_id(spec), info, pod.spec, pod.volumes, "container")
+
+    async def volume(self, volume: Volume, pod: PodRecord) -> None:
+        """See that *volume* can be added to *pod*. Raises as `check_volume`."""
+        await check_volume(
+            volume,
+            "volume",
+            pod=pod.spec,
+            hypervisor=self.parts.hypervisor(pod),
+            agent=self.parts.agent(pod),
+            storage=self.parts.storage,
+        )
 
     async def _container(
-        self, spec: ContainerSpec, agent: DriverInfo, agent_config: AgentConfig, where: str
+        self, spec: ContainerSpec, agent: DriverInfo, pod: PodSpec, volumes: Sequence[Volume], where: str
     ) -> ContainerRecord:
-        features.check_container(spec, agent, agent_config, where)
+        features.check_container(spec, agent, pod.agent_config, where)
+        check_mounts(volumes, pod, spec, where)
         digest, config = None, NO_CONFIG
         if spec.image is not None:
             file, config = await self._image(spec.image, f"{where}.image")

@@ -16,6 +16,7 @@ from vcnode.pods.secrets import secret_names
 from vcnode.pods.shares import check_can_share
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.undo import UndoStack
+from vcnode.pods.volumes import guest_mounts, provide, withdraw
 
 SIGKILL = 9
 SIGTERM = 15
@@ -125,6 +126,7 @@ class Containers:
         await live.require_session().delete_container(cid, timeout_s=REQUEST_LIMIT_S)
         if (root := live.provided.get(cid)) is not None:
             await self._withdraw(live, cid, root)
+            await withdraw(self._parts, live, self._parts.ledger.get(live.pod_id), container)
             del live.provided[cid]
 
     async def _ask(self, live: LivePod, container: ContainerRecord) -> None:
@@ -146,7 +148,10 @@ class Containers:
         session = live.require_session()
         root = root_of(container)
         undo.push(f"root of container {cid}", lambda: self._withdraw(live, cid, root))
-        check_can_share(live.vm.record, container, live.pod_id)
+        check_can_share(live.vm.record, container, record)
+        if container.spec.mounts:
+            undo.push(f"volumes of container {cid}", lambda: withdraw(self._parts, live, record, container))
+            await provide(self._parts, live, record, container)
         if root.shared_name is not None and container.spec.rootfs is not None:
             await self._parts.storage.share(live.vm.record.vm_id, root.shared_name, container.spec.rootfs)
         else:
@@ -163,6 +168,7 @@ class Containers:
             process=guest_process(opened, container.image_config),
             secrets=await self._parts.secrets.files(spec),
             secret_envs=secret_names(spec.cmd),
+            mounts=guest_mounts(record, spec),
             resources=container.limits,
             probes=container.spec.probes,
             stop_signal=stop_signal(container),

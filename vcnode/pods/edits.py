@@ -22,6 +22,7 @@ from vcnode.models.events import EventKind
 from vcnode.models.pod import MAX_CONTAINERS, ContainerResources, PodState, RestartPolicy
 from vcnode.models.records import ContainerRecord, PodRecord, Restarts
 from vcnode.models.vm import NetworkAttachment, VmRecord
+from vcnode.models.volumes import Volume
 from vcnode.pods.backoff import Backoff, after_end
 from vcnode.pods.lifecycle import (
     CONTAINER_ALIVE,
@@ -428,6 +429,35 @@ def resized(mem_size_mib: int, *, told: bool = True) -> Edit:
         if record.mem_size_mib == mem_size_mib:
             return record, news
         return _copy(record, resized_mib=mem_size_mib), news
+
+    return edit
+
+
+def volume_attached(volume: Volume, verb: str) -> Edit:
+    """A pod has one more volume."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        require(f"Pod {record.pod_id}", record.state, POD_TAKES_CONTAINERS, verb)
+        return _copy(record, volumes=(*record.volumes, volume)), (News(EventKind.POD_VOLUME_ATTACHED),)
+
+    return edit
+
+
+def volume_detached(mount_tag: str, verb: str) -> Edit:
+    """A volume leaves the pod, unless a container mounts it."""
+
+    def edit(record: PodRecord) -> tuple[PodRecord, tuple[News, ...]]:
+        require(f"Pod {record.pod_id}", record.state, POD_TAKES_CONTAINERS, verb)
+        users = [container_id(c) for c in record.containers if any(m.tag == mount_tag for m in c.spec.mounts)]
+        if users:
+            raise FailedPreconditionError(
+                f"Volume {mount_tag} of pod {record.pod_id} is mounted by {', '.join(users)}; delete what"
+                " mounts it first.",
+                pod_id=record.pod_id,
+                container_ids=users,
+            )
+        rest = tuple(volume for volume in record.volumes if volume.mount_tag != mount_tag)
+        return _copy(record, volumes=rest), (News(EventKind.POD_VOLUME_DETACHED),)
 
     return edit
 

@@ -79,6 +79,8 @@ def _of_container(spec: ContainerSpec) -> Iterator[tuple[str, str]]:
         yield "resources", "limits"
     if spec.secrets:
         yield "secrets", "secrets"
+    if spec.mounts:
+        yield "mounts", "mounts"
     if spec.probes != Probes():
         yield "probes", "probes"
     for name, capability in _of_cmd(spec.cmd):

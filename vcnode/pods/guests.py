@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -14,6 +15,7 @@ from vcnode.models.network import DnsConfig, Endpoint
 from vcnode.models.pod import AgentType
 from vcnode.models.records import PodRecord
 from vcnode.models.vm import DiskFile, NetworkAttachment, VmConfig
+from vcnode.pods.digests import verify
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 from vcnode.pods.statuses import hostname_of
 
@@ -29,6 +31,7 @@ async def vm_config(parts: Parts, record: PodRecord, network: NetworkAttachment)
     Raises:
         InvalidArgumentError, NotFoundError: As `Storage.open_file` and `Storage.open_disk`; names the field.
         StorageError: The overlay of its disk image could not be made.
+        FailedPreconditionError: A file is not what its digest says.
     """
     config = record.spec.hypervisor_config
     with contextlib.ExitStack() as ours:
@@ -36,11 +39,14 @@ async def vm_config(parts: Parts, record: PodRecord, network: NetworkAttachment)
         for name, path in config.files.items():
             fds[name] = await open_guest_file(parts.storage, name, path)
             ours.callback(os.close, fds[name])
+            await _verify(config, name, fds[name])
         disks = []
         if config.image_path is not None:
             disks.append(await open_image(parts.storage, config, overlay_id=record.disk_id))
             for fd in _descriptors(disks):
                 ours.callback(os.close, fd)
+            image = disks[0].fd if disks[0].base_fd is None else disks[0].base_fd
+            await _verify(config, "image_path", image)
         named = {name: f"/proc/self/fd/{fd}" for name, fd in fds.items()}
         yield VmConfig(
             machine_type=config.machine_type,
@@ -56,6 +62,12 @@ async def vm_config(parts: Parts, record: PodRecord, network: NetworkAttachment)
             huge_pages=config.huge_pages,
             debug=config.debug,
         )
+
+
+async def _verify(config: HypervisorConfig, name: str, fd: int) -> None:
+    """Hold the file of field *name* against its digest, through the descriptor by which it is used."""
+    if (digest := config.digest_of(name)) is not None:
+        await asyncio.to_thread(verify, fd, digest, f"{_FIELD}.{name}")
 
 
 def _descriptors(disks: Sequence[DiskFile]) -> Iterator[int]:

@@ -35,6 +35,8 @@ class LivePod:
         """While the pod starts: to be interrupted when the VM ends or the session is lost."""
         self.provided: dict[str, ContainerRoot] = {}
         """Containers that exist in the guest, with their roots."""
+        self.volume_users: dict[str, set[str]] = {}
+        """Containers that exist in the guest, by the tags of the volumes that they mount."""
         self.plugged: set[str] = set()
         """Disks of images that this process has plugged in."""
         self.starting: set[str] = set()

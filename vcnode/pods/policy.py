@@ -22,6 +22,7 @@ from vcnode.errors import PermissionDeniedError
 from vcnode.models.base import OnHost
 from vcnode.models.capabilities import DEFAULT_CAPABILITIES
 from vcnode.models.commands import ContainerCreate, ImageImport, ImagePull, PodExec
+from vcnode.models.hooks import Hook, HostHook
 from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import ImageStatus
 from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
@@ -151,6 +152,10 @@ def _value(value: _Value, policy: PolicySettings) -> Iterator[Denial]:
         yield from _below(content, "host_paths", value.path, policy.host_paths)
     elif name in _marked_fields(type(value.owner), HostSecret):
         yield from _below(content, "secret_dirs", value.path, policy.secret_dirs)
+    elif name in _marked_fields(type(value.owner), HostHook):
+        yield from _below(content, "hook_dirs", value.path, policy.hook_dirs)
+    elif name == "env" and isinstance(value.owner, Hook):
+        yield from _listed(str(content).partition("=")[0], "policy.hook_env", value.path, policy.hook_env)
     elif name == "capabilities" and isinstance(value.owner, Cmd):
         yield from _capabilities((content,), value.path, policy)
     elif name in ("devices", "kernel_params", "hypervisor_params"):

@@ -11,6 +11,7 @@ from vcnode.errors import CleanupError, VcnodeError
 from vcnode.models.pod import StopOutcome
 from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import NetworkAttachment, NetworkRequest, VmRecord
+from vcnode.pods.hooks import run_all_softly, state_of
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
 from vcnode.pods.undo import UndoStack
@@ -41,10 +42,16 @@ class Holdings:
     def undo_all(self) -> UndoStack:
         """Undos for everything that the pod may hold, in the order in which a start makes it."""
         undo = UndoStack()
+        self.undo_hooks(undo)
         self.undo_network(undo)
         self.undo_directory(undo)
         self.undo_vm(undo)
         return undo
+
+    def undo_hooks(self, undo: UndoStack) -> None:
+        """Register the hooks after the stop. Pushed first, for they run when all else is gone."""
+        if self._record.spec.hooks.post_stop:
+            undo.push("hooks", self._run_hooks)
 
     def undo_network(self, undo: UndoStack) -> None:
         """Register the undo of the network."""
@@ -57,6 +64,10 @@ class Holdings:
     def undo_vm(self, undo: UndoStack) -> None:
         """Register the undo of the VM."""
         undo.push(f"VM {self.vm.vm_id}", self._free_vm)
+
+    async def _run_hooks(self) -> None:
+        hooks = self._record.spec.hooks.post_stop
+        await run_all_softly(self._parts.storage, hooks, state_of(self._record, "stopped"))
 
     async def _free_network(self) -> None:
         network = self._parts.network(self._record)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from datetime import datetime
+from types import MappingProxyType
 
 from vcnode import aio
 from vcnode.aio import Spawner
@@ -49,9 +50,11 @@ from vcnode.models.pod import (
 from vcnode.models.records import PodRecord
 from vcnode.models.stats import PodStats, PodStatsOf
 from vcnode.models.subjects import Subjects
+from vcnode.models.volumes import Volume
 from vcnode.models.xkeys import CurveKey
 from vcnode.pods import host, policy
 from vcnode.pods.admission import Admission, agent_type_of, new_id
+from vcnode.pods.attaching import Attaching
 from vcnode.pods.audit import Auditor
 from vcnode.pods.capacity import Capacity
 from vcnode.pods.commands import ContainerCommands
@@ -222,6 +225,7 @@ class PodService:
         self.samples = PodSamples(parts)
         """What pods use, for metrics."""
         self._resizing = Resizing(parts)
+        self._attaching = Attaching(parts, self._admission)
         self.sessions = SessionRegistry(
             node_name=node_name,
             subjects=Subjects(settings.nats.prefix),
@@ -326,6 +330,16 @@ class PodService:
         async with self._parts.locks.hold(pod_id, call.verb):
             return self._ledger.status(await self._resizing.resize(pod_id, mem_size_mib, call))
 
+    async def attach_volume(self, pod_id: str, volume: Volume, call: Call) -> PodStatus:
+        """Add a volume to a pod; see `Attaching.attach`."""
+        async with self._parts.locks.hold(pod_id, call.verb):
+            return self._ledger.status(await self._attaching.attach(pod_id, volume, call))
+
+    async def detach_volume(self, pod_id: str, mount_tag: str, call: Call) -> PodStatus:
+        """Take a volume away from a pod; see `Attaching.detach`."""
+        async with self._parts.locks.hold(pod_id, call.verb):
+            return self._ledger.status(await self._attaching.detach(pod_id, mount_tag, call))
+
     async def delete(self, pod_id: str, force: bool, call: Call) -> PodDeleted:
         """Free and forget a pod. Idempotent; can be repeated until nothing is left.
 
@@ -353,13 +367,23 @@ class PodService:
             await self._ledger.remove(pod_id, call)
         return PodDeleted(pod_id=pod_id, existed=True)
 
-    def list(self, labels: Mapping[str, str], states: Sequence[PodState]) -> PodStatuses:
-        """Pods that carry all *labels* and are in one of *states* (empty: any), in the order of creation."""
+    def list(
+        self,
+        labels: Mapping[str, str],
+        states: Sequence[PodState],
+        annotations: Mapping[str, str] = MappingProxyType({}),
+    ) -> PodStatuses:
+        """Pods that carry all *labels* and *annotations* and are in one of *states* (empty: any).
+
+        In the order of creation.
+        """
         return PodStatuses(
             pods=tuple(
                 self._status(record)
                 for record in self._ledger.records.values()
-                if (not states or record.state in states) and labels.items() <= record.spec.labels.items()
+                if (not states or record.state in states)
+                and labels.items() <= record.spec.labels.items()
+                and annotations.items() <= record.spec.annotations.items()
             )
         )
 
@@ -526,8 +550,14 @@ class PodService:
         self.disconnects.close()
         await self._restarter.close()
 
-    def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
-        """Containers of one pod or of all (None), in one of *states* (empty: any).
+    def list_containers(
+        self,
+        pod_id: str | None,
+        states: Sequence[ContainerState],
+        labels: Mapping[str, str] = MappingProxyType({}),
+        annotations: Mapping[str, str] = MappingProxyType({}),
+    ) -> ContainerStatuses:
+        """Containers of one pod or of all (None), in one of *states* (empty: any), that carry all of these.
 
         Raises:
             NotFoundError: There is no such pod.
@@ -538,7 +568,9 @@ class PodService:
                 status
                 for record in records
                 for status in self._ledger.status(record).containers
-                if not states or status.state in states
+                if (not states or status.state in states)
+                and labels.items() <= status.labels.items()
+                and annotations.items() <= status.annotations.items()
             )
         )
 

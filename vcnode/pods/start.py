@@ -28,6 +28,7 @@ from vcnode.pods import edits
 from vcnode.pods.containers import Containers
 from vcnode.pods.disconnect import watchdog_of
 from vcnode.pods.guests import access_of, vm_config
+from vcnode.pods.hooks import run_all, run_all_softly, state_of
 from vcnode.pods.ledger import check_revision
 from vcnode.pods.lifecycle import PodStep, next_pod_state
 from vcnode.pods.live import LivePod
@@ -39,9 +40,11 @@ from vcnode.pods.pool import Pool, Spare
 from vcnode.pods.release import Holdings, request_of
 from vcnode.pods.resizing import SHRINK_LIMIT_S, has_balloon
 from vcnode.pods.shares import shares_host_dirs
+from vcnode.pods.sockets import connect_sockets
 from vcnode.pods.statuses import container_id, hostname_of
 from vcnode.pods.templates import Templates
 from vcnode.pods.undo import UndoStack
+from vcnode.pods.volumes import shares_at_launch
 from vcnode.pods.watch import Watcher
 from vcnode.pods.wiring import netdevs
 
@@ -190,13 +193,18 @@ class Starter:
         if record.vm is None:  # cannot be: the edit that began the start has set it
             raise UnsupportedError(f"Pod {record.pod_id} has no VM to start.")
         held = Holdings(parts, record, record.vm)
+        held.undo_hooks(undo)
         record = await self._attach_network(record, held, undo)
         phases.done("network")
+        if record.spec.hooks.pre_start:
+            await run_all(parts.storage, record.spec.hooks.pre_start, state_of(record, "creating"))
+            phases.done("hooks")
         held.undo_directory(undo)
         live = await self._launch(record, held, undo, spare, phases)
         async with aio.Interruptible() as section:
             live.start_section = section
             self._watcher.watch_vm(live)
+            await connect_sockets(parts, live, record)
             if live.vm.record != record.vm:
                 await parts.ledger.change(record.pod_id, edits.launched(live.vm.record))
             await self._connect(record, live, held, phases)
@@ -209,11 +217,18 @@ class Starter:
             # Until here the end of the VM undoes the start; from here on it is an event of its own.
             live.start_section = None
         undo.drop()
+        if record.spec.hooks.post_start:
+            self._run_after(parts.ledger.get(record.pod_id))
         if live.session is not None:
             self._watcher.follow_logs(live)  # not before: nobody's start is to wait for it
         if live.vm.restore_s is None:
             self._templates.learn(record)
         return parts.ledger.get(record.pod_id)
+
+    def _run_after(self, record: PodRecord) -> None:
+        """Run the hooks after a start, whose outcome changes nothing: nobody waits for them."""
+        work = run_all_softly(self._parts.storage, record.spec.hooks.post_start, state_of(record, "running"))
+        self._parts.tasks.spawn(work, name=f"hooks of pod {record.pod_id}")
 
     async def _attach_network(self, record: PodRecord, held: Holdings, undo: UndoStack) -> PodRecord:
         """Make what was planned; returns the record as it is then."""
@@ -263,6 +278,7 @@ class Starter:
         template = await self._templates.for_pod(record)
         phases.done("template")
         agent = parts.agent(record)
+        shares = await shares_at_launch(parts, record, held.vm.vm_id, str(directory / "shared"))
         async with (
             netdevs(parts.network(record), held.network) as devices,
             vm_config(parts, record, held.network) as config,
@@ -281,6 +297,7 @@ class Starter:
                 channels=agent.channels(record.spec.agent_config),
                 share_tag=agent.share_tag,
                 host_dirs=shares_host_dirs(record),
+                shares=shares,
             )
             return await self._clone_or_boot(record, spec, template, phases)
 

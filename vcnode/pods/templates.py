@@ -150,7 +150,8 @@ class Templates:
                 raise UnsupportedError(
                     f"Pod {record.pod_id} requires a template, which hypervisor_type"
                     f" {record.hypervisor_type.value} with agent_type {record.agent_type.value} cannot make"
-                    f"{'' if record.spec.hypervisor_config.is_default else ' with a hypervisor_config'}."
+                    f"{'' if record.spec.hypervisor_config.is_default else ' with a hypervisor_config'}"
+                    f"{' with virtio-fs' * any(v.needs_boot for v in record.volumes)}."
                 )
             return None
         if await self._load(kind):
@@ -211,7 +212,7 @@ class Templates:
 
     def kind_of(self, record: PodRecord) -> Kind | None:
         """What the pod's VM would be cloned from; None: it boots."""
-        if not record.spec.hypervisor_config.is_default:
+        if not record.spec.hypervisor_config.is_default or any(v.needs_boot for v in record.volumes):
             return None
         size = record.spec.resources
         if record.network is not None:

@@ -29,6 +29,7 @@ from vcnode.pods.live import LivePod
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 from vcnode.pods.release import release
 from vcnode.pods.statuses import container_id
+from vcnode.pods.volumes import note_mounts
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class Watcher:
             state = there.get(cid)
             if state is not None:
                 live.provided.setdefault(cid, root_of(container))
+                note_mounts(live, record, container)
             if container.state in CONTAINER_ALIVE:
                 if state is None or state.state not in ("running", "paused"):
                     await self._ended_meanwhile(live, cid, state)

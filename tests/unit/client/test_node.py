@@ -26,6 +26,7 @@ from vcnode.models.commands import COMMANDS
 from vcnode.models.pod import Cmd, ContainerResources, ContainerSpec, EnvVar, PodSpec, PodState
 from vcnode.models.sessions import ContainerCopyIn, ContainerCopyOut, SessionExec
 from vcnode.models.subjects import Subjects
+from vcnode.models.volumes import Volume
 
 
 class Message:
@@ -76,6 +77,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "container.create": ("p1", ContainerSpec(image="busybox")),
     "container.update": ("p1", "c1", ContainerResources(pids_limit=9)),
     "pod.resize": ("p1", 128),
+    "pod.attach_volume": ("p1", Volume(mount_tag="data", host_path="/srv/data")),
+    "pod.detach_volume": ("p1", "data"),
     "container.exec": ("p1", "c1", Cmd(args=("true",))),
     "container.copy_in": (ContainerCopyIn(pod_id="p1", container_id="c1", path="/a"),),
     "container.copy_out": (ContainerCopyOut(pod_id="p1", container_id="c1", path="/a"),),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from vcnode.aio import Tasks
@@ -54,6 +55,7 @@ from vcnode.models.sessions import (
     SessionSubjects,
 )
 from vcnode.models.stats import PodStats, PodStatsOf
+from vcnode.models.volumes import Volume
 from vcnode.pods.stored import Stored
 from vcnode.settings import Settings
 
@@ -173,7 +175,20 @@ class FakePods:
         await self._note("delete", call, pod_id, force)
         return PodDeleted(pod_id=pod_id, existed=True)
 
-    def list(self, labels: Mapping[str, str], states: Sequence[PodState]) -> PodStatuses:
+    async def attach_volume(self, pod_id: str, volume: Volume, call: Call) -> PodStatus:
+        await self._note("attach_volume", call, pod_id, volume)
+        return pod_status(pod_id)
+
+    async def detach_volume(self, pod_id: str, mount_tag: str, call: Call) -> PodStatus:
+        await self._note("detach_volume", call, pod_id, mount_tag)
+        return pod_status(pod_id)
+
+    def list(
+        self,
+        labels: Mapping[str, str],
+        states: Sequence[PodState],
+        annotations: Mapping[str, str] = MappingProxyType({}),
+    ) -> PodStatuses:
         self.calls.append(("list", (labels, states)))
         return PodStatuses(pods=tuple(self.pods))
 
@@ -258,7 +273,13 @@ class FakePods:
         await self._note("stats", call, request)
         return PodStats(pod_id=request.pod_id, node="n1", time=NOW)
 
-    def list_containers(self, pod_id: str | None, states: Sequence[ContainerState]) -> ContainerStatuses:
+    def list_containers(
+        self,
+        pod_id: str | None,
+        states: Sequence[ContainerState],
+        labels: Mapping[str, str],
+        annotations: Mapping[str, str],
+    ) -> ContainerStatuses:
         self.calls.append(("list_containers", (pod_id, states)))
         return ContainerStatuses(containers=())
 

@@ -20,6 +20,8 @@ REQUESTS = {
     "container.exec": b'{"pod_id": "p1", "container_id": "c1", "cmd": {"args": ["true"]}}',
     "container.create": b'{"pod_id": "p1", "container": {"id": "c1", "image": "busybox"}}',
     "container.update": b'{"pod_id": "p1", "container_id": "c1", "resources": {"pids_limit": 9}}',
+    "pod.attach_volume": b'{"pod_id": "p1", "volume": {"mount_tag": "data", "host_path": "/srv/data"}}',
+    "pod.detach_volume": b'{"pod_id": "p1", "mount_tag": "data"}',
     "pod.resize": b'{"pod_id": "p1", "mem_size_mib": 128}',
     "container.copy_in": b'{"pod_id": "p1", "container_id": "c1", "path": "/a"}',
     "container.copy_out": b'{"pod_id": "p1", "container_id": "c1", "path": "/a"}',

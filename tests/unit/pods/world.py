@@ -247,6 +247,7 @@ class World:
             (Path("/roots"),),
             run_dir=Path("/run/vc"),
             secret_dirs=self.settings.policy.secret_dirs,
+            hook_dirs=(Path("/hooks"),),
             faults=plan,
             world=self.host,
         )

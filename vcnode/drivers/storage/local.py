@@ -6,17 +6,20 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, LayerFile, PullSource
 from vcnode.drivers.exhaustion import exhausted
 from vcnode.drivers.storage import qcow2
+from vcnode.drivers.storage.hooks import open_hook
 from vcnode.drivers.storage.images import Around, ImageStore, no_points
 from vcnode.drivers.storage.layers import LayerStore
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.registry import Progress
 from vcnode.drivers.storage.secrets import read_secret
+from vcnode.drivers.storage.sockets import HostSockets
 from vcnode.drivers.storage.threads import Undo, in_thread, make_in_thread
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import StorageError
@@ -51,6 +54,7 @@ class LocalStorage:
         images: Limits of images, and how registries are reached.
         around: As of `ImageStore`.
         secret_dirs: Directories under which files with secrets must lie.
+        hook_dirs: Directories under which hooks must lie.
     """
 
     def __init__(
@@ -62,11 +66,14 @@ class LocalStorage:
         *,
         around: Around = no_points,
         secret_dirs: Sequence[Path] = (),
+        hook_dirs: Sequence[Path] = (),
     ) -> None:
+        self._hook_roots = AllowedRoots(hook_dirs, private=(state_dir, run_dir))
         self._secret_roots = AllowedRoots(secret_dirs, private=(state_dir, run_dir))
         roots = AllowedRoots(allowed_roots, private=(state_dir, run_dir))
         self._roots = roots
         self._dirs = VmDirs(run_dir, roots)
+        self._sockets = HostSockets(self._dirs, roots)
         self._images = ImageStore(state_dir, roots, images, around=around)
         self._layers = LayerStore(state_dir)
 
@@ -114,7 +121,11 @@ class LocalStorage:
             StorageError: Something stays; may be tried again.
         """
         async with _translated(f"Removing the directory of VM {vm_id}"):
-            await in_thread(self._dirs.remove, vm_id)
+            await in_thread(self._remove_vm_dir, vm_id)
+
+    def _remove_vm_dir(self, vm_id: str) -> None:
+        self._sockets.remove(vm_id)
+        self._dirs.remove(vm_id)
 
     async def write_note(self, vm_id: str, text: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
@@ -131,15 +142,25 @@ class LocalStorage:
         async with _translated(f"Looking at {path!r}"):
             await in_thread(self._roots.check_directory, path)
 
-    async def open_file(self, path: str) -> int:
+    async def open_file(self, path: str, *, writable: bool = False) -> int:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated(f"Opening {path!r}"):
-            return await make_in_thread(self._open_file, path)
+            return await make_in_thread(_opened, partial(self._roots.open_file, path, writable=writable))
 
-    def _open_file(self, undo: list[Undo], path: str) -> int:
-        fd = self._roots.open_file(path)
-        undo.append(lambda: os.close(fd))
-        return fd
+    async def open_hook(self, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Opening {path!r}"):
+            return await make_in_thread(_opened, partial(open_hook, self._hook_roots, path))
+
+    async def listen(self, vm_id: str, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Listening at {path!r}"):
+            return await make_in_thread(_opened, partial(self._sockets.listen, vm_id, path))
+
+    async def connect(self, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`."""
+        async with _translated(f"Connecting to {path!r}"):
+            return await make_in_thread(_opened, partial(self._sockets.connect, path))
 
     async def open_disk(
         self,
@@ -176,10 +197,10 @@ class LocalStorage:
         async with _translated("Reading a secret"):
             return await in_thread(read_secret, self._secret_roots, path, private=private)
 
-    async def share(self, vm_id: str, name: str, path: str) -> None:
+    async def share(self, vm_id: str, name: str, path: str, *, read_only: bool = False) -> None:
         """See `vcnode.drivers.base.Storage`. AlreadyExistsError when *name* is taken."""
         async with _translated(f"Sharing {path!r} with VM {vm_id}"):
-            await make_in_thread(self._dirs.share, vm_id, name, path)
+            await make_in_thread(partial(self._dirs.share, read_only=read_only), vm_id, name, path)
 
     async def unshare(self, vm_id: str, name: str) -> None:
         """See `vcnode.drivers.base.Storage`.
@@ -236,3 +257,10 @@ class LocalStorage:
         """See `vcnode.drivers.base.Storage`."""
         async with _translated(f"Removing disk {layer_id}"):
             await in_thread(self._layers.remove, layer_id)
+
+
+def _opened(undo: list[Undo], work: Callable[[], int]) -> int:
+    """The descriptor that *work* opens; *undo* closes it."""
+    fd = work()
+    undo.append(lambda: os.close(fd))
+    return fd

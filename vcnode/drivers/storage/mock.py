@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from vcnode.drivers.faults import FaultPlan
 from vcnode.drivers.storage.images import check_digest
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import check_name
-from vcnode.errors import AlreadyExistsError, NotFoundError, StorageError
+from vcnode.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, StorageError
 from vcnode.models.hypervisor import DiskFormat
 from vcnode.models.image import ImageConfig, PullProgress
 from vcnode.models.vm import DiskFile
@@ -34,11 +35,13 @@ class MockWorld:
     """By digest."""
     layers: dict[str, int] = field(default_factory=dict)
     """Writable disks by id, with their sizes in MiB."""
+    sockets: dict[str, str] = field(default_factory=dict)
+    """Sockets on the host by path, with the VM that each leads to."""
 
     @property
     def empty(self) -> bool:
         """Whether no VM and no container holds anything (images stay, as they do in life)."""
-        return not self.vm_dirs and not self.shares and not self.layers
+        return not self.vm_dirs and not self.shares and not self.layers and not self.sockets
 
 
 def _nowhere() -> int:
@@ -55,6 +58,7 @@ class MockStorage:
     Args:
         allowed_roots: As of the real driver; judged by name.
         secret_dirs: As of the real driver; a file there holds ``secret of <path>``.
+        hook_dirs: As of the real driver; a hook there does nothing, and fails if its name has ``fail`` in it.
         faults: Operations are ``storage.make_vm_dir``, ``storage.share`` and so on.
         world: What is there already.
     """
@@ -65,11 +69,13 @@ class MockStorage:
         *,
         run_dir: Path = Path("/run/vcnode"),
         secret_dirs: Sequence[Path] = (),
+        hook_dirs: Sequence[Path] = (),
         faults: FaultPlan | None = None,
         world: MockWorld | None = None,
     ) -> None:
         self._roots = AllowedRoots(allowed_roots, private=())
         self._secret_roots = AllowedRoots(secret_dirs, private=())
+        self._hook_roots = AllowedRoots(hook_dirs, private=())
         self._run_dir = run_dir
         self._faults = faults
         self.world = world if world is not None else MockWorld()
@@ -96,7 +102,8 @@ class MockStorage:
         shares = [Held("mount", f"{vm}/shared/{name}", vm) for vm, name in sorted(self.world.shares)]
         directories = [Held("directory", str(self._run_dir / "vms" / vm), vm) for vm in await self.vm_ids()]
         disks = [Held("disk", f"layers/{layer_id}", layer_id) for layer_id in sorted(self.world.layers)]
-        every = (*shares, *directories, *disks)
+        sockets = [Held("socket", path, vm) for path, vm in sorted(self.world.sockets.items())]
+        every = (*shares, *sockets, *directories, *disks)
         return [held for held in every if held.vm_id and held.vm_id.startswith(mark)]
 
     async def free(self, held: Held, *, timeout_s: float) -> None:
@@ -123,6 +130,8 @@ class MockStorage:
         self.world.notes.pop(vm_id, None)
         for key in [key for key in self.world.shares if key[0] == vm_id]:
             del self.world.shares[key]
+        for path in [path for path, owner in self.world.sockets.items() if owner == vm_id]:
+            del self.world.sockets[path]
 
     async def write_note(self, vm_id: str, text: str) -> None:
         """See `vcnode.drivers.base.Storage`."""
@@ -142,7 +151,7 @@ class MockStorage:
         await self._hit("check_rootfs")
         self._check(path)
 
-    async def open_file(self, path: str) -> int:
+    async def open_file(self, path: str, *, writable: bool = False) -> int:
         """See `vcnode.drivers.base.Storage`; the descriptor leads nowhere."""
         await self._hit("open_file")
         self._check(path)
@@ -165,6 +174,32 @@ class MockStorage:
         self.world.layers.setdefault(check_name(overlay_id), 0)
         return DiskFile(fd=_nowhere(), format=DiskFormat.QCOW2, base_fd=_nowhere(), base_format=disk_format)
 
+    async def open_hook(self, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`; the program is ``true``, or ``false``."""
+        await self._hit("open_hook")
+        self._hook_roots.judge(path)
+        if "missing" in Path(path).parts:
+            raise NotFoundError(f"Host path {path!r} does not exist.", path=path)
+        program = shutil.which("false" if "fail" in Path(path).name else "true") or "/bin/true"
+        return os.open(program, os.O_RDONLY | os.O_CLOEXEC)
+
+    async def listen(self, vm_id: str, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`; the descriptor leads nowhere."""
+        await self._hit("listen", vm_id)
+        self._check(path)
+        if vm_id not in self.world.vm_dirs:
+            raise StorageError(f"VM {vm_id} has no directory on this node.", vm_id=vm_id)
+        if path in self.world.sockets:
+            raise FailedPreconditionError(f"There is something at {path!r} already.", path=path)
+        self.world.sockets[path] = vm_id
+        return _nowhere()
+
+    async def connect(self, path: str) -> int:
+        """See `vcnode.drivers.base.Storage`; the descriptor leads nowhere."""
+        await self._hit("connect")
+        self._check(path)
+        return _nowhere()
+
     async def read_secret(self, path: str, *, private: bool = False) -> bytes:
         """See `vcnode.drivers.base.Storage`; nothing is read."""
         await self._hit("read_secret")
@@ -173,7 +208,7 @@ class MockStorage:
             raise NotFoundError(f"Host path {path!r} does not exist.", path=path)
         return f"secret of {path}".encode()
 
-    async def share(self, vm_id: str, name: str, path: str) -> None:
+    async def share(self, vm_id: str, name: str, path: str, *, read_only: bool = False) -> None:
         """See `vcnode.drivers.base.Storage`."""
         check_name(name)
         await self._hit("share", vm_id)

@@ -157,7 +157,7 @@ class VmDirs:
                     log.warning("The note of VM %s cannot be read", vm_id, exc_info=True)
         return found
 
-    def share(self, undo: list[Undo], vm_id: str, name: str, path: str) -> None:
+    def share(self, undo: list[Undo], vm_id: str, name: str, path: str, *, read_only: bool = False) -> None:
         """Bind the host directory *path* to ``shared/<name>``; appends to *undo* what takes it away again.
 
         Raises:
@@ -171,20 +171,23 @@ class VmDirs:
         try:
             shared = self._open_shared(vm_id)
             try:
-                self._bind(vm_id, name, source, shared, undo)
+                attributes = HARDENED | (syscalls.ATTR_RDONLY if read_only else 0)
+                self._bind(vm_id, name, source, shared, attributes, undo)
             finally:
                 os.close(shared)
         finally:
             os.close(source)
 
-    def _bind(self, vm_id: str, name: str, source: int, shared: int, undo: list[Undo]) -> None:
+    def _bind(
+        self, vm_id: str, name: str, source: int, shared: int, attributes: int, undo: list[Undo]
+    ) -> None:
         if os.path.ismount(self.path(vm_id) / SHARED / name):
             raise AlreadyExistsError(f"VM {vm_id} has a share {name} already.", vm_id=vm_id, name=name)
         undo.append(lambda: self.unshare(vm_id, name))
         _make_directory(shared, name)
         mount = syscalls.clone_mount(source)
         try:
-            syscalls.set_mount_attributes(mount, add=HARDENED)
+            syscalls.set_mount_attributes(mount, add=attributes)
             target = os.open(name, _DIRECTORY, dir_fd=shared)
             try:
                 syscalls.attach_mount(mount, target)

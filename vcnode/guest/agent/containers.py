@@ -32,6 +32,7 @@ from vcnode.guest.agent.mainio import SIZE, MainIo
 from vcnode.guest.agent.probes import Exec, Runner, connect
 from vcnode.guest.agent.processes import Listing
 from vcnode.guest.agent.undo import Undo
+from vcnode.guest.agent.volumes import Volumes, find_port
 from vcnode.guest.health import Health
 
 TYPE_CHECKING = False
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.mounts import Mounts
     from vcnode.guest.agent.process import ProcessSpec
     from vcnode.guest.agent.spawn import Spawned, Spawner
+    from vcnode.guest.agent.volumes import Mount
     from vcnode.guest.health import ProbeSpec
 
     Done = Callable[[Failure | None], None]
+    PlainMount = tuple[str, str, str, int, str]
 
 CREATED, STARTING, RUNNING, STOPPED = "created", "starting", "running", "stopped"
 PAUSED = "paused"
@@ -62,6 +65,7 @@ class ContainerSpec:
         "hostname",
         "layer_disk_id",
         "limits",
+        "mounts",
         "probes",
         "process",
         "readonly",
@@ -90,7 +94,10 @@ class ContainerSpec:
         stdin: bool = False,
         tty: bool = False,
         secrets: tuple[tuple[str, int, bytes], ...] = (),
+        mounts: tuple[Mount, ...] = (),
     ) -> None:
+        self.mounts = mounts
+        """What it mounts besides its root."""
         self.secrets = secrets
         """Name, mode and content of each file of its ``/run/secrets``."""
         self.stdin = stdin
@@ -137,6 +144,8 @@ class Container:
         """What its main process writes."""
         self.io: MainIo | None = None
         """Of its present run, or its last."""
+        self.mounts: tuple[PlainMount, ...] = ()
+        """What its main process mounts."""
         self.creating = True
         """Its root is not complete yet."""
         self.stop_waiting: Callable[[], None] | None = None
@@ -183,6 +192,7 @@ class Containers:
         feed: Sends what containers write.
         exited: Called with a container whose main process has ended.
         cgroup_root: Where cgroup v2 is mounted.
+        volumes: Reaches what containers mount.
         health_changed: Called with a container whose health is another.
     """
 
@@ -196,8 +206,10 @@ class Containers:
         exited: Callable[[Container], None],
         cgroup_root: str = CGROUP_ROOT,
         *,
+        volumes: Volumes | None = None,
         health_changed: Callable[[Container], None] = lambda _: None,
     ) -> None:
+        self._volumes = volumes or Volumes(mounts.run, cgroup_root)
         self._loop = loop
         self._mounts = mounts
         self._disks = disks
@@ -258,25 +270,52 @@ class Containers:
                 container.creating = False
                 done(None)
 
-        wanted = [disk_id for disk_id in (spec.layer_disk_id, spec.disk_id) if disk_id is not None]
+        mounted = dict.fromkeys(mount.disk_id for mount in spec.mounts)
+        every = (*reversed(mounted), spec.layer_disk_id, spec.disk_id)
+        wanted = [(disk_id, True) for disk_id in every if disk_id is not None]
+        wanted += [(mount.port, False) for mount in spec.mounts if mount.port is not None]
 
         def wait_for_next() -> None:
             if not wanted:
                 prepare()
                 return
-            disk_id = wanted.pop()
+            wanted_id, is_disk = wanted.pop()
 
             def found(name: str) -> None:
-                names[disk_id] = name
+                names[wanted_id] = name
                 wait_for_next()
 
-            stop_waiting = self._disks.when_there(disk_id, found, failed)
+            if is_disk:
+                stop_waiting = self._disks.when_there(wanted_id, found, failed)
+            else:
+                look = partial(find_port, wanted_id)
+                stop_waiting = self._disks.when(look, f"port {wanted_id!r}", found, failed)
             if stop_waiting is not None:
                 container.stop_waiting = stop_waiting
 
         wait_for_next()
 
-    def _prepare(self, container: Container, disks: dict[str, str]) -> None:
+    def _prepare(self, container: Container, devices: dict[str, str]) -> None:
+        self._prepare_root(container, devices)
+        container.mounts = tuple(self._source(container, mount, devices) for mount in container.spec.mounts)
+
+    def _source(self, container: Container, mount: Mount, devices: dict[str, str]) -> PlainMount:
+        """See that what is to be mounted is there; gives it as `Entry.main` wants it."""
+        source = ""
+        if mount.shared_name is not None:
+            source = self._mounts.shared(mount.shared_name)
+        elif mount.fs_tag is not None:
+            source = self._volumes.virtio_fs(mount.fs_tag)
+        elif mount.port is not None:
+            source = devices[mount.port]
+            self._volumes.let_use(source)
+        elif mount.disk_id is not None:
+            disk_id, source = mount.disk_id, self._disks.path(mount.disk_id)
+            container.undo.push(f"release disk {disk_id}", partial(self._disks.release, disk_id))
+            self._disks.acquire(disk_id, devices[disk_id], writable=mount.writable, fs=mount.fs)
+        return source, mount.path, mount.destination, mount.flags, mount.data
+
+    def _prepare_root(self, container: Container, disks: dict[str, str]) -> None:
         spec, undo = container.spec, container.undo
         undo.push(f"remove {container.cgroup.path}", container.cgroup.remove)
         container.cgroup.create(spec.limits.files)
@@ -285,9 +324,10 @@ class Containers:
             self._mounts.bind_shared(spec.container_id, spec.shared_name or "")
             self._mounts.keep_secrets(spec.container_id, spec.secrets, undo)
             return
-        for disk_id, name in disks.items():
-            undo.push(f"release disk {disk_id}", partial(self._disks.release, disk_id))
-            self._disks.acquire(disk_id, name, writable=disk_id == spec.layer_disk_id)
+        for disk_id in (spec.disk_id, spec.layer_disk_id):
+            if disk_id is not None:
+                undo.push(f"release disk {disk_id}", partial(self._disks.release, disk_id))
+                self._disks.acquire(disk_id, disks[disk_id], writable=disk_id == spec.layer_disk_id)
         layer = spec.layer_disk_id and self._disks.path(spec.layer_disk_id)
         self._mounts.make_container(spec.container_id, undo)
         self._mounts.overlay(spec.container_id, self._disks.path(spec.disk_id), layer)
@@ -327,6 +367,7 @@ class Containers:
                 hostname=spec.hostname,
                 cgroup_procs_fd=procs_fd,
                 secrets=self._mounts.secrets(spec.container_id) if spec.secrets else "",
+                mounts=container.mounts,
             )
             stdio = (opened[0], opened[1], opened[2])
             plan = process.Plan(spec.process, entry.root, spec.hostname, SIZE if spec.tty else None)

@@ -66,15 +66,17 @@ def program(allowed: Iterable[tuple[int, tuple[int, ...] | None]] = ALLOWED) -> 
     return b"".join([*code, deny])
 
 
-def restrict(cgroup: str) -> None:
+def restrict(cgroup: str, allowed: Iterable[tuple[int, tuple[int, ...] | None]] = ALLOWED) -> None:
     """Let processes in *cgroup*, and in all groups below it, use the allowed devices only.
+
+    It takes the place of what was attached there before.
 
     Raises:
         OSError: The kernel cannot do it (CONFIG_CGROUP_BPF).
     """
     group = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        loaded = syscalls.load_device_program(program())
+        loaded = syscalls.load_device_program(program(allowed))
         try:
             # The group holds the program from then on.
             syscalls.attach_device_program(group, loaded)

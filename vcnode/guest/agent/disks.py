@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 
 from vcnode.guest.agent import modules, syscalls, uevents
 from vcnode.guest.agent.failures import NOT_FOUND, Failure
@@ -89,17 +90,28 @@ class Disks:
         Returns:
             None when one of the two was called already, else a function that gives up now (calls *missing*).
         """
-        waiting = _Waiting(disk_id, found, missing)
+        look = partial(find_usable, disk_id, self._sys_block, self._dev)
+        return self.when(look, f"disk {disk_id!r}", found, missing)
+
+    def when(
+        self,
+        look: Callable[[], str | None],
+        what: str,
+        found: Callable[[str], None],
+        missing: Callable[[Failure], None],
+    ) -> Callable[[], None] | None:
+        """As `when_there` for any device: *look* gives its name once it is there, *what* is for people."""
+        waiting = _Waiting(look, found, missing)
         self._waiting.append(waiting)
         try:
-            name = find_usable(disk_id, self._sys_block, self._dev)
+            name = look()
             if name is None:
                 # What has appeared between that look and the opening of the socket is seen by a second one.
                 self._listen()
-                name = find_usable(disk_id, self._sys_block, self._dev)
+                name = look()
         except OSError as exc:
             self._stop_waiting(waiting)
-            missing(Failure.of(exc, "wait for a disk"))
+            missing(Failure.of(exc, f"wait for {what}"))
             return None
         if name is not None:
             self._stop_waiting(waiting)
@@ -108,7 +120,7 @@ class Disks:
 
         def give_up(why: str) -> None:
             self._stop_waiting(waiting)
-            missing(Failure(NOT_FOUND, f"No disk {disk_id!r} appeared {why}."))
+            missing(Failure(NOT_FOUND, f"No {what} appeared {why}."))
 
         late = f"within {APPEARS_WITHIN_S:g} s"
         waiting.timer = self._loop.call_later(APPEARS_WITHIN_S, lambda: give_up(late))
@@ -136,7 +148,7 @@ class Disks:
             if waiting not in self._waiting:
                 continue
             try:
-                name = find_usable(waiting.disk_id, self._sys_block, self._dev)
+                name = waiting.look()
             except OSError as exc:
                 self._stop_waiting(waiting)
                 waiting.missing(Failure.of(exc, "open a disk"))
@@ -149,20 +161,20 @@ class Disks:
         """Where a disk is mounted."""
         return f"{self._directory}/{disk_id}"
 
-    def acquire(self, disk_id: str, name: str, *, writable: bool = False) -> None:
+    def acquire(self, disk_id: str, name: str, *, writable: bool = False, fs: str | None = None) -> None:
         """Mount disk *name* unless it is mounted already. Whoever acquires releases, also after a failure.
 
-        An image is erofs; a *writable* disk is ext4, as the host has formatted it.
+        Unless *fs* says so, an image is erofs; a *writable* disk is ext4, as the host has formatted it.
         """
+        fs = fs or ("ext4" if writable else "erofs")
         count = self._users.get(disk_id, 0)
         self._users[disk_id] = count + 1
         if count == 0:
             make_directory(self.path(disk_id))
-            if writable:
+            if fs == "ext4":
                 modules.load(modules.EXT4)
-                syscalls.mount(f"/dev/{name}", self.path(disk_id), "ext4", MS_NODEV, EXT4_OPTIONS)
-            else:
-                syscalls.mount(f"/dev/{name}", self.path(disk_id), "erofs", MS_RDONLY | MS_NODEV)
+            flags, data = (MS_NODEV, EXT4_OPTIONS) if writable else (MS_NODEV | MS_RDONLY, None)
+            syscalls.mount(f"/dev/{name}", self.path(disk_id), fs, flags, data)
 
     def release(self, disk_id: str) -> None:
         """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it.
@@ -184,12 +196,15 @@ class Disks:
 
 
 class _Waiting:
-    __slots__ = ("disk_id", "found", "missing", "timer")
+    __slots__ = ("found", "look", "missing", "timer")
 
     def __init__(
-        self, disk_id: str, found: Callable[[str], None], missing: Callable[[Failure], None]
+        self,
+        look: Callable[[], str | None],
+        found: Callable[[str], None],
+        missing: Callable[[Failure], None],
     ) -> None:
-        self.disk_id = disk_id
+        self.look = look
         self.found = found
         self.missing = missing
         self.timer: Timer | None = None

@@ -45,7 +45,14 @@ class Entry:
 
     @classmethod
     def main(
-        cls, root: str, *, readonly: bool, hostname: str, cgroup_procs_fd: int, secrets: str = ""
+        cls,
+        root: str,
+        *,
+        readonly: bool,
+        hostname: str,
+        cgroup_procs_fd: int,
+        secrets: str = "",
+        mounts: tuple[tuple[str, str, str, int, str], ...] = (),
     ) -> Entry:
         """New namespaces around *root*, a mount point.
 
@@ -55,8 +62,9 @@ class Entry:
             hostname: In its UTS namespace.
             cgroup_procs_fd: cgroup.procs of its group.
             secrets: Directory that it sees as /run/secrets; empty: none.
+            mounts: Source (empty: a tmpfs), path in it, destination, flags of mount(2), and data.
         """
-        fields = (root, readonly, hostname, secrets)
+        fields = (root, readonly, hostname, secrets, mounts)
         return cls(MAIN, hostname=hostname, root=root, fields=fields, fds=(cgroup_procs_fd,))
 
     @classmethod

@@ -82,6 +82,10 @@ class Mounts:
         Raises:
             Failure: ``not_found``; the share has no such directory.
         """
+        syscalls.mount(self.shared(name), self.root(container_id), None, MS_BIND)
+
+    def shared(self, name: str) -> str:
+        """Where directory *name* of the share is. Raises as `bind_shared`."""
         self._mount_share()
         path = f"{self.run}/shared/{name}"
         try:
@@ -90,7 +94,7 @@ class Mounts:
             mode = 0
         if not stat.S_ISDIR(mode):
             raise Failure(NOT_FOUND, f"The share has no directory {name!r}.")
-        syscalls.mount(path, self.root(container_id), None, MS_BIND)
+        return path
 
     def _mount_share(self) -> None:
         if not self._share_mounted:

@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 
-from vcnode.guest.agent import syscalls
+from vcnode.guest.agent import syscalls, volumes
 from vcnode.guest.agent.entries import ended, is_gone
 from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure, printable
 from vcnode.guest.agent.params import invalid
@@ -81,13 +81,14 @@ ETC_FILES = ("hostname", "hosts", "resolv.conf")
 
 def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
     """Make the namespaces of a container around its root, and move into them. See `entries.Entry.main`."""
-    root, readonly, hostname, secrets = fields
+    root, readonly, hostname, secrets, mounts = fields
     # First the group, then its namespace: what a cgroup namespace shows starts at the group of its maker.
     os.write(fds[0], b"0")
     syscalls.unshare(_NAMESPACES)
     syscalls.sethostname(hostname)
     files = _own_files()
     secrets_fd = syscalls.open_tree(secrets) if secrets else -1
+    taken = [volumes.take(source, path) if source else None for source, path, *_ in mounts]
     _exchange_root(root)
     for target, fstype, flags, options in _MOUNTS:
         _mount(target, fstype, flags, options)
@@ -95,6 +96,8 @@ def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
             _fill_dev()
     for name, fd in files:
         _put_over(fd, f"/etc/{name}")
+    for each, (_, _, destination, flags, data) in zip(taken, mounts, strict=True):
+        volumes.put(each, destination, flags, data)
     if secrets_fd >= 0:
         _put_secrets(secrets_fd)
     for path in MASKED_PATHS:

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 
-from vcnode.guest.agent import cgroups, identity, probes, process, processes, stats, watchdog
+from vcnode.guest.agent import cgroups, identity, probes, process, processes, stats, volumes, watchdog
 from vcnode.guest.agent.containers import ContainerSpec
 from vcnode.guest.agent.entries import JOIN, Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
@@ -108,6 +108,7 @@ def container_spec(params: Params) -> ContainerSpec:
         stdin=params.flag("stdin", False),
         tty=params.flag("tty", False),
         secrets=params.array("secrets", _secret, longest=MAX_SECRETS),
+        mounts=params.array("mounts", volumes.parse, longest=volumes.MAX_MOUNTS),
     )
     params.done()
     return spec

@@ -28,7 +28,7 @@ WANTED = (
     "virtio_balloon",  # in VMs with memory of their own
 )
 """Modules that the agent or a device needs, most urgent first. Dependencies follow from the modules."""
-ON_DEMAND = ("ext4",)
+ON_DEMAND = ("ext4", "virtiofs")
 """Modules that the agent loads, with what they depend on, once something wants them."""
 
 _MODULE_FILE = re.compile(r"(?P<name>[A-Za-z0-9_-]+)\.ko(\.(xz|zst|gz))?")

@@ -13,7 +13,7 @@ from vcnode.drivers.hypervisor.qemu import argv, machines
 from vcnode.drivers.hypervisor.qemu.machines import ARCHITECTURES
 from vcnode.errors import InvalidArgumentError, UnsupportedError
 from vcnode.models.hypervisor import DiskFormat, MachineType
-from vcnode.models.vm import Channel, DiskFile, NetDev, VmConfig, VmSpec
+from vcnode.models.vm import Channel, DiskFile, NetDev, Share, VmConfig, VmSpec
 
 SPEC = VmSpec(
     vm_id="vm-0123456789ab",
@@ -81,7 +81,7 @@ def test_the_whole_command_line():
         *("-mon", "chardev=qmp0,mode=control"),
         *("-chardev", "pipe,id=console0,path=/run/vcnode/vms/vm-0123456789ab/console"),
         *("-serial", "chardev:console0"),
-        *("-device", "virtio-serial-device,id=serial0,max_ports=4"),
+        *("-device", "virtio-serial-device,id=serial0,max_ports=9"),
         *("-chardev", "socket,id=agent0,fd=8,server=on,wait=off"),
         *("-device", "virtserialport,bus=serial0.0,chardev=agent0,name=vcnode.agent.0"),
         *("-device", "virtio-scsi-device,id=scsi0"),
@@ -159,7 +159,7 @@ def test_a_guest_that_starts_from_its_disk_gets_firmware_and_pci():
     assert not {"-kernel", "-initrd", "-append"} & set(args)
     assert values(launch, "-machine") == ["type=q35,memory-backend=ram,graphics=off"]
     assert values(launch, "-device") == [
-        "virtio-serial-pci,id=serial0,max_ports=4",
+        "virtio-serial-pci,id=serial0,max_ports=9",
         "virtserialport,bus=serial0.0,chardev=agent0,name=vcnode.agent.0",
         "virtio-scsi-pci,id=scsi0",
         "virtio-9p-pci,fsdev=share0,mount_tag=vcnode-shared",
@@ -254,7 +254,7 @@ def test_aarch64_has_a_machine_a_console_and_a_cpu_of_its_own():
     assert values(launch, "-machine") == ["type=virt,memory-backend=ram,gic-version=max"]
     assert values(launch, "-cpu") == ["max,pauth-impdef=on"]
     assert values(launch, "-append") == ["console=ttyAMA0 quiet panic=-1"]
-    assert values(launch, "-device")[0] == "virtio-serial-pci,id=serial0,max_ports=4"
+    assert values(launch, "-device")[0] == "virtio-serial-pci,id=serial0,max_ports=9"
     assert values(replace(launch, accelerator="kvm"), "-cpu") == ["host"]
     with pytest.raises(InvalidArgumentError, match="firmware_path"):
         argv.build(replace(launch, spec=SPEC.model_copy(update={"config": Q35})))
@@ -282,3 +282,25 @@ def test_machines_that_cannot_run_the_guest(
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(UnsupportedError, match="riscv64"):
         machines.architecture("riscv64")
+
+
+def test_volumes_are_devices_with_tags_and_virtio_fs_shares_the_memory():
+    shares = (
+        Share(tag="data", directory="/v/shared/volume.data"),
+        Share(tag="fast", directory="/v/shared/volume.fast", virtio_fs=True),
+        Share(tag="more", directory="/v/shared/volume.more"),
+    )
+    launch = replace(LAUNCH, spec=SPEC.model_copy(update={"shares": shares}), virtio_fs_fds=(21,))
+    assert values(launch, "-fsdev")[1:] == [
+        f"local,id=volume{n},path=/v/shared/volume.{tag},security_model=none,multidevs=remap"
+        for n, tag in ((0, "data"), (2, "more"))
+    ]
+    assert values(launch, "-device")[-3:] == [
+        "virtio-9p-device,fsdev=volume0,mount_tag=data",
+        "vhost-user-fs-device,chardev=fs1,tag=fast",
+        "virtio-9p-device,fsdev=volume2,mount_tag=more",
+    ]
+    assert "socket,id=fs1,fd=21" in values(launch, "-chardev")
+    assert "memory-backend-memfd,id=ram,size=256M,hugetlb=off,share=on" in values(launch, "-object")
+    assert values(launch, "-global") == ["virtio-mmio.force-legacy=false"]
+    assert 21 in argv.inherited_fds(launch)

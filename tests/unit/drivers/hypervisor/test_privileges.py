@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,23 @@ import pytest
 from vcnode.drivers.hypervisor.qemu import privileges
 from vcnode.drivers.hypervisor.qemu.files import VmFiles
 from vcnode.errors import FailedPreconditionError, HypervisorError, ResourceExhaustedError
-from vcnode.models.pod import ContainerSpec, HypervisorType
-from vcnode.models.records import ContainerRecord
+from vcnode.models.network import NetworkModel
+from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
+from vcnode.models.records import ContainerRecord, PodRecord
 from vcnode.models.vm import VmRecord
-from vcnode.pods.shares import check_can_share
+from vcnode.models.volumes import Volume
+from vcnode.pods.shares import check_can_share, shares_host_dirs
 
 BASE = 2_000_000_000
+POD = PodRecord(
+    pod_id="p1",
+    spec=PodSpec(id="p1"),
+    hypervisor_type=HypervisorType.QEMU,
+    agent_type=AgentType.NATIVE,
+    network_model=NetworkModel.NOOP,
+    state=PodState.RUNNING,
+    created_at=datetime(2026, 1, 1, tzinfo=UTC),
+)
 
 
 def test_users_are_distinct_and_follow_from_the_vm() -> None:
@@ -86,6 +98,21 @@ def test_a_directory_of_the_host_is_refused_to_a_vm_without_rights() -> None:
     record = VmRecord(vm_id="vm-1", uuid="u", directory="/d", type=HypervisorType.QEMU, uid=BASE)
     spec = ContainerSpec.model_validate({"id": "c", "rootfs": "/srv/a", "cmd": {"args": ("a",)}})
     container = ContainerRecord.model_validate({"spec": spec, "created_at": "2026-01-01T00:00:00Z"})
+    pod = POD
     with pytest.raises(FailedPreconditionError, match="stop and start"):
-        check_can_share(record, container, "p1")
-    check_can_share(record.model_copy(update={"uid": None}), container, "p1")
+        check_can_share(record, container, pod)
+    check_can_share(record.model_copy(update={"uid": None}), container, pod)
+
+
+def test_so_is_a_volume_that_is_one() -> None:
+    record = VmRecord(vm_id="vm-1", uuid="u", directory="/d", type=HypervisorType.QEMU, uid=BASE)
+    pod = POD.model_copy(update={"volumes": (Volume(mount_tag="v", host_path="/srv/v"),)})
+    mounts = ({"source": "v", "destination": "/v"},)
+    spec = ContainerSpec.model_validate({"id": "c", "image": "i", "mounts": mounts})
+    container = ContainerRecord.model_validate({"spec": spec, "created_at": "2026-01-01T00:00:00Z"})
+    with pytest.raises(FailedPreconditionError, match="/srv/v"):
+        check_can_share(record, container, pod)
+    assert shares_host_dirs(pod)
+    disk = pod.model_copy(update={"volumes": (Volume(mount_tag="v", device="/srv/v", fs="ext4"),)})
+    check_can_share(record, container, disk)
+    assert not shares_host_dirs(disk)

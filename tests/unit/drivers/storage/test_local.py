@@ -31,8 +31,8 @@ class Gate:
         self.loop, self.reached, self.go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
         self._real = real
 
-    def __call__(self, *args):
-        result = self._real(*args)
+    def __call__(self, *args, **kwargs):
+        result = self._real(*args, **kwargs)
         self.loop.call_soon_threadsafe(self.reached.set)
         self.go_on.wait(10)
         return result

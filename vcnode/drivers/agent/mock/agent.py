@@ -70,7 +70,17 @@ class MockAgent:
             type=AgentType.MOCK,
             version=vcnode.__version__,
             capabilities=(
-                *("attach", "configure", "containers", "copy", "exec", "forward", "images", "limits"),
+                *(
+                    "attach",
+                    "configure",
+                    "containers",
+                    "copy",
+                    "exec",
+                    "forward",
+                    "images",
+                    "limits",
+                    "mounts",
+                ),
                 *("privileges", "probes", "readonly", "secrets", "stats", "tty", "watchdog"),
             ),
             mock=True,

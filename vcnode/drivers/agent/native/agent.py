@@ -31,7 +31,17 @@ class NativeAgent:
             type=AgentType.NATIVE,
             version=vcnode.__version__,
             capabilities=(
-                *("attach", "configure", "containers", "copy", "exec", "forward", "images", "limits"),
+                *(
+                    "attach",
+                    "configure",
+                    "containers",
+                    "copy",
+                    "exec",
+                    "forward",
+                    "images",
+                    "limits",
+                    "mounts",
+                ),
                 *("privileges", "probes", "readonly", "secrets", "stats", "tty", "watchdog"),
             ),
         )

@@ -114,6 +114,7 @@ def create_container_params(container: GuestContainer) -> dict[str, Any]:
         "resources": container.resources.model_dump(),
         **{name: True for name in ("stdin", "tty") if getattr(container, name)},
         **_secret_params(container),
+        **_mount_params(container),
         "stop_signal": container.stop_signal,
         "stop_timeout_ms": round(container.stop_timeout_s * 1000),
         **_probe_params(container),
@@ -129,6 +130,15 @@ def _secret_params(container: GuestContainer) -> dict[str, Any]:
             {"name": s.name, "mode": s.mode, "data": base64.b64encode(s.data).decode("ascii")}
             for s in container.secrets
         ]
+    }
+
+
+def _mount_params(container: GuestContainer) -> dict[str, Any]:
+    """What ``create_container`` says of mounts; nothing if there are none, as older agents want."""
+    if not container.mounts:
+        return {}
+    return {
+        "mounts": [mount.model_dump(exclude_none=True, exclude_defaults=True) for mount in container.mounts]
     }
 
 

@@ -17,7 +17,7 @@ from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, Resources, StopOutcome
 from vcnode.models.stats import CpuStats, VmStats, idle_interface
-from vcnode.models.vm import Disk, VmExit, VmRecord, VmShape, VmSpec, channel_socket
+from vcnode.models.vm import Disk, Port, VmExit, VmRecord, VmShape, VmSpec, channel_socket
 
 STOP_LIMIT_S = 5.0
 """Most that a fault may hold ``stop`` beyond its grace: the real ladder is bounded as well."""
@@ -67,6 +67,11 @@ class MockVm:
         """See Protocol Vm."""
         async with self._operation("detach_disk", timeout_s):
             self._machine.disks.pop(disk_id, None)
+
+    async def attach_port(self, port: Port, *, timeout_s: float) -> None:
+        """See Protocol Vm. Looks at no descriptor."""
+        async with self._operation("attach_port", timeout_s):
+            self._need_alive("attach_port")
 
     async def pause(self, *, timeout_s: float) -> None:
         """See Protocol Vm."""
@@ -170,7 +175,8 @@ class MockHypervisor:
         return DriverInfo(
             type=HypervisorType.MOCK,
             capabilities=(
-                *("balloon", "disks", "firmware", "image", "initrd", "kernel", "pause", "share", "stats"),
+                *("balloon", "disks", "firmware", "image", "initrd", "kernel", "pause", "ports", "share"),
+                *("stats", "virtio-fs"),
                 *(("templates",) if self._templates else ()),
             ),
             mock=True,

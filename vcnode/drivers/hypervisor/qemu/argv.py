@@ -27,6 +27,7 @@ from vcnode.drivers.hypervisor.qemu.switches import (
     MemoryBackendFile,
     MemoryBackendMemfd,
     MemoryBackendRam,
+    ModernMmio,
     Mon,
     Name,
     NoDefaults,
@@ -41,6 +42,7 @@ from vcnode.drivers.hypervisor.qemu.switches import (
     TapNetdev,
     TcgAccel,
     Uuid,
+    VhostUserFsDevice,
     Virtio9pDevice,
     VirtioBalloonDevice,
     VirtioBlkDevice,
@@ -50,10 +52,14 @@ from vcnode.drivers.hypervisor.qemu.switches import (
     VirtSerialPort,
 )
 from vcnode.models.hypervisor import DiskFormat
-from vcnode.models.vm import DiskFile, VmConfig, VmSpec
+from vcnode.models.vm import DiskFile, Share, VmConfig, VmSpec
 
 SCSI_BUS = "scsi0.0"
 """Where disks are plugged in."""
+SERIAL_BUS = "serial0.0"
+"""Where serial ports are."""
+SERIAL_PORTS = 9
+"""Ports of the bus: that which the kernel keeps for a console, two for an agent, the rest for sockets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ class Launch:
     """Where the state comes from, such as ``defer``; None: boot."""
     share: Path | None = None
     """The directory behind the 9p share, as QEMU is to open it; None: as the VM has it."""
+    virtio_fs_fds: Sequence[int] = ()
+    """Connections with the processes that serve directories by virtio-fs, in their order; inherited."""
     file_fds: Sequence[int] = ()
     """Descriptors of files that paths above name as ``/proc/self/fd/N``; inherited."""
 
@@ -145,18 +153,22 @@ def switches(launch: Launch) -> Iterator[Switch]:
     yield Smp(cpus=spec.vcpu_count)
     yield Memory(f"{spec.mem_size_mib}M")
     yield _memory_backend(launch)
+    if transport == "device" and any(share.virtio_fs for share in spec.shares):
+        yield ModernMmio()  # virtiofsd knows nothing else
     yield from _boot(launch)
     yield SocketChardev(id="qmp0", fd=launch.qmp_fd)
     yield Mon(chardev="qmp0")
     yield PipeChardev(id="console0", path=launch.console)
     yield Serial("chardev:console0")
-    yield VirtioSerialDevice(transport, id="serial0", max_ports=4)
+    yield VirtioSerialDevice(transport, id="serial0", max_ports=SERIAL_PORTS)
     for channel, fd in zip(spec.channels, launch.channel_fds, strict=True):
         yield SocketChardev(id=f"{channel.channel_id}0", fd=fd)
-        yield VirtSerialPort(bus="serial0.0", chardev=f"{channel.channel_id}0", name=channel.name)
+        yield VirtSerialPort(bus=SERIAL_BUS, chardev=f"{channel.channel_id}0", name=channel.name)
     yield VirtioScsiDevice(transport, id="scsi0")
     yield LocalFsdev(id="share0", path=launch.share or Path(spec.shared_dir))
     yield Virtio9pDevice(transport, fsdev="share0", mount_tag=spec.share_tag)
+    for index, share in enumerate(spec.shares):
+        yield from _share(index, share, launch)
     for index, disk in enumerate(config.disks):
         yield from _disk(index, disk, machine)
     for index, netdev in enumerate(spec.netdevs):
@@ -175,13 +187,28 @@ def switches(launch: Launch) -> Iterator[Switch]:
         yield Given(key, value)
 
 
+def _share(index: int, share: Share, launch: Launch) -> Iterator[Switch]:
+    """A directory that the guest finds by its tag."""
+    transport = launch.machine.transport
+    if share.virtio_fs:
+        fd = launch.virtio_fs_fds[sum(each.virtio_fs for each in launch.spec.shares[:index])]
+        yield SocketChardev(id=f"fs{index}", fd=fd, server=None, wait=None)
+        yield VhostUserFsDevice(transport, chardev=f"fs{index}", tag=share.tag)
+    else:
+        yield LocalFsdev(id=f"volume{index}", path=Path(share.directory))
+        yield Virtio9pDevice(transport, fsdev=f"volume{index}", mount_tag=share.tag)
+
+
 def _memory_backend(launch: Launch) -> Switch:
     config, size = launch.spec.config, f"{launch.spec.mem_size_mib}M"
     if launch.ram_file is not None:
         return MemoryBackendFile(id="ram", size=size, mem_path=launch.ram_file, share=launch.ram_share)
     prealloc = config.mem_prealloc or None
-    if config.huge_pages:
-        return MemoryBackendMemfd(id="ram", size=size, prealloc=prealloc)
+    shared = any(share.virtio_fs for share in launch.spec.shares)
+    if config.huge_pages or shared:
+        return MemoryBackendMemfd(
+            id="ram", size=size, prealloc=prealloc, hugetlb=config.huge_pages, share=shared or None
+        )
     return MemoryBackendRam(id="ram", size=size, prealloc=prealloc)
 
 
@@ -243,6 +270,7 @@ def inherited_fds(launch: Launch) -> tuple[int, ...]:
         *launch.channel_fds,
         *(netdev.tap_fd for netdev in launch.spec.netdevs),
         *launch.vhost_fds,
+        *launch.virtio_fs_fds,
         *launch.file_fds,
         *config.file_fds,
         *(fd for fd in (launch.ram_fd, launch.state_fd, *disks) if fd is not None),

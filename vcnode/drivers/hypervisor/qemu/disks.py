@@ -18,7 +18,7 @@ from vcnode.aio import finish
 from vcnode.drivers.hypervisor.qemu.argv import SCSI_BUS
 from vcnode.drivers.hypervisor.qemu.qmp import CommandRefusedError, QmpSession
 from vcnode.errors import HypervisorError, InvalidArgumentError
-from vcnode.models.vm import Disk
+from vcnode.models.vm import VOLUME_DISK, Disk
 
 DISK_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 """At most 20 characters: that much of a serial fits into the SCSI page in which the guest looks for it."""
@@ -99,13 +99,13 @@ class Disks:
             )
         async with self._lock:
             try:
-                filename = await self._hand_over(disk) if self._by_descriptor else None
+                filename = await self._hand_over(disk) if self._has_descriptor(disk.disk_id) else None
                 await self._execute("blockdev-add", blockdev_arguments(disk, filename))
                 await self._execute("device_add", device_arguments(disk))
             except CommandRefusedError as exc:
                 if exc.command == "device_add":
                     await self._undo(self._remove_node(disk.disk_id), disk)
-                elif exc.command == "blockdev-add" and self._by_descriptor:
+                elif exc.command == "blockdev-add" and self._has_descriptor(disk.disk_id):
                     await self._undo(self._take_back(disk.disk_id), disk)
                 raise
             except BaseException:
@@ -146,14 +146,18 @@ class Disks:
             nodes = await self._execute("query-named-block-nodes", {"flat": True})
             if any(node.get("node-name") == node_name(disk_id) for node in nodes):
                 raise
-        if self._by_descriptor:
+        if self._has_descriptor(disk_id):
             await self._take_back(disk_id)
+
+    def _has_descriptor(self, disk_id: str) -> bool:
+        """Whether QEMU got the disk as a descriptor; what is a pod's volume it always did."""
+        return self._by_descriptor or disk_id.startswith(VOLUME_DISK)
 
     async def _hand_over(self, disk: Disk) -> str:
         """Give QEMU the disk's file as a descriptor; what it opens to have it."""
         flags = os.O_CLOEXEC | (os.O_RDONLY if disk.read_only else os.O_RDWR)
         try:
-            fd = os.open(disk.path, flags)
+            fd = os.open(disk.path, flags) if disk.fd is None else os.dup(disk.fd)
         except OSError as exc:
             raise HypervisorError(f"Disk {disk.disk_id} of VM {self._vm_id} cannot be opened.") from exc
         try:

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +18,18 @@ from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, tsc, vhost
+from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, tsc, vhost, virtiofsd
 from vcnode.drivers.hypervisor.qemu.argv import Launch, build, inherited_fds, own_guest
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups, Limits, disk_of
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
 from vcnode.drivers.hypervisor.qemu.files import VmFiles, listen
 from vcnode.drivers.hypervisor.qemu.machines import Architecture, choose, host_architecture
-from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named, spawn
+from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, named
 from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
+from vcnode.drivers.hypervisor.qemu.spawner import SPAWNERS
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
 from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
-from vcnode.errors import HypervisorError, InvalidArgumentError, ResourceExhaustedError
+from vcnode.errors import HypervisorError, InvalidArgumentError, ResourceExhaustedError, UnsupportedError
 from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, Resources
@@ -62,6 +64,7 @@ class QemuHypervisor:
         settings: Binary, accelerator, limits.
         guest: What to boot.
         state_dir: Where the accelerator's test result is kept.
+        run_dir: Holds the directories of VMs, in ``vms``.
         tasks: Owner of the watcher of each VM.
         architecture: Of the guests. Default: the host's.
     """
@@ -72,9 +75,13 @@ class QemuHypervisor:
         guest: Guest,
         *,
         state_dir: Path,
+        run_dir: Path = Path("/run/vcnode"),
         tasks: Spawner,
         architecture: Architecture | None = None,
     ) -> None:
+        self._vms = Path(os.path.realpath(run_dir)) / "vms"
+        self._spawner = SPAWNERS[settings.spawner]
+        self._virtiofsd = virtiofsd.find()
         self._settings = settings
         self._guest = guest
         self._state_dir = state_dir
@@ -101,8 +108,9 @@ class QemuHypervisor:
             type=HypervisorType.QEMU,
             version=self._build.version if self._build else None,
             capabilities=(
-                *("balloon", "disks", "firmware", "image", "initrd", "kernel", "pause", "recover", "share"),
-                *("stats", "templates"),
+                *("balloon", "disks", "firmware", "image", "initrd", "kernel", "pause", "ports", "recover"),
+                *("share", "stats", "templates"),
+                *(("virtio-fs",) if self._virtiofsd is not None else ()),
             ),
             notes=self._notes,
         )
@@ -187,7 +195,9 @@ class QemuHypervisor:
     async def held(self, mark: str) -> Sequence[Held]:
         """See Protocol Auditable: QEMU processes by pid, cgroups, and templates."""
         running = await asyncio.to_thread(named, mark)
-        processes = [Held("process", str(found.pid), found.vm_id) for found in running]
+        helping = await asyncio.to_thread(virtiofsd.named, self._vms, mark)
+        pids = [(found.pid, found.vm_id) for found in running] + [(h.pid, h.vm_id) for h in helping]
+        processes = [Held("process", str(pid), vm_id) for pid, vm_id in pids]
         groups = [
             Held("cgroup", str(self._cgroups.of(vm_id).path), vm_id) for vm_id in self._cgroups.ids(mark)
         ]
@@ -203,6 +213,9 @@ class QemuHypervisor:
                     process = adopt(found.pid, found.start_ticks, found.uuid)
                     if process is not None:
                         await _end(process, found.vm_id, self._cgroups.of(found.vm_id), timeout_s)
+            for helper in await asyncio.to_thread(virtiofsd.named, self._vms, held.vm_id):
+                if helper.vm_id == held.vm_id and (process := adopt(helper.pid, helper.start_ticks)):
+                    await _end(process, helper.vm_id, self._cgroups.of(helper.vm_id), timeout_s)
         elif held.kind == "cgroup":
             group = self._cgroups.of(held.vm_id)
             group.kill()
@@ -341,11 +354,14 @@ class QemuHypervisor:
             except OSError as exc:
                 late = HypervisorError(f"The sockets of VM {spec.vm_id} could not be made.")
                 raise exhausted(exc) or late from exc
+            files.group.make(self._limits(spec))
+            helpers = self._start_helpers(spec, files, stderr_fd, ours, undo)
             source = self._sources.take(spec, ours)
             channel_fds = tuple(channel.fileno() for channel in channels)
             launch = self._describe(spec, files, source, qmp.fileno(), channel_fds)
             if launch.accelerator == "kvm":  # TCG has no use for it: no interrupts without QEMU
                 launch = replace(launch, vhost_fds=vhost.open_for(len(spec.netdevs), ours))
+            launch = replace(launch, virtio_fs_fds=tuple(connection.fileno() for _, connection in helpers))
             if uid is not None:
                 launch = self._confine(launch, uid, ours)
             argv = build(launch)
@@ -353,8 +369,7 @@ class QemuHypervisor:
                 groups = privileges.kvm_groups() if launch.accelerator == "kvm" else ()
                 argv = [*privileges.prefix(self._setpriv, uid, groups), *argv]
             fds = inherited_fds(launch)
-            files.group.make(self._limits(spec))
-            process = spawn(
+            process = self._spawner.spawn(
                 argv,
                 stderr_fd=stderr_fd,
                 fds=fds,
@@ -364,9 +379,51 @@ class QemuHypervisor:
             )
             files.group.take(process.pid)
             undo.pop_all()
-            record = self._make_record(spec, process, uid)
-            vm = QemuVm(record, process=process, files=files, console=console, stderr=stderr)
+            record = self._make_record(spec, process, uid, [helper for helper, _ in helpers])
+            vm = QemuVm(
+                record,
+                process=process,
+                files=files,
+                console=console,
+                stderr=stderr,
+                helpers=[process for process, _ in helpers],
+            )
             return vm, argv, source.state_fd
+
+    def _start_helpers(
+        self,
+        spec: VmSpec,
+        files: VmFiles,
+        stderr_fd: int,
+        ours: contextlib.ExitStack,
+        undo: contextlib.ExitStack,
+    ) -> list[tuple[Process, socket.socket]]:
+        """Start what serves directories by virtio-fs; each with QEMU's end of its connection.
+
+        They end with that.
+        """
+        helpers = []
+        for share in spec.shares:
+            if not share.virtio_fs:
+                continue
+            if self._virtiofsd is None:
+                raise UnsupportedError("This node has no virtiofsd.")
+            try:
+                process, connection = virtiofsd.start(
+                    self._spawner,
+                    self._virtiofsd,
+                    share.directory,
+                    stderr_fd=stderr_fd,
+                    vm_dir=files.directory,
+                    netns_path=spec.netns_path,
+                )
+            except OSError as exc:
+                raise exhausted(exc) or HypervisorError("virtiofsd could not be connected.") from exc
+            undo.callback(process.signal, signal.SIGKILL)
+            ours.enter_context(connection)
+            files.group.take(process.pid)
+            helpers.append((process, connection))
+        return helpers
 
     def _describe(
         self, spec: VmSpec, files: VmFiles, source: Source, qmp_fd: int, channel_fds: tuple[int, ...]
@@ -392,7 +449,9 @@ class QemuHypervisor:
             incoming=source.incoming,
         )
 
-    def _make_record(self, spec: VmSpec, process: Process, uid: int | None) -> VmRecord:
+    def _make_record(
+        self, spec: VmSpec, process: Process, uid: int | None, helpers: Sequence[Process]
+    ) -> VmRecord:
         return VmRecord(
             vm_id=spec.vm_id,
             uuid=spec.uuid,
@@ -401,6 +460,7 @@ class QemuHypervisor:
             pid=process.pid,
             pid_start_ticks=process.start_ticks,
             accelerator=self.accelerator,
+            helpers=tuple((helper.pid, helper.start_ticks) for helper in helpers),
             uid=uid,
             balloon=spec.balloon and spec.clone_of is None and spec.template_key is None,
         )
@@ -459,7 +519,15 @@ class QemuHypervisor:
         files.group.make()  # its node agent may have ended before it did so
         files.group.take(process.pid)
         known = record.model_copy(update={"pid": process.pid, "pid_start_ticks": process.start_ticks})
-        return QemuVm(known, process=process, files=files, console=console, stderr=stderr)
+        found = (adopt(pid, ticks) for pid, ticks in record.helpers)
+        return QemuVm(
+            known,
+            process=process,
+            files=files,
+            console=console,
+            stderr=stderr,
+            helpers=[helper for helper in found if helper is not None],
+        )
 
     async def _join(self, vm: QemuVm, timeout_s: float) -> None:
         await vm.qmp.connect(timeout_s=timeout_s)

@@ -268,8 +268,11 @@ def _hold_child(pid: int) -> Process:
         raise
 
 
-def adopt(pid: int, ticks: int, uuid: str) -> Process | None:
-    """Hold the process that *pid*, start time and *uuid* describe; None when that very process is gone."""
+def adopt(pid: int, ticks: int, uuid: str | None = None) -> Process | None:
+    """Hold the process that *pid*, start time and *uuid* describe; None when that very process is gone.
+
+    *uuid* None: a process that is no QEMU.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -279,7 +282,7 @@ def adopt(pid: int, ticks: int, uuid: str) -> Process | None:
     # The pidfd came first: what is read now is either of the process that it names, or of none.
     stat = read_stat(pid)
     if stat is not None and stat.start_ticks == ticks:
-        if not stat.zombie and has_uuid(pid, uuid):
+        if not stat.zombie and (uuid is None or has_uuid(pid, uuid)):
             return Process(pid, ticks, pidfd)
         if stat.zombie:
             reap(pidfd)  # a child of ours whose handle was closed before it ended

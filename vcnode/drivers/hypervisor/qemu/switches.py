@@ -196,13 +196,15 @@ class MemoryBackendRam(Switch):
 
 @dataclass(frozen=True, slots=True)
 class MemoryBackendMemfd(Switch):
-    """Guest memory of the VM's own in huge pages; no mount of hugetlbfs is needed."""
+    """Guest memory of the VM's own: in huge pages, for which no mount of hugetlbfs is needed, or shared with
+    those that serve its devices."""
 
     flag = "-object"
     first = "memory-backend-memfd"
     id: str
     size: str
     hugetlb: bool = True
+    share: bool | None = None
     prealloc: bool | None = None
 
 
@@ -272,6 +274,14 @@ class Append(Plain):
 
 
 @dataclass(frozen=True, slots=True)
+class ModernMmio(Plain):
+    """Virtio devices without PCI speak version 1 of the protocol; by itself QEMU has them speak the draft."""
+
+    flag = "-global"
+    setting: str = "virtio-mmio.force-legacy=false"
+
+
+@dataclass(frozen=True, slots=True)
 class Incoming(Plain):
     """``-incoming``: wait for a state instead of booting."""
 
@@ -281,14 +291,17 @@ class Incoming(Plain):
 
 @dataclass(frozen=True, slots=True)
 class SocketChardev(Switch):
-    """A listening UNIX socket that QEMU inherits, so that a client may connect before QEMU is up."""
+    """A listening UNIX socket that QEMU inherits, so that a client may connect before QEMU is up.
+
+    ``server`` and ``wait`` None: one that is connected.
+    """
 
     flag = "-chardev"
     first = "socket"
     id: str
     fd: int
-    server: bool = True
-    wait: bool = False
+    server: bool | None = True
+    wait: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +385,16 @@ class Virtio9pDevice(VirtioDevice):
     transport: Transport
     fsdev: str
     mount_tag: str
+
+
+@dataclass(frozen=True, slots=True)
+class VhostUserFsDevice(VirtioDevice):
+    """A virtio-fs directory, served by a process of its own."""
+
+    kind = "vhost-user-fs"
+    transport: Transport
+    chardev: str
+    tag: str
 
 
 @dataclass(frozen=True, slots=True)

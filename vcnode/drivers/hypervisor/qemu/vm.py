@@ -7,12 +7,12 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vcnode.aio import Spawner, deadline_as, finish
-from vcnode.drivers.hypervisor.qemu import usage
+from vcnode.drivers.hypervisor.qemu import ports, usage
 from vcnode.drivers.hypervisor.qemu.balloon import Balloon
 from vcnode.drivers.hypervisor.qemu.disks import Disks
 from vcnode.drivers.hypervisor.qemu.explain import Evidence, explain
@@ -24,7 +24,7 @@ from vcnode.drivers.hypervisor.qemu.qmp import QmpSession
 from vcnode.errors import HypervisorError, NotFoundError, UnavailableError, UnsupportedError
 from vcnode.models.pod import StopOutcome
 from vcnode.models.stats import VmStats
-from vcnode.models.vm import Disk, VmExit, VmRecord
+from vcnode.models.vm import Disk, Port, VmExit, VmRecord
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ KILL_WAIT_S = 10.0
 AFTERMATH_LIMIT_S = 5.0
 """Most that reading the last events and removing the sockets may take."""
 LAST_EVENTS_WAIT_S = 1.0
+HELPER_WAIT_S = 1.0
 END_LIMIT_S = QUIT_WAIT_S * 2 + TERM_WAIT_S + KILL_WAIT_S + AFTERMATH_LIMIT_S
 
 
@@ -48,8 +49,16 @@ class QemuVm:
     """
 
     def __init__(
-        self, record: VmRecord, *, process: Process, files: VmFiles, console: FifoLog, stderr: FifoLog
+        self,
+        record: VmRecord,
+        *,
+        process: Process,
+        files: VmFiles,
+        console: FifoLog,
+        stderr: FifoLog,
+        helpers: Sequence[Process] = (),
     ) -> None:
+        self._helpers = helpers
         self._record = record
         self._process = process
         self._files = files
@@ -103,7 +112,7 @@ class QemuVm:
 
     async def attach_disk(self, disk: Disk, *, timeout_s: float) -> None:
         """See Protocol Vm."""
-        if not await asyncio.to_thread(os.path.isfile, disk.path):
+        if disk.fd is None and not await asyncio.to_thread(os.path.isfile, disk.path):
             raise NotFoundError(f"There is no file {disk.path} to attach to VM {self._record.vm_id}.")
         async with deadline_as(timeout_s, lambda: self._late("attach_disk", timeout_s)):
             await self._disks.attach(disk)
@@ -113,6 +122,11 @@ class QemuVm:
         if self._process.alive:
             async with deadline_as(timeout_s, lambda: self._late("detach_disk", timeout_s)):
                 await self._disks.detach(disk_id)
+
+    async def attach_port(self, port: Port, *, timeout_s: float) -> None:
+        """See Protocol Vm."""
+        async with deadline_as(timeout_s, lambda: self._late("attach_port", timeout_s)):
+            await ports.attach(self._record.vm_id, self.qmp, port)
 
     async def pause(self, *, timeout_s: float) -> None:
         """See Protocol Vm."""
@@ -197,7 +211,8 @@ class QemuVm:
         await self.qmp.close()
 
     def _let_go(self) -> None:
-        self._process.release()
+        for process in (self._process, *self._helpers):
+            process.release()
         self._console.close()
         self._stderr.close()
         if not self._exit.done():
@@ -212,6 +227,7 @@ class QemuVm:
         try:
             if not await self._process.ended_within(KILL_WAIT_S):
                 raise self._unkillable()
+            await self._end_helpers()
         finally:
             await self.release()
         self._files.remove()
@@ -228,6 +244,13 @@ class QemuVm:
             if not await self._process.ended_within(KILL_WAIT_S):
                 raise self._unkillable()
         await self._aftermath()
+
+    async def _end_helpers(self) -> None:
+        """See that the processes beside QEMU have ended, as they do when it hangs up."""
+        for helper in self._helpers:
+            if not await helper.ended_within(HELPER_WAIT_S):
+                helper.signal(signal.SIGKILL)
+                await helper.ended_within(HELPER_WAIT_S)
 
     def _kill(self) -> None:
         self._files.group.kill()
@@ -255,6 +278,7 @@ class QemuVm:
 
     async def _see_to_the_end(self) -> None:
         exit_code = await self._process.wait()
+        await self._end_helpers()
         await self.qmp.ended(timeout_s=LAST_EVENTS_WAIT_S)
         self._console.drain()
         self._stderr.drain()

@@ -1,0 +1,47 @@
+"""Sockets of pods: each is made or connected on the host, and plugged into the VM as a serial port."""
+
+from __future__ import annotations
+
+import os
+
+from vcnode.errors import UnsupportedError
+from vcnode.models.node import DriverInfo
+from vcnode.models.pod import PodSpec
+from vcnode.models.records import PodRecord
+from vcnode.models.vm import Port
+from vcnode.pods.live import LivePod
+from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
+
+
+def check_sockets(spec: PodSpec, hypervisor: DriverInfo) -> None:
+    """See that the pod's hypervisor has ports. Raises UnsupportedError."""
+    if spec.sockets and "ports" not in hypervisor.capabilities:
+        raise UnsupportedError(
+            f"pod.sockets: hypervisor_type {hypervisor.type} has no ports.", field="pod.sockets"
+        )
+
+
+async def connect_sockets(parts: Parts, live: LivePod, record: PodRecord) -> None:
+    """Connect them, for a start. What was made goes with the VM and its directory.
+
+    Raises:
+        InvalidArgumentError, NotFoundError, FailedPreconditionError, StorageError: As `Storage.listen` and
+            `Storage.connect`.
+        HypervisorError: QEMU did not take one.
+    """
+    for number, socket in enumerate(record.spec.sockets):
+        if socket.mode == "listen":
+            fd = await parts.storage.listen(live.vm.record.vm_id, socket.host_path)
+        else:
+            fd = await parts.storage.connect(socket.host_path)
+        try:
+            port = Port(
+                port_id=socket.device_id or socket.id or f"port{number}",
+                chardev_id=socket.id or f"port{number}",
+                name=socket.name,
+                fd=fd,
+                listens=socket.mode == "listen",
+            )
+            await live.vm.attach_port(port, timeout_s=REQUEST_LIMIT_S)
+        finally:
+            os.close(fd)
