@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import select
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,28 @@ async def test_hooks_run_around_the_life_of_a_pod(world: World) -> None:
 def test_hooks_of_one_point_are_bounded_together() -> None:
     with pytest.raises(ValueError, match="together"):
         Hooks(post_stop=tuple(Hook(path="/hooks/a", timeout_s=10) for _ in range(3)))
+
+
+async def test_a_hook_ends_with_the_node_agent(hooks: Path, tmp_path: Path) -> None:
+    """A process that runs one is killed in the midst of it."""
+    fifo = tmp_path / "pid"
+    os.mkfifo(fifo)
+    hook = script(hooks / "hangs", f"echo $$ > {fifo}; exec sleep 1000")
+    program = f"""
+import asyncio
+from pathlib import Path
+from vcnode.drivers.storage.local import LocalStorage
+from vcnode.models.hooks import Hook
+from vcnode.pods.hooks import run
+storage = LocalStorage(Path("s"), Path("r"), [], hook_dirs=[Path({str(hooks)!r})])
+asyncio.run(run(storage, Hook(path={hook!r}, timeout_s=20), b"{{}}"))
+"""
+    node = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=tmp_path)
+    try:
+        async with asyncio.timeout(20):
+            pidfd = os.pidfd_open(int(await asyncio.to_thread(fifo.read_text)))
+    finally:
+        node.kill()
+        await node.wait()
+    with open(pidfd, "rb", buffering=0):
+        assert await asyncio.to_thread(select.select, [pidfd], [], [], 10) == ([pidfd], [], [])

@@ -24,12 +24,15 @@ from vcnode.models.commands import (
     ContainerExec,
     ImageImport,
     ImagePull,
+    PodAttachVolume,
     PodCreate,
     PodExec,
 )
+from vcnode.models.hooks import Hook, Hooks
 from vcnode.models.node import ImageStatus
 from vcnode.models.pod import Cmd, ContainerSpec, HypervisorConfig, Resources
 from vcnode.models.sessions import SessionExec
+from vcnode.models.volumes import Socket, Volume
 from vcnode.pods.policy import Known, judge, judge_digest, require, split_reference
 from vcnode.settings import ImageRule, PolicySettings, Settings
 
@@ -57,6 +60,7 @@ IMAGES = Known(
 TEAM = (ImageRule(registry="registry.example", repository="team/*"),)
 CAPS = container(cmd=Cmd(args=("a",), capabilities=("CAP_CHOWN", "CAP_SYS_ADMIN")))
 RUN = Cmd(args=("a",))
+HOOKS = Hooks(post_stop=(Hook(path="/etc/hooks/a", env=("HOOK_A=b",)),))
 
 
 def denied(request: Request, known: Known = IMAGES, **rules: Any) -> list[tuple[str, str]]:
@@ -132,6 +136,28 @@ def create(*containers: ContainerSpec, **fields: Any) -> PodCreate:
             {"host_paths": ("/srv/a",)},
             [("host_paths", "pod.hypervisor_config.kernel_path")],
         ),
+        (
+            create(volumes=(Volume(mount_tag="v", host_path="/srv/b"),)),
+            {"host_paths": ("/srv/a",)},
+            [("host_paths", "pod.volumes[0].host_path")],
+        ),
+        (
+            PodAttachVolume(pod_id="p", volume=Volume(mount_tag="v", device="/srv/b", fs="ext4")),
+            {"host_paths": ("/srv/a",)},
+            [("host_paths", "volume.device")],
+        ),
+        (
+            create(sockets=(Socket(name="s", host_path="/srv/b"),)),
+            {"host_paths": ("/srv/a",)},
+            [("host_paths", "pod.sockets[0].host_path")],
+        ),
+        (create(hooks=HOOKS), {}, [("hook_dirs", "pod.hooks.post_stop[0].path")]),
+        (create(hooks=HOOKS), {"hook_dirs": ("/etc/hooks",)}, []),
+        (
+            create(hooks=Hooks(pre_start=(Hook(path="/etc/hooks/a", env=("LD_PRELOAD=/srv/x.so",)),))),
+            {"hook_dirs": ("/etc/hooks",)},
+            [("hook_env", "pod.hooks.pre_start[0].env[0]")],
+        ),
         (PodExec(pod_id="p", cmd=RUN), {"guest_exec": False}, [("guest_exec", "pod_id")]),
         (SessionExec(pod_id="p", cmd=RUN), {"guest_exec": False}, [("guest_exec", "pod_id")]),
         (SessionExec(pod_id="p", container_id="c", cmd=RUN), {"guest_exec": False}, []),
@@ -159,7 +185,8 @@ def test_what_is_denied_names_its_rule_and_field(
     request_: Request, rules: dict[str, Any], denials: list[tuple[str, str]]
 ) -> None:
     assert denied(request_, **rules) == [(f"policy.{rule}", field) for rule, field in denials]
-    assert denied(request_) == []  # without rules all of these are allowed
+    # Without rules all of these are allowed, but hooks.
+    assert [rule for rule, _ in denied(request_) if not rule.startswith("policy.hook_")] == []
 
 
 class Param(Request):
