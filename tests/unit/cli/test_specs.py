@@ -228,3 +228,33 @@ def test_limits_to_change_are_those_given_and_none_lifts_one() -> None:
         given: dict[str, str | None] = dict.fromkeys(("cpus", "cpu_shares", "mem_limit_mib", "pids_limit"))
         with pytest.raises(UsageError):
             specs.limits(**{**given, **wrong})
+
+
+def test_volumes_as_docker_and_podman_have_them():
+    texts = ("/srv/www:/www:ro", "data/sub:/data", "/srv/my data:/x")
+    flags = ContainerFlags(image="busybox", mounts=texts, tmpfs=("/tmp:size=1m,noexec", "/run/x"))
+    spec = pod_spec(
+        {"volumes": []}, PodFlags(volumes=texts, sockets=("/srv/a.sock:a", "/srv/b.sock:b:connect")), flags
+    )
+    first, second = spec.volumes
+    assert (first.host_path, first.read_only, second.host_path) == ("/srv/www", True, "/srv/my data")
+    assert first.mount_tag.startswith("v-www-")
+    assert second.mount_tag.startswith("v-my_data-")
+    mounts = [(m.type, m.source, m.destination, m.options) for m in spec.containers[0].mounts]
+    assert mounts == [
+        ("bind", first.mount_tag, "/www", ("ro",)),
+        ("bind", "data/sub", "/data", ()),
+        ("bind", second.mount_tag, "/x", ()),
+        ("tmpfs", None, "/tmp", ("size=1m", "noexec")),
+        ("tmpfs", None, "/run/x", ()),
+    ]
+    assert [(s.name, s.host_path, s.mode) for s in spec.sockets] == [
+        ("a", "/srv/a.sock", "listen"),
+        ("b", "/srv/b.sock", "connect"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["/srv", ":/x", "/srv:x", "data:"])
+def test_a_volume_that_is_none_is_explained(text):
+    with pytest.raises(UsageError, match="SOURCE:/DESTINATION"):
+        pod_spec(None, PodFlags(), ContainerFlags(image="busybox", mounts=(text,)))
