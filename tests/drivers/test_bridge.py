@@ -387,6 +387,28 @@ async def test_bridges_and_ports_that_somebody_removed_come_back(host: Host):
         await again.recover(pod.attachment, timeout_s=LIMIT_S)
 
 
+async def test_subnets_that_are_changed_under_running_pods_are_told(host: Host):
+    pod = await host.pod(ports=(PortMapping(host=8080, container=80),))
+    host.close_taps()
+    for changed in ("10.119.0.0/20", "10.0.0.0/8", "10.120.0.0/16"):
+        again = BridgeNetwork(BridgeSettings(subnet4=changed), host.mark, Nft.find())  # type: ignore[arg-type]
+        await again.open()
+        with pytest.raises(UnsupportedError, match=r"pods still run in 10\.119\.0\.0/17, .* set the former"):
+            again.check(NetworkConfig())
+        with pytest.raises(NetworkError, match="is left as it is: pods still run"):
+            await again.recover(pod.attachment, timeout_s=LIMIT_S)
+        assert "8080" in sh("nft", "list", "table", "inet", names.table(host.mark))
+        await again.close()
+
+
+async def test_eight_networks_for_one_pod(host: Host):
+    pod = await host.pod(
+        networks=tuple(f"n{number}" for number in range(8)), ports=(PortMapping(host=8080, container=80),)
+    )
+    assert len({e.addresses for e in pod.attachment.endpoints}) == 8
+    await host.network.recover(pod.attachment, timeout_s=LIMIT_S)
+
+
 async def test_many_at_once(host: Host):
     pods = await asyncio.gather(*(host.pod() for _ in range(8)))
     assert len({pod.v4 for pod in pods}) == 8

@@ -239,6 +239,21 @@ def answers(server: socket.socket, client: socket.socket, where: tuple[str, int]
             raise AssertionError((name, where, client.type)) from exc
 
 
+async def test_pods_are_put_back_into_a_bridge_that_somebody_removed() -> None:
+    async with site() as found:
+        guest, other = await found.guest(rate_mbit=RateMbit(ingress=900)), await found.guest()
+        gateway = found.gateway(guest)
+        assert arrives(guest, None, gateway, 100, within_s=10)
+        sh("ip", "link", "del", names.bridge(found.host.mark, None))
+        again = BridgeNetwork(BridgeSettings(), found.host.mark, Nft.find())
+        await again.open()
+        for peer_of in (guest, other):
+            await again.recover(peer_of.attachment, timeout_s=LIMIT_S)
+        assert arrives(guest, None, gateway, 100, within_s=10)
+        assert arrives(None, guest, guest.addresses[0], 100, within_s=10)
+        assert not arrives(guest, other, other.addresses[0], 100, within_s=0.5)
+
+
 async def test_two_nodes_on_a_host_keep_to_themselves() -> None:
     async with site() as found:
         guest = await found.guest(ports=(PortMapping(host=8080, container=80),))

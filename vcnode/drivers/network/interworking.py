@@ -119,10 +119,10 @@ async def open_taps(netns_path: str, pairs: Sequence[NetworkInterfacePair]) -> t
 
 
 async def wire(
-    netlink: AsyncIPRoute, link: Link, mode: Interworking, *, index: int, pair_id: str
+    netlink: AsyncIPRoute, link: Link, mode: Interworking, *, index: int, pair_id: str, ours: bool = False
 ) -> NetworkInterfacePair:
-    """As `connect`, within its thread."""
-    if mode is Interworking.TC:
+    """As `connect`, within its thread. *ours*: the interface is new, so nobody has filters on it."""
+    if mode is Interworking.TC and not ours:
         await _refuse_foreign_filters(netlink, link)
     with doing(f"set up interface {link.name}"):
         alias = f"vcnode mac={link.mac} up={int(link.up)}"
@@ -149,7 +149,7 @@ async def unwire(netlink: AsyncIPRoute, interface: str, *, index: int) -> None:
         found := _ALIAS.fullmatch(link.alias or "")
     ):
         return
-    if await _has_filters(netlink, link):
+    if await has_filters(netlink, link):
         with doing(f"take the filters off {link.name}"):
             await netlink.tc("del", "clsact", link.index)
     with doing(f"put interface {link.name} back"):
@@ -161,10 +161,10 @@ async def unwire(netlink: AsyncIPRoute, interface: str, *, index: int) -> None:
 async def make_tap(netlink: AsyncIPRoute, index: int, mtu: int, mac: str) -> Link:
     """The tap of a VM's interface, made if it is missing; *mac* is the guest's. Raises NetworkError."""
     name = tap_name(index)
-    if (tap := await links.find(netlink, name)) is None:
+    if links.index_here(name) is None:
         taps.make(name)
-        tap = await links.get(netlink, name)
-    elif tap.kind != TAP_KIND:
+        tap = Link(links.index_here(name) or 0, name, "", 0, up=False, kind=TAP_KIND)
+    elif (tap := await links.get(netlink, name)).kind != TAP_KIND:
         raise NetworkError(f"Interface {name} is there already and no tap; the VM needs that name.")
     wanted = tap_mac(mac)
     if not tap.up or tap.mtu != mtu or tap.mac != wanted:
@@ -217,15 +217,15 @@ async def _bridge(netlink: AsyncIPRoute, link: Link, tap: Link, index: int) -> N
         await netlink.link("set", index=bridge.index, mtu=link.mtu, state="up")
 
 
-async def _has_filters(netlink: AsyncIPRoute, link: Link) -> bool:
-    """Whether the interface has an ``ingress`` or ``clsact`` qdisc."""
+async def has_filters(netlink: AsyncIPRoute, link: Link) -> bool:
+    """Whether the interface has an ``ingress`` or ``clsact`` qdisc. Raises NetworkError."""
     with doing(f"list the filters of {link.name}"):
         qdiscs = [q async for q in await netlink.tc("dump", index=link.index)]
     return any(q.get("kind") in ("ingress", "clsact") for q in qdiscs if q["index"] == link.index)
 
 
 async def _refuse_foreign_filters(netlink: AsyncIPRoute, link: Link) -> None:
-    if await _has_filters(netlink, link):
+    if await has_filters(netlink, link):
         raise NetworkError(
             f"Interface {link.name} has ingress filters of somebody else; "
             "use interworking 'bridged' or 'macvtap', or take them off."

@@ -64,6 +64,18 @@ class Subnets:
         """Addresses of the pod at that place of a network, with prefix length."""
         return tuple(f"{subnet[place]}/{subnet.max_prefixlen - of.bits}" for subnet in self.all)
 
+    def knows(self, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+        """Whether it is one that pods get now: the node's own, or that of a slice."""
+        for subnet in (s for s in self.all if network.network_address in s):
+            own = network.network_address == subnet.network_address
+            return subnet.max_prefixlen - network.prefixlen == (self.bits - 1 if own else self._slice_bits)
+        return False
+
+    @property
+    def _slice_bits(self) -> int:
+        """Binary digits of a place in a network with a name."""
+        return min(SLICE_BITS, self.bits - 1)
+
     def gateways(self, of: Slice) -> tuple[str, ...]:
         """The host's addresses in a network."""
         return tuple(str(subnet[of.gateway]) for subnet in self.all)
@@ -77,7 +89,7 @@ class Subnets:
         half = 1 << (self.bits - 1)
         if network is None:
             return Slice(0, self.bits - 1)
-        size = min(SLICE_BITS, self.bits - 1)
+        size = self._slice_bits
         count = half >> size
         used: set[int] = set()
         for name, place in self._taken(held):

@@ -40,10 +40,10 @@ class Link:
     up: bool
     kind: str | None
     """Such as ``veth`` or ``bridge``; None for hardware and the loopback."""
-    loopback: bool
-    master: int | None
+    loopback: bool = False
+    master: int | None = None
     """Index of the bridge that holds it."""
-    alias: str | None
+    alias: str | None = None
     """What somebody has noted on it."""
     lower: int | None = None
     """Index of the interface of the same namespace that it is on top of, as a VLAN's is."""
@@ -81,6 +81,14 @@ def doing(what: str) -> Iterator[None]:
     except OSError as exc:
         failed = NetworkError(f"The kernel would not {what}: {exc.strerror}.", errno=exc.errno)
         raise exhausted(exc) or failed from exc
+
+
+def index_here(name: str) -> int | None:
+    """Index of an interface of the calling thread's namespace; None: there is none. Costs no message."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
 
 
 async def find(netlink: AsyncIPRoute, name: str) -> Link | None:

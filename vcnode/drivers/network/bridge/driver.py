@@ -62,6 +62,8 @@ class BridgeNetwork:
         self._table = names.table(mark)
         self._plan = host.Plan(mark, Subnets(settings.subnet4, settings.subnet6), settings.mtu or DEFAULT_MTU)
         self._unusable: str | None = "The bridge driver was used before it was opened."
+        self._former: str | None = None
+        """Why what running pods have must not be touched: it is not of these settings."""
         self._notes: tuple[str, ...] = ()
         self._bridges = asyncio.Lock()
         """Held while a bridge is made or removed, and while a port joins one."""
@@ -114,13 +116,17 @@ class BridgeNetwork:
         if not self._plan.subnets.all:
             return "no subnet is left; give it one ([bridge] in the settings), or set network = 'noop'."
 
-        async def look() -> tuple[str | None, int | None]:
+        async def look() -> tuple[str | None, str | None, int | None]:
             async with links.here() as netlink:
-                return await host.overlapping(netlink, self._plan), await host.default_mtu(netlink)
+                return (
+                    await host.overlapping(netlink, self._plan),
+                    await host.of_former_subnets(netlink, self._plan),
+                    await host.default_mtu(netlink),
+                )
 
         try:
             await namespaces.run_in_new(lambda: host.try_out(self._plan))
-            overlap, mtu = await namespaces.run(None, look)
+            overlap, former, mtu = await namespaces.run(None, look)
         except ResourceExhaustedError as exc:
             return exc.message
         except NetworkError as exc:
@@ -131,7 +137,12 @@ class BridgeNetwork:
             self._plan = host.Plan(self._mark, self._plan.subnets, max(mtu, least))
         if overlap is not None:
             return f"its subnet lies across {overlap} of the host; {host.SET_SUBNETS}."
-        return None
+        if former is not None:
+            self._former = (
+                f"pods still run in {former}, which the subnets under [bridge] in the settings lack; "
+                "set the former ones, or delete those pods and start the node agent again."
+            )
+        return self._former
 
     async def close(self) -> None:
         """See Protocol Network: bridges without a pod and, with the last of them, the table are removed."""
@@ -393,12 +404,14 @@ class BridgeNetwork:
 
         async def work() -> list[str]:
             async with links.here() as netlink:
-                for endpoint in attachment.endpoints:
-                    await host.ensure_bridge(netlink, self._plan, endpoint)
-                known = {link.name for link in await links.every(netlink)}
-                wanted = [e.host_interface for e in attachment.endpoints if e.host_interface is not None]
-                return [name for name in wanted if name not in known]
+                return [
+                    str(endpoint.host_interface)
+                    for endpoint in attachment.endpoints
+                    if not await host.rejoin(netlink, self._plan, endpoint)
+                ]
 
+        if self._former is not None:
+            raise NetworkError(f"The network of VM {attachment.vm_id} is left as it is: {self._former}")
         async with _limit(timeout_s, f"network of VM {attachment.vm_id}"):
             await self._ensure_table()
             async with self._bridges:

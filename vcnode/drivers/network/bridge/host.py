@@ -128,7 +128,7 @@ async def attach(
     mode: Interworking,
     rate: RateMbit,
 ) -> Endpoint:
-    """Make one interface of a pod, from the bridge to the tap.
+    """Make one interface of a pod, from the bridge to the tap. The thread is in the namespace of *pod*.
 
     Returns:
         The endpoint as it is: the planned one, but for its name at the host's end if that was taken, and for
@@ -140,12 +140,11 @@ async def attach(
     bridge = await ensure_bridge(host, plan, endpoint)
     name = await _make_veth(host, netns_fd, plan, endpoint, index, bridge)
     veth = await links.get(host, name)
-    with doing(f"set up port {name}"):
-        if endpoint.network is None:
-            await host.brport("set", index=veth.index, isolated=1)
-    await _deliver(host, veth, endpoint.mac, bridge)
-    link = await links.get(pod, f"eth{index}")
-    pair = await interworking.wire(pod, link, mode, index=index, pair_id=endpoint.id)
+    await _set_up_port(host, veth, endpoint, bridge)
+    link = Link(
+        links.index_here(inner := f"eth{index}") or 0, inner, endpoint.mac, plan.mtu, up=False, kind="veth"
+    )
+    pair = await interworking.wire(pod, link, mode, index=index, pair_id=endpoint.id, ours=True)
     await _guard(pod, link, plan, endpoint, bridge, clsact=mode is Interworking.TC)
     await _limit(host, veth, rate.ingress)
     await _limit(pod, link, rate.egress)
@@ -170,6 +169,35 @@ async def _make_veth(
             if exc.details.get("errno") != errno.EEXIST or await links.find(host, name) is None:
                 raise
     raise NetworkError(f"All names for an interface of VM {vm_id} are taken.")
+
+
+async def rejoin(host: AsyncIPRoute, plan: Plan, endpoint: Endpoint) -> bool:
+    """See that the interface at the host's end is in its bridge, which is made if it is missing.
+
+    Returns:
+        False when that interface is gone.
+
+    Raises:
+        NetworkError: The kernel refuses.
+    """
+    bridge = await ensure_bridge(host, plan, endpoint)
+    veth = await links.find(host, endpoint.host_interface or "")
+    if veth is not None and veth.master != bridge.index:
+        with doing(f"put {veth.name} into {bridge.name}"):
+            await host.link("set", index=veth.index, master=bridge.index)
+        if await interworking.has_filters(host, veth):  # they lead to the bridge that was
+            with doing(f"take the filters off {veth.name}"):
+                await host.tc("del", "ingress", veth.index)
+        await _set_up_port(host, veth, endpoint, bridge)
+    return veth is not None
+
+
+async def _set_up_port(host: AsyncIPRoute, veth: Link, endpoint: Endpoint, bridge: Link) -> None:
+    """Keep a port of the node's own network apart, and lead what is for the host to it."""
+    if endpoint.network is None:
+        with doing(f"set up port {veth.name}"):
+            await host.brport("set", index=veth.index, isolated=1)
+    await _deliver(host, veth, endpoint.mac, bridge)
 
 
 async def _deliver(host: AsyncIPRoute, veth: Link, mac: str, bridge: Link) -> None:
@@ -300,6 +328,22 @@ async def overlapping(netlink: AsyncIPRoute, plan: Plan) -> str | None:
             for subnet in plan.subnets.all:
                 if network.version == subnet.version and network.overlaps(subnet):
                     return str(network)
+    return None
+
+
+async def of_former_subnets(netlink: AsyncIPRoute, plan: Plan) -> str | None:
+    """A network of pods that run, on one of the node's bridges, which is none of the subnets'; else None."""
+    every = await links.every(netlink)
+    used = {link.master for link in every}
+    ours = {
+        link.index for link in every if link.name.startswith(names.bridges(plan.mark)) and link.index in used
+    }
+    with doing("list addresses"):
+        addresses = [a async for a in await netlink.addr("dump") if a["index"] in ours]
+    for address in addresses:
+        network = ipaddress.ip_interface(f"{address.get('address')}/{address['prefixlen']}").network
+        if not network.is_link_local and not plan.subnets.knows(network):
+            return str(network)
     return None
 
 
