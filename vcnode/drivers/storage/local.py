@@ -94,9 +94,10 @@ class LocalStorage:
             return await in_thread(self._dirs.ids)
 
     async def held(self, mark: str) -> Sequence[Held]:
-        """See `vcnode.drivers.audit.Auditable`: VMs' directories, mounts and sockets in them; disks."""
+        """See `vcnode.drivers.audit.Auditable`: VMs' directories, mounts in them, their sockets; disks."""
         async with _translated("Listing the directories of VMs"):
             return [
+                *await in_thread(self._sockets.held, mark),
                 *await in_thread(self._dirs.held, mark),
                 *await in_thread(self._layers.held, mark),
                 *await in_thread(self._layers.bases),

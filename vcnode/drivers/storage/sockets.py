@@ -17,6 +17,7 @@ import socket
 import stat
 from pathlib import Path
 
+from vcnode.drivers.audit import Held
 from vcnode.drivers.storage.paths import AllowedRoots
 from vcnode.drivers.storage.vmdirs import VmDirs
 from vcnode.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, StorageError
@@ -78,6 +79,16 @@ class HostSockets:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return [text for note in notes if (text := _read(note))]
+
+    def held(self, mark: str) -> list[Held]:
+        """The sockets of VMs whose id begins with *mark*, as far as they are there."""
+        marked = [vm_id for vm_id in self._dirs.ids() if vm_id.startswith(mark)]
+        return [
+            Held("socket", path, vm_id)
+            for vm_id in marked
+            for path in self.paths(vm_id)
+            if os.path.lexists(path)
+        ]
 
     def remove(self, vm_id: str) -> None:
         """Remove the sockets that were made for a VM, which has ended. Idempotent.

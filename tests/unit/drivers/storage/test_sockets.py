@@ -36,6 +36,7 @@ async def test_a_socket_is_for_root_and_goes_with_the_vm(storage, host):
     fd = await storage.listen(VM, str(path))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     client(path).close()
+    assert [(h.name, h.vm_id) for h in await storage.held("vm-") if h.kind == "socket"] == [(str(path), VM)]
     with pytest.raises(FailedPreconditionError, match="already"):
         await storage.listen(VM, str(path))
     os.close(fd)
