@@ -128,7 +128,10 @@ class Outbox:
     async def prune(self) -> None:
         """Remove published events older than the retention time."""
 
-        await self._store.write(self._prune)
+        def prune(tx: Tx) -> None:
+            self._prune(tx)
+
+        await self._store.write(prune)
 
     def _prune(self, tx: Tx) -> None:
         oldest = self._store.ages() - self._retention_s
