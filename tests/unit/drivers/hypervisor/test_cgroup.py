@@ -54,6 +54,12 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "cannot be made" in (lost.note or "")
 
 
+def test_controllers_are_asked_of_the_parent_too(tmp_path: Path) -> None:
+    (hierarchy(tmp_path, "") / "cgroup.controllers").write_text("io\n")
+    Cgroups.find(V2.format(tmp_path))
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+io"
+
+
 def test_only_groups_of_the_mark_are_listed(tmp_path: Path) -> None:
     found = Cgroups.find(V2.format(hierarchy(tmp_path, "")))
     for name in ("vm-a1", "vm-a2", "vm-b1"):

@@ -270,12 +270,11 @@ class Cgroups:
         base = mount / BASE
         try:
             base.mkdir(exist_ok=True)
+            _enable(mount)  # a group has the controllers that its parent enables for it
             there = (base / "cgroup.controllers").read_text().split()
         except OSError as exc:
             return cls(None, f"{base} cannot be made ({exc.strerror}): {lonely}")
-        for name in set(CONTROLLERS) & set(there):
-            with contextlib.suppress(OSError):
-                (base / "cgroup.subtree_control").write_text(f"+{name}")
+        _enable(base)
         missing = [name for name in CONTROLLERS if name not in there]
         v1 = _make_v1({name: at for name, at in cgroup1_mounts(mountinfo).items() if name in missing})
         lacking = [name for name in missing if name not in v1]
@@ -304,6 +303,14 @@ class Cgroups:
             return []
         with os.scandir(self._base) as entries:
             return sorted(e.name for e in entries if e.is_dir() and e.name.startswith(mark))
+
+
+def _enable(group: Path) -> None:
+    """Give the groups below *group* the controllers that it has, as far as the kernel lets us."""
+    with contextlib.suppress(OSError):
+        for name in sorted(set(CONTROLLERS) & set((group / "cgroup.controllers").read_text().split())):
+            with contextlib.suppress(OSError):  # who has processes of his own there, or has it in v1
+                (group / "cgroup.subtree_control").write_text(f"+{name}")
 
 
 def _make_v1(mounts: Mapping[str, Path]) -> dict[str, Path]:
