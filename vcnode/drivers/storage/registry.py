@@ -21,7 +21,14 @@ from pathlib import Path
 
 from vcnode.drivers.base import PullSource
 from vcnode.drivers.storage import oci, tools
-from vcnode.errors import InvalidArgumentError, NotFoundError, StorageError, UnavailableError, VcnodeError
+from vcnode.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+    UnavailableError,
+    VcnodeError,
+)
 from vcnode.models.image import PullProgress
 from vcnode.settings import ImageSettings
 
@@ -30,6 +37,7 @@ log = logging.getLogger(__name__)
 SKOPEO = "skopeo"
 DOCKER_HUB = "docker.io"
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+_REJECTED = re.compile(r"source image rejected", re.I)
 _DENIED = re.compile(r"unauthorized|authentication required|access .*denied|forbidden|invalid username", re.I)
 _MISSING = re.compile(r"manifest unknown|name unknown|not found|404", re.I)
 _AWAY = re.compile(
@@ -74,6 +82,11 @@ def auth_json(source: PullSource) -> str:
 
 def explain(text: str, reference: str) -> VcnodeError:
     """What skopeo's last words mean to the caller."""
+    if _REJECTED.search(text):  # first: what follows it is the signature policy's own words
+        rule, message = "images.policy_file", "no signature that the node's signature policy demands"
+        raised = f"reference: {reference!r} has {message} (rule {rule})."
+        denial = {"rule": rule, "field": "reference", "message": message}
+        return PermissionDeniedError(raised, rule=rule, field="reference", denials=[denial])
     if _DENIED.search(text):
         return InvalidArgumentError(
             f"The registry of {reference!r} refuses these credentials, or wants some.", reference=reference

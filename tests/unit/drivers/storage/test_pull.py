@@ -13,7 +13,13 @@ from vcnode.drivers.base import PullSource
 from vcnode.drivers.storage import tools
 from vcnode.drivers.storage.images import ImageStore
 from vcnode.drivers.storage.oci import architecture
-from vcnode.errors import DeadlineExceededError, InvalidArgumentError, NotFoundError, UnavailableError
+from vcnode.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
 from vcnode.settings import ImageSettings
 
 pytestmark = [
@@ -85,6 +91,26 @@ async def test_an_image_is_pulled_with_credentials_and_tells_where_it_stands(sto
 
 def store_root(store):
     return store._dir.parent.parent / "roots" / "layout"
+
+
+async def test_an_image_without_the_signature_that_is_demanded_is_denied_by_rule(host, registry, tmp_path):
+    signed = {"type": "signedBy", "keyType": "GPGKeys", "keyData": "AAAA"}
+    anything = {"type": "insecureAcceptAnything"}
+    scopes = {f"{registry.address}/team": [signed], f"{registry.address}/free": [anything]}
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"default": [{"type": "reject"}], "transports": {"docker": scopes}}))
+    settings = ImageSettings(cert_dir=registry.cert_dir, policy_file=policy)
+    store = ImageStore(host.state, host.allowed, settings, reserve_bytes=0)
+    for number, name in enumerate(("team/app:1", "other/app:1", "free/app:1")):
+        reference = pushed(registry, tmp_path / str(number), name)
+        if name.startswith("free/"):
+            assert (await store.pull(source(reference), nothing, Told(), timeout_s=60)).path.exists()
+            continue
+        with pytest.raises(PermissionDeniedError, match=r"images\.policy_file") as denied:
+            await store.pull(source(reference), nothing, Told(), timeout_s=60)
+        assert denied.value.details["rule"] == "images.policy_file"
+    assert registry.fetched_blobs() == [p for p in registry.fetched_blobs() if "/free/" in p]
+    assert os.listdir(host.state / "images" / "tmp") == []
 
 
 async def test_what_is_here_already_is_not_fetched_again(store, registry, tmp_path):
