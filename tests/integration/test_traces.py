@@ -18,7 +18,7 @@ from tests.integration.conftest import mock_settings
 from tests.support.nats import NatsServer
 from vcnode.client import Client
 from vcnode.models.events import Event
-from vcnode.models.pod import ContainerSpec, PodSpec
+from vcnode.models.pod import Cmd, ContainerSpec, PodSpec
 from vcnode.node import running
 from vcnode.settings import TracingSettings
 from vcnode.tracing import trace_id_of
@@ -83,7 +83,10 @@ async def test_one_trace_from_the_scheduler_to_the_events(
     settings = mock_settings(short_dir / "n1", nats_server.url).model_copy(
         update={"tracing": TracingSettings(endpoint=collector.url)}
     )
-    spec = PodSpec(id="p1", containers=(ContainerSpec(id="main", rootfs=str(short_dir / "n1/roots")),))
+    spec = PodSpec(
+        id="p1",
+        containers=(ContainerSpec(id="main", rootfs=str(short_dir / "n1/roots"), cmd=Cmd(args=("/bin/x",))),),
+    )
     events: list[Event] = []
     async with asyncio.timeout(LIMIT_S), running(settings) as node:
         await node.connection.wait_connected()
