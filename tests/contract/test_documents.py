@@ -17,7 +17,6 @@ from vcnode.contracts.payloads import PAYLOADS
 from vcnode.contracts.schemas import schema
 from vcnode.errors import VcnodeError, from_code
 from vcnode.models.base import Request
-from vcnode.models.commands import COMMANDS
 from vcnode.models.events import EventKind
 from vcnode.models.facts import event_data
 
@@ -87,11 +86,15 @@ def test_every_error_code_comes_back_as_itself() -> None:
         assert from_code(code, "x", {}).code == code
 
 
-@pytest.mark.parametrize("verb", sorted(COMMANDS))
-def test_a_command_has_examples_good_and_bad(verb: str) -> None:
-    names = {(_name(path), path.parts[-3]) for path in EXAMPLES}
-    assert (f"{verb}.request", "good") in names
-    assert (f"{verb}.request", "bad") in names
+def test_every_payload_has_examples_good_and_bad() -> None:
+    for folder in ("good", "bad"):
+        assert {_name(path) for path in EXAMPLES if path.parts[-3] == folder} == set(PAYLOADS)
+
+
+def test_examples_of_events_have_no_null_attributes() -> None:
+    for path in EXAMPLES:
+        if _name(path).startswith("event."):
+            assert None not in json.loads(path.read_text()).values(), path
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: "/".join(path.parts[-3:]))
