@@ -27,6 +27,7 @@ POINTS = [
     ("hypervisor.launch:1=kill(after)", "hypervisor.kill:1=kill"),
     ("agent.connect:1=kill(after)",),
     ("storage.share:1=kill(after)",),
+    ("storage.listen:1=kill(after)",),
     ("agent.create_container:1=kill(after)", "storage.remove_vm_dir:1=kill"),
     ("agent.start_container:1=kill(after)",),
     ("store.finish:1=kill",),
@@ -46,6 +47,7 @@ async def host(start_nats: StartNats, guest_image: Path, short_dir: Path) -> Asy
     roots = short_dir / "roots"
     roots.mkdir()
     make_root(roots / "app")
+    (roots / "data").mkdir()
     settings = {
         "guest_dir": str(guest_image),
         "allowed_roots": [str(roots)],
@@ -67,10 +69,17 @@ async def template_of(host: Host) -> None:
 def commands(host: Host, number: int) -> list[tuple[str, str, dict[str, Any]]]:
     """A pod's life, with ids of its own."""
     root = f"{host.path.parent}/roots/app"
-    main = {"id": "main", "rootfs": root, "cmd": {"args": ["/bin/sleep", "100000"]}}
-    script = ["/bin/sh", "-c", f"echo t{number} >> /log"]
+    mounts = [{"source": "data", "destination": "/data"}]
+    main = {"id": "main", "rootfs": root, "cmd": {"args": ["/bin/sleep", "100000"]}, "mounts": mounts}
+    script = ["/bin/sh", "-c", f"echo t{number} >> /data/log"]
     exec_body = {"pod_id": "web", "container_id": "main", "cmd": {"args": script}}
-    spec = {"id": "web", "resources": {"mem_size_mib": 128}, "containers": [main]}
+    spec = {
+        "id": "web",
+        "resources": {"mem_size_mib": 128},
+        "volumes": [{"mount_tag": "data", "host_path": f"{host.path.parent}/roots/data"}],
+        "sockets": [{"name": "port", "host_path": f"{host.path.parent}/roots/port.sock"}],
+        "containers": [main],
+    }
     return [
         (f"run-{number}", "pod.run", {"pod": spec}),
         (f"exec-{number}", "container.exec", exec_body),
@@ -112,7 +121,8 @@ async def test_a_node_killed_in_the_life_of_a_real_pod_loses_and_leaves_nothing(
         assert [h for h in audit["holdings"] if h["pod_id"] or h["orphan"]] == [], where
         assert await host.stop() == 0, where
         assert named(mark) == [], where
-        log = Path(host.path.parent, "roots/app/log")
+        log = Path(host.path.parent, "roots/data/log")
+        assert not Path(host.path.parent, "roots/port.sock").exists(), where
         effects = log.read_text().split().count(f"t{number}") if log.exists() else 0
         assert effects <= 1, f"{where}: the exec had its effect {effects} times"
         if host.answers.get(f"exec-{number}", {}).get("exit_code") == 0:
