@@ -118,10 +118,14 @@ async def every(netlink: AsyncIPRoute) -> list[Link]:
 
 async def delete(netlink: AsyncIPRoute, name: str) -> bool:
     """Remove an interface; False when there is none. Idempotent."""
-    if (link := await find(netlink, name)) is None:
-        return False
+    link = await find(netlink, name)
+    return link is not None and await remove(netlink, link)
+
+
+async def remove(netlink: AsyncIPRoute, link: Link) -> bool:
+    """Remove an interface; False when it has gone meanwhile."""
     try:
-        with doing(f"remove interface {name}"):
+        with doing(f"remove interface {link.name}"):
             await netlink.link("del", index=link.index)
     except NetworkError as exc:
         if exc.details.get("errno") in GONE:
@@ -131,18 +135,25 @@ async def delete(netlink: AsyncIPRoute, name: str) -> bool:
 
 
 def _link(message: Any) -> Link:
-    kind = message.get(("linkinfo", "kind"))
+    # In one pass: pyroute2's own look-up goes through all attributes for each.
+    attributes = {attribute[0]: attribute for attribute in message["attrs"]}
+
+    def value(name: str) -> Any:
+        return attributes[name][1] if name in attributes else None
+
+    info = value("IFLA_LINKINFO")
+    kind = None if info is None else info.get_attr("IFLA_INFO_KIND")
     # A veth names its other end there, which it is not on top of.
-    on_top = kind != "veth" and message.get("link_netnsid") is None
+    on_top = kind != "veth" and "IFLA_LINK_NETNSID" not in attributes
     return Link(
         index=message["index"],
-        name=message.get("ifname"),
-        mac=message.get("address") or "",
-        mtu=message.get("mtu") or 0,
+        name=value("IFLA_IFNAME"),
+        mac=value("IFLA_ADDRESS") or "",
+        mtu=value("IFLA_MTU") or 0,
         up=bool(message["flags"] & 0x1),
         kind=kind,
         loopback=bool(message["flags"] & 0x8),
-        master=message.get("master"),
-        alias=message.get("ifalias"),
-        lower=message.get("link") if on_top else None,
+        master=value("IFLA_MASTER"),
+        alias=value("IFLA_IFALIAS"),
+        lower=value("IFLA_LINK") if on_top else None,
     )

@@ -115,7 +115,7 @@ async def remove_bridge(netlink: AsyncIPRoute, name: str) -> bool:
         or any(other.master == link.index for other in await links.every(netlink))
     ):
         return False
-    return await links.delete(netlink, name)
+    return await links.remove(netlink, link)
 
 
 async def attach(
@@ -309,7 +309,7 @@ async def try_out(plan: Plan) -> None:
 async def _delete_veth(host: AsyncIPRoute, name: str) -> bool:
     """Remove an interface of ours; False when there is none, or one of somebody else has the name."""
     link = await links.find(host, name)
-    return link is not None and link.kind == "veth" and await links.delete(host, name)
+    return link is not None and link.kind == "veth" and await links.remove(host, link)
 
 
 async def overlapping(netlink: AsyncIPRoute, plan: Plan) -> str | None:
