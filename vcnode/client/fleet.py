@@ -210,7 +210,9 @@ class Fleet:
                 again = True
                 for shares in rounds(await self._size(), self._dice):
                     await poll.ask(self._asked(shares))
-                    replies = await poll.collect(timeout_s=wait_s, enough=ENOUGH_BIDS, settle_s=SETTLE_S)
+                    # Never much beyond the patience: rounds that are answered at once double it often.
+                    limit_s = max(BID_WAIT_S, min(wait_s, give_up_at - loop.time()))
+                    replies = await poll.collect(timeout_s=limit_s, enough=ENOUGH_BIDS, settle_s=SETTLE_S)
                     found = _bids(replies)
                     bids = [bid for bid in best_first(found, self._dice) if bid.node not in refused]
                     late: set[str] = set()
