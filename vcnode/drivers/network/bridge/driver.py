@@ -157,10 +157,13 @@ class BridgeNetwork:
                 ours = [link.name for link in await links.every(netlink) if self._is_bridge(link)]
                 return all([await host.remove_bridge(netlink, name) for name in ours])
 
+        limit_s = self._settings.nft_timeout_s
         async with self._bridges, self._table_lock:
-            if await namespaces.run(None, work) and self._nft is not None:
-                await self._nft.drop(self._table, timeout_s=self._settings.nft_timeout_s)
-                self._table_ready = False
+            if not await namespaces.run(None, work) or self._nft is None:
+                return
+            if self._table in await self._nft.tables(self._table, timeout_s=limit_s):
+                await self._nft.drop(self._table, timeout_s=limit_s)
+            self._table_ready = False
 
     @property
     def _prefix(self) -> str:
