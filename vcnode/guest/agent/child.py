@@ -17,10 +17,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import stat
 
-from vcnode.guest.agent import limits, rootfs, syscalls, ttys
-from vcnode.guest.agent.entries import FILES, GUEST, JOIN, MAIN
+from vcnode.guest.agent import launcher, limits, rootfs, syscalls, ttys
+from vcnode.guest.agent.entries import FILES, GUEST, JOIN, LAUNCH, MAIN
 from vcnode.guest.agent.failures import INTERNAL, Failure, printable
 from vcnode.guest.agent.params import invalid
 
@@ -44,6 +45,7 @@ _ENTER = {
     GUEST: enter_guest,
     MAIN: rootfs.enter_main,
     JOIN: rootfs.enter_join,
+    LAUNCH: rootfs.enter_launch,
     FILES: rootfs.enter_files,
 }
 
@@ -91,6 +93,10 @@ def _become(order: Order, fds: list[int]) -> NoReturn:
         _enter_workdir(workdir)
     limits.apply(rlimits)
     _drop_privileges(ids, dropped, no_new_privileges=no_new_privileges)
+    if kind == LAUNCH:
+        syscalls.drop_capabilities(dropped)
+        os.close(fds[3])
+        launcher.serve(socket.socket(fileno=os.dup(0)), *fds[4:6])
     _execute(files, args, env)
 
 
@@ -123,8 +129,7 @@ def _drop_privileges(
     Transformation of capabilities during execve().
     """
     uid, gid, groups = ids
-    if uid:
-        _give_pipes_to(uid)
+    give_pipes_to(uid, (0, 1, 2))
     for number in dropped:
         syscalls.drop_from_bounding_set(number)
     os.setgroups(groups)
@@ -134,9 +139,9 @@ def _drop_privileges(
         syscalls.set_no_new_privileges()
 
 
-def _give_pipes_to(uid: int) -> None:
+def give_pipes_to(uid: int, stdio: tuple[int, int, int]) -> None:
     """Let the user open /dev/stdout and the like again; runc does the same (fixStdioPermissions)."""
-    for fd in (0, 1, 2):
+    for fd in stdio if uid else ():
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, uid, -1)
 

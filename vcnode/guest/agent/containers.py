@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from functools import partial
 
@@ -26,6 +27,7 @@ from vcnode.guest.agent.cgroups import Cgroup
 from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import ALREADY_EXISTS, FAILED_PRECONDITION, INTERNAL, NOT_FOUND, Failure
 from vcnode.guest.agent.freezer import Freezing
+from vcnode.guest.agent.launching import Launcher
 from vcnode.guest.agent.logs import END, Feed, Log
 from vcnode.guest.agent.loop import IN
 from vcnode.guest.agent.mainio import SIZE, MainIo
@@ -125,6 +127,10 @@ class Container:
         self.state = CREATED
         self.undo = Undo()
         self.main: Spawned | None = None
+        self.executed = False
+        """Whether a process was executed in its present run."""
+        self.launcher: Launcher | None = None
+        """Starts what is executed from the second time on."""
         self.health: Health
         """Set as soon as it is made."""
         self.probe_failure: str | None = None
@@ -345,6 +351,7 @@ class Containers:
         if container.state not in (CREATED, STOPPED) or container.on_deleted:
             state = container.state if not container.on_deleted else "being deleted"
             raise Failure(FAILED_PRECONDITION, f"Container {container_id!r} is {state}.")
+        container.executed = False
         container.cgroup.mark_oom()
         container.main = self._spawn_main(container)
         container.state = STARTING
@@ -436,6 +443,16 @@ class Containers:
         if container.state == STARTING and main.status_fd >= 0:
             # Both are ready at once when the program was short: hear first whether it ran at all.
             self._on_status(container)
+        if (launcher := container.launcher) is not None:
+            self._loop.unwatch(main.pidfd)
+            self._thaw(container, "The container has ended.")
+
+            def launcher_ended() -> None:
+                container.launcher = None
+                self._loop.watch(main.pidfd, IN, lambda _: self._on_end(container))
+
+            launcher.end(launcher_ended)
+            return
         pid, status = os.waitpid(main.pid, os.WNOHANG)
         if pid == 0:
             return
@@ -488,7 +505,7 @@ class Containers:
         elif number == signal.SIGKILL:
             container.cgroup.kill()
         else:
-            for pid in container.cgroup.pids():
+            for pid in _own_pids(container):
                 _signal_pid(pid, number)
 
     # -- pause -------------------------------------------------------------------------------------
@@ -607,7 +624,7 @@ class Containers:
             Failure: ``not_found``.
         """
         container = self.get(container_id)
-        Listing(self._loop, container.cgroup.pids(), self._mounts.root(container_id), limit, done)
+        Listing(self._loop, _own_pids(container), self._mounts.root(container_id), limit, done)
 
     # -- delete ------------------------------------------------------------------------------------
 
@@ -690,6 +707,32 @@ class Containers:
             raise Failure.of(exc, f"join container {container_id!r}") from exc
         return Entry.join(main.pid, main.pidfd, hostname=container.spec.hostname, cgroup_procs_fd=procs_fd)
 
+    def launcher(self, container_id: str) -> Launcher | None:
+        """The launcher of a running container, made the second time: many a container has one exec."""
+        container = self.get(container_id)
+        if container.main is None or container.launcher is not None or not container.executed:
+            container.executed = True
+            return container.launcher
+        opened: list[int] = []
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            spec = container.spec.process.of_launcher()
+            plan = process.Plan(spec, f"/proc/{container.main.pid}/root", "")
+            opened.append(container.cgroup.open_procs())
+            opened.append(os.open(f"{self._cgroup_root}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
+            opened.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+            entry = Entry.launch(container.main.pidfd, cgroup_procs_fd=opened[0], home_fd=opened[1])
+            spawned = self._spawner.spawn(plan, (theirs.fileno(), opened[2], opened[2]), entry)
+        except (OSError, Failure):
+            ours.close()
+            return None
+        finally:
+            theirs.close()
+            for fd in opened:
+                os.close(fd)
+        container.launcher = Launcher(self._loop, ours, spawned, plan.privileges)
+        return container.launcher
+
     def main_io(self, container_id: str) -> MainIo:
         """The streams of a container's main process.
 
@@ -713,6 +756,12 @@ class Containers:
         if container.state == RUNNING and not container.paused and not container.freezing:
             return self.join_entry(container_id)
         return Entry.files(self._mounts.root(container_id))
+
+
+def _own_pids(container: Container) -> list[int]:
+    """The processes in its group but the launcher, which may be on its way through."""
+    launcher = container.launcher.pid if container.launcher is not None else 0
+    return [pid for pid in container.cgroup.pids() if pid != launcher]
 
 
 def _signal_pidfd(pidfd: int, number: int) -> None:

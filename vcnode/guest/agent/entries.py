@@ -7,14 +7,14 @@ import os
 
 from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure
 
-GUEST, MAIN, JOIN, FILES = "guest", "main", "join", "files"
+GUEST, MAIN, JOIN, LAUNCH, FILES = "guest", "main", "join", "launch", "files"
 
 
 class Entry:
     """How a child gets from the guest's namespaces to where it is to run; `child` carries it out.
 
     Args:
-        kind: GUEST, MAIN, JOIN or FILES.
+        kind: GUEST, MAIN, JOIN, LAUNCH or FILES.
         fields: What that kind needs, as plain data.
         fds: Descriptors that it needs.
         root: The root directory of the process, as the agent sees it.
@@ -73,9 +73,19 @@ class Entry:
         return cls(JOIN, hostname=hostname, root=f"/proc/{pid}/root", fds=(cgroup_procs_fd, pidfd))
 
     @classmethod
+    def launch(cls, pidfd: int, *, cgroup_procs_fd: int, home_fd: int) -> Entry:
+        """As `join`, for a `launcher`, which goes into the group and back to that of *home_fd*."""
+        return cls(LAUNCH, hostname="", fds=(cgroup_procs_fd, home_fd, pidfd))
+
+    @classmethod
     def files(cls, root: str) -> Entry:
         """The files of a container that does not run: *root*, a mount point, and nothing else."""
         return cls(FILES, hostname="", root=root, fields=(root,))
+
+    def close(self) -> None:
+        """Close the descriptor that was opened for it, if any."""
+        if self.kind == JOIN:
+            os.close(self.fds[0])
 
     def refusal(self, exc: OSError) -> Failure:
         """What it means that the kernel refused to make a process for this entry."""

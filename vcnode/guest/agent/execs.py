@@ -17,6 +17,7 @@ import termios
 from collections import deque
 
 from vcnode.guest.agent import process, spawn, ttys
+from vcnode.guest.agent.child import give_pipes_to
 from vcnode.guest.agent.failures import INTERNAL, Failure
 from vcnode.guest.agent.loop import IN, OUT
 from vcnode.guest.streams import BULK_FROM
@@ -24,9 +25,10 @@ from vcnode.guest.wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from vcnode.guest.agent.entries import Entry
+    from vcnode.guest.agent.launching import Launcher
     from vcnode.guest.agent.loop import Loop
     from vcnode.guest.agent.port import Port
     from vcnode.guest.agent.process import Plan
@@ -271,9 +273,12 @@ class Input:
 class Exec:
     """One process of ``execute``."""
 
-    def __init__(self, process_id: int, spawned: Spawned, started: Callable[[Failure | None], None]) -> None:
+    def __init__(
+        self, process_id: int, spawned: Spawned | None, started: Callable[[Failure | None], None]
+    ) -> None:
         self.process_id = process_id
         self.spawned = spawned
+        """None: a launcher has not answered yet."""
         self.started: Callable[[Failure | None], None] | None = started
         self.failure: Failure | None = None
         self.running = False
@@ -303,14 +308,16 @@ class Execs:
         entry: Entry,
         streams: tuple[int | None, int | None, int | None],
         started: Callable[[Failure | int], None],
+        launcher: Launcher | None = None,
     ) -> None:
         """Start a process; *started* gets its id once its program runs, or why it does not.
 
         Args:
             make_plan: Makes what is to run. On a terminal there is no stderr, and must be no stream for it.
-            entry: Where.
+            entry: Where; the descriptors that are its own are closed here.
             streams: Of stdin, stdout and stderr; None: /dev/null.
             started: Called once.
+            launcher: That of the container.
 
         Raises:
             Failure: ``internal``, ``invalid_argument`` (a stream that cannot be opened); nothing is left.
@@ -333,8 +340,12 @@ class Execs:
                     self._port.open_stream(stream, sending=number > 0)
                     opened.append(stream)
             stdio = (theirs[0], theirs[0], theirs[0]) if terminal else (theirs[0], theirs[1], theirs[2])
-            spawned = self._spawner.spawn(plan, stdio, entry)
+            found = Exec(self.new_id(), None, started=lambda _: None)
+            pending = launcher is not None and self._launch(found, launcher, plan, stdio, entry)
+            if not pending:
+                found.spawned = self._spawner.spawn(plan, stdio, entry)
         except (OSError, Failure) as exc:
+            entry.close()
             for stream in opened:
                 self._port.forget_stream(stream)
             for fd in ours:
@@ -342,19 +353,51 @@ class Execs:
                     os.close(fd)
             if terminal is not None:
                 terminal.close()
+            _close(theirs)
             if isinstance(exc, Failure):
                 raise
             raise entry.refusal(exc) from exc
-        finally:
-            for fd in theirs:
-                os.close(fd)
-        found = Exec(self.new_id(), spawned, started=lambda _: None)
+        if not pending:
+            entry.close()
+            _close(theirs)
         if terminal is not None:
             found.terminal = (terminal, streams[0], streams[1])
             found.has_terminal = True
             for stream in opened:
                 self._by_stream[stream] = found
         self._add(found, streams, ours, started)
+
+    def _launch(
+        self, found: Exec, launcher: Launcher, plan: Plan, stdio: tuple[int, int, int], entry: Entry
+    ) -> bool:
+        """Have a launcher start it; False when that does not do such a thing. Closes what is lent, later."""
+
+        def begun(spawned: Spawned | None) -> None:
+            try:
+                found.spawned = spawned or self._spawner.spawn(plan, stdio, entry)
+            except Failure as failure:
+                found.exit_code = -1
+                self._dying.discard(found)
+                if self._all.get(found.process_id) is found:
+                    self._drop(found, forget_streams=True)
+                    self._answer(found, failure)
+                return
+            finally:
+                entry.close()
+                _close(stdio)
+            if found in self._dying:
+                signal_session(found.spawned, signal.SIGKILL)
+            if spawned is None:
+                self._watch(found, found.spawned)
+            else:
+                self._runs(found)
+
+        def ended(status: int) -> None:
+            if found.spawned is not None:
+                self._ended(found, found.spawned, status)
+
+        give_pipes_to(plan.identity.uid, stdio)
+        return launcher.launch(plan, stdio, begun, ended)
 
     def new_id(self) -> int:
         """A process id that was not used in this session."""
@@ -382,29 +425,36 @@ class Execs:
             else:
                 output = Output(self._loop, self._port, stream, fd, lambda: self._maybe_finish(found))
                 found.outputs.append(output)
-        self._loop.watch(found.spawned.status_fd, IN, lambda _: self._on_status(found))
-        self._loop.watch(found.spawned.pidfd, IN, lambda _: self._on_end(found))
+        if found.spawned is not None:
+            self._watch(found, found.spawned)
+
+    def _watch(self, found: Exec, spawned: Spawned) -> None:
+        self._loop.watch(spawned.status_fd, IN, lambda _: self._on_status(found, spawned))
+        self._loop.watch(spawned.pidfd, IN, lambda _: self._on_end(found, spawned))
 
     # -- life --------------------------------------------------------------------------------------
 
-    def _on_status(self, found: Exec) -> None:
-        if found.spawned.status_fd < 0:
+    def _on_status(self, found: Exec, spawned: Spawned) -> None:
+        if spawned.status_fd < 0:
             return
-        outcome = spawn.read_status(found.spawned.status_fd)
+        outcome = spawn.read_status(spawned.status_fd)
         if outcome is False:
             return
-        self._close_status(found)
+        self._close_status(spawned)
         if isinstance(outcome, Failure):
             found.failure = outcome  # told when the process has ended
             return
-        if found.terminal is not None and not self._take_terminal(found):
+        if found.terminal is not None and not self._take_terminal(found, spawned):
             return
+        self._runs(found)
+
+    def _runs(self, found: Exec) -> None:
         found.running = True
         self._answer(found, None)
         for output in found.outputs:
             output.resume()
 
-    def _take_terminal(self, found: Exec) -> bool:
+    def _take_terminal(self, found: Exec, spawned: Spawned) -> bool:
         """Connect the streams with the terminal that the child has handed over."""
         if found.terminal is None:
             return True
@@ -414,7 +464,7 @@ class Execs:
                 fd = ttys.receive(sock)
         except Failure as failure:
             found.failure = failure
-            _quietly(signal.pidfd_send_signal, found.spawned.pidfd, signal.SIGKILL)
+            _quietly(signal.pidfd_send_signal, spawned.pidfd, signal.SIGKILL)
             return False
         if stdin is not None:
             found.input = Input(self._loop, self._port, stdin, os.dup(fd))
@@ -440,24 +490,28 @@ class Execs:
         if started is not None:
             started(failure)
 
-    def _close_status(self, found: Exec) -> None:
-        if found.spawned.status_fd >= 0:
-            self._loop.unwatch(found.spawned.status_fd)
-            os.close(found.spawned.status_fd)
-            found.spawned.status_fd = -1
+    def _close_status(self, spawned: Spawned) -> None:
+        if spawned.status_fd >= 0:
+            self._loop.unwatch(spawned.status_fd)
+            os.close(spawned.status_fd)
+            spawned.status_fd = -1
 
-    def _on_end(self, found: Exec) -> None:
+    def _on_end(self, found: Exec, spawned: Spawned) -> None:
         if found.exit_code is not None:
             return
         # A short program: hear first that it ran, the reply comes before the exit.
-        self._on_status(found)
-        pid, status = os.waitpid(found.spawned.pid, os.WNOHANG)
+        self._on_status(found, spawned)
+        pid, status = os.waitpid(spawned.pid, os.WNOHANG)
         if pid == 0:
             return
+        self._close_status(spawned)
+        self._loop.unwatch(spawned.pidfd)
+        self._ended(found, spawned, status)
+
+    def _ended(self, found: Exec, spawned: Spawned, status: int) -> None:
+        """It has been reaped."""
         found.exit_code = process.exit_code(status)
-        self._close_status(found)
-        self._loop.unwatch(found.spawned.pidfd)
-        os.close(found.spawned.pidfd)
+        os.close(spawned.pidfd)
         if found in self._dying:
             self._dying.discard(found)
         elif found.running:
@@ -537,7 +591,7 @@ class Execs:
     def signal(self, process_id: int, number: int) -> None:
         """Signal a process and all in its session; nothing when it has ended."""
         found = self._all.get(process_id)
-        if found is not None and found.exit_code is None:
+        if found is not None and found.exit_code is None and found.spawned is not None:
             signal_session(found.spawned, number)
 
     def end_session(self) -> None:
@@ -547,8 +601,14 @@ class Execs:
             self._drop(found, forget_streams=False)
             if found.exit_code is None:
                 self._dying.add(found)
-                signal_session(found.spawned, signal.SIGKILL)
+                if found.spawned is not None:
+                    signal_session(found.spawned, signal.SIGKILL)
         self._last_id = 0
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def widen(pipe: int) -> None:

@@ -19,7 +19,7 @@ import socket
 import struct
 
 from vcnode.guest.agent import child, syscalls
-from vcnode.guest.agent.entries import GUEST, JOIN
+from vcnode.guest.agent.entries import GUEST, JOIN, LAUNCH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("<I")
 ANSWER = struct.Struct("<ii")
-MAX_FDS = 6
-"""stdin, stdout, stderr, status, and two of an entry."""
+MAX_FDS = 7
+"""stdin, stdout, stderr, status, and three of an entry."""
 
 
 def serve(sock: socket.socket, *, guard_oom: bool) -> NoReturn:
@@ -88,7 +88,7 @@ def _fork(order: Order, fds: list[int], own_pidns: int, oom_score: int) -> int:
     kind = order[-2]
     if kind == JOIN:
         syscalls.setns(fds[-1], syscalls.CLONE_NEWPID)
-    elif kind != GUEST:
+    elif kind not in (GUEST, LAUNCH):
         syscalls.unshare(syscalls.CLONE_NEWPID)
     if oom_score >= 0:
         os.pwrite(oom_score, b"0", 0)

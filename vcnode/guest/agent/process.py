@@ -48,6 +48,12 @@ class ProcessSpec:
         self.capabilities = capabilities.mask(names, params.path("capabilities"))
         params.done()
 
+    def of_launcher(self) -> ProcessSpec:
+        """The same privileges for a `launcher`."""
+        other = self.with_args((b"",))
+        other.rlimits, other.workdir = (), "/"
+        return other
+
     def with_args(self, args: tuple[bytes, ...]) -> ProcessSpec:
         """The same with another program."""
         other = object.__new__(ProcessSpec)
@@ -100,6 +106,12 @@ class Plan:
         self.args = spec.args
         self.files = candidates(spec.args[0], self.env[b"PATH"])
         self.dropped_capabilities = capabilities.numbers(capabilities.ALL & ~spec.capabilities)
+
+    @property
+    def privileges(self) -> tuple[object, ...]:
+        """All that tells what the process may do."""
+        who = self.identity
+        return who.uid, who.gid, who.groups, self.spec.capabilities, self.spec.no_new_privileges
 
 
 def copy_plan(direction: str, path: str, max_bytes: int) -> Plan:

@@ -122,6 +122,12 @@ def enter_join(_fields: tuple[Any, ...], fds: list[int]) -> None:
         raise
 
 
+def enter_launch(_fields: tuple[Any, ...], fds: list[int]) -> None:
+    """Join a running container but for its group; its pid namespace is for children only."""
+    syscalls.set_undumpable()
+    syscalls.setns(fds[2], _NAMESPACES | syscalls.CLONE_NEWPID)
+
+
 def enter_files(fields: tuple[Any, ...], _fds: list[int]) -> None:
     """Move into the root of a container that does not run. See `entries.Entry.files`."""
     syscalls.set_undumpable()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
 import signal
 
 from vcnode.guest.agent import cgroups, identity, probes, process, processes, stats, volumes, watchdog
 from vcnode.guest.agent.containers import ContainerSpec
-from vcnode.guest.agent.entries import JOIN, Entry
+from vcnode.guest.agent.entries import Entry
 from vcnode.guest.agent.failures import NOT_IMPLEMENTED, Failure
 from vcnode.guest.agent.params import Params, invalid
 from vcnode.guest.agent.process import ProcessSpec
@@ -344,12 +343,13 @@ class Service:
             )
             return
         joined = self._containers.join_entry(container_id)
-        try:
-            self._execs.start(
-                lambda: process.Plan(spec, joined.root, joined.hostname, terminal), joined, streams, started
-            )
-        finally:
-            os.close(joined.fds[0])
+        self._execs.start(
+            lambda: process.Plan(spec, joined.root, joined.hostname, terminal),
+            joined,
+            streams,
+            started,
+            self._containers.launcher(container_id),
+        )
 
     def _copy(self, params: Params, answer: Answer) -> None:
         container_id = _matching(params, "container_id", _ID)
@@ -362,16 +362,12 @@ class Service:
         if not path.startswith("/"):
             raise invalid("path", "must be an absolute path")
         entry = self._containers.files_entry(container_id)
-        try:
-            self._execs.start(
-                lambda: process.copy_plan(direction, path, max_bytes),
-                entry,
-                streams,
-                _told(answer, "process_id"),
-            )
-        finally:
-            if entry.kind == JOIN:
-                os.close(entry.fds[0])
+        self._execs.start(
+            lambda: process.copy_plan(direction, path, max_bytes),
+            entry,
+            streams,
+            _told(answer, "process_id"),
+        )
 
     def _resize_process(self, params: Params, answer: Answer) -> None:
         process_id = params.integer("process_id", 1, 1 << 62)

@@ -37,6 +37,9 @@ _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 
+# capset(2); include/uapi/linux/capability.h
+_CAPABILITY_VERSION_3 = 0x20080522
+
 # openat2(2); include/uapi/linux/openat2.h
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_IN_ROOT = 0x10
@@ -179,6 +182,19 @@ def set_undumpable() -> None:
 def drop_from_bounding_set(capability: int) -> None:
     """Give up a capability for the next execve and for ever; needs CAP_SETPCAP."""
     _check(_prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
+
+
+def drop_capabilities(numbers: tuple[int, ...]) -> None:
+    """Give up capabilities of the calling thread at once; see capset(2)."""
+    header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, sets))
+    # Effective, permitted and inheritable, first the lower half of each.
+    words = list(struct.unpack("<6I", sets))
+    for number in numbers:
+        for at in range(3):
+            words[number // 32 * 3 + at] &= ~(1 << number % 32)
+    _check(_libc.capset(header, struct.pack("<6I", *words)))
 
 
 def set_no_new_privileges() -> None:
