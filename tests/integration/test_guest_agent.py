@@ -224,6 +224,72 @@ def test_a_hundred_commands_leave_nothing_behind(guest: GuestClient, box: str, s
     assert ") Z " not in guest.run("sh", "-c", show_state, container_id=box).text
 
 
+def parents(guest: GuestClient, seconds: int) -> list[int]:
+    """The parents of the processes that sleep for so long, as the guest itself sees them."""
+    is_it = "tr '\\0' ' ' <$p/cmdline | grep -qx \"sleep $0 \""
+    look = f"for p in /proc/[0-9]*; do {is_it} && grep PPid $p/status; done 2>/dev/null; true"
+    return [int(line.split()[1]) for line in guest.run("/bin/sh", "-c", look, str(seconds)).text.splitlines()]
+
+
+ALL_ABOUT_IT = """grep -E "^(Uid|Gid|Groups|Umask|Sig|Cap|NoNew|Seccomp)" /proc/self/status
+test $(cut -d ' ' -f 6 /proc/$$/stat) = $$ && echo leads its session
+cat /proc/self/cgroup /proc/self/limits; pwd; env; ls /proc/self/fd
+for n in /proc/self/ns/*; do readlink $n; done
+ps -o args; echo again >/dev/stdout"""
+
+
+@pytest.mark.parametrize("user", ["0", "ann"])
+def test_a_launcher_starts_what_the_forker_would(guest: GuestClient, user: str) -> None:
+    guest.create("twice", "sleep", "1000", user=user, envs=[["A", "b"]])
+    guest.call("start_container", container_id="twice")
+    results = [
+        guest.run("sh", "-c", ALL_ABOUT_IT, container_id="twice", user=user, workdir="/tmp") for _ in range(3)
+    ]
+    assert {result.stderr for result in results} == {b""}
+    # posix_spawn(3) of glibc leaves its own two signals, 32 and 33, ignored: nobody else can use them.
+    told = {result.text.replace("SigIgn:\t0000000180000000", "SigIgn:\t" + "0" * 16) for result in results}
+    same = told.pop()
+    assert told == set()
+    assert same.endswith("again")
+    assert guest.call("list_processes", container_id="twice", limit=10)["total"] == 1
+    running = [guest.execute(process("sleep", f"98{n}", user=user), "twice") for n in range(2)]
+    others = guest.execute(process("sleep", "982", user="bob", rlimits=[["nofile", 9, 9]]), "twice")
+    (first,), (second,), (slow,) = (parents(guest, 980 + n) for n in range(3))
+    assert first == second != slow  # children of the launcher, and one of the agent
+    for execution in (*running, others):
+        execution.signal(signal.SIGTERM)
+        assert execution.finish().exit_code == 143
+
+
+def test_a_launcher_that_is_killed_costs_what_it_started_and_no_more(guest: GuestClient, box: str) -> None:
+    for _ in range(2):
+        guest.run("true", container_id=box)
+    running = guest.execute(process("sleep", "983"), box)
+    (launcher,) = parents(guest, 983)
+    guest.run("/bin/sh", "-c", "kill -9 $0", str(launcher))
+    assert running.finish().exit_code == 137
+    for _ in range(3):
+        assert guest.run("echo", "on", container_id=box).text == "on"
+    again = guest.execute(process("sleep", "984"), box)
+    assert parents(guest, 984) not in ([launcher], [])
+    again.signal(signal.SIGKILL)
+    assert again.finish().exit_code == 137
+
+
+def test_a_launched_command_may_end_its_container(guest: GuestClient) -> None:
+    for _ in range(5):
+        guest.create("brief", "sh", "-c", "trap 'exit 3' USR1; while true; do sleep 0.01; done")
+        guest.call("start_container", container_id="brief")
+        for _ in range(2):
+            guest.run("true", container_id="brief")
+        running = guest.execute(process("sleep", "1000"), "brief")
+        last = guest.execute(process("kill", "-USR1", "1"), "brief")
+        assert guest.event("container_exited", container_id="brief")["exit_code"] == 3
+        assert running.finish().exit_code == 137
+        assert last.finish().exit_code in (0, 137)  # both ended at once
+        guest.call("delete_container", container_id="brief")
+
+
 # -- users, limits, capabilities -------------------------------------------------------------------
 
 

@@ -710,9 +710,10 @@ class Containers:
     def launcher(self, container_id: str) -> Launcher | None:
         """The launcher of a running container, made the second time: many a container has one exec."""
         container = self.get(container_id)
-        if container.main is None or container.launcher is not None or not container.executed:
+        launcher = container.launcher
+        if container.main is None or not container.executed or (launcher is not None and launcher.pid):
             container.executed = True
-            return container.launcher
+            return launcher
         opened: list[int] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:

@@ -13,6 +13,7 @@ that stops a program in the instant of its start holds up the commands in itself
 
 from __future__ import annotations
 
+import array
 import marshal
 import os
 import select
@@ -27,6 +28,19 @@ ANSWER = struct.Struct("<ii")
 """A pid and a wait status, when that process has ended; or a pid (0: declined) and `BEGUN`, with a pidfd."""
 BEGUN = -1
 MAX_ORDER_BYTES = 64 * 1024
+
+
+def receive(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """A message of at most *size* bytes with at most *most* descriptors, which execve closes.
+
+    `socket.recv_fds` of Python 3.11 drops the flag that sees to that.
+    """
+    fds = array.array("i")
+    space = socket.CMSG_SPACE(most * fds.itemsize)
+    content, control, _, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    for _level, _kind, data in control:
+        fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return content, list(fds)
 
 
 def serve(sock: socket.socket, group_fd: int, home_fd: int) -> NoReturn:
@@ -47,7 +61,7 @@ def serve(sock: socket.socket, group_fd: int, home_fd: int) -> NoReturn:
                 os.close(fd)
                 sock.send(ANSWER.pack(*os.waitpid(pid, 0)))
                 continue
-            content, stdio, _, _ = socket.recv_fds(sock, MAX_ORDER_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
+            content, stdio = receive(sock, MAX_ORDER_BYTES, 3)
             if not content:
                 os._exit(0)
             pid = _launch(marshal.loads(content), stdio, group_fd, home_fd)  # noqa: S302 (from the agent)

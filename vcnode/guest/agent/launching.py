@@ -9,7 +9,7 @@ import socket
 from collections import deque
 from contextlib import suppress
 
-from vcnode.guest.agent.launcher import ANSWER, BEGUN, MAX_ORDER_BYTES
+from vcnode.guest.agent.launcher import ANSWER, BEGUN, MAX_ORDER_BYTES, receive
 from vcnode.guest.agent.loop import IN
 from vcnode.guest.agent.spawn import Spawned
 
@@ -87,7 +87,7 @@ class Launcher:
     def _on_answer(self, _events: int) -> None:
         while self._sock.fileno() >= 0:
             try:
-                content, fds, _, _ = socket.recv_fds(self._sock, ANSWER.size, 1, socket.MSG_CMSG_CLOEXEC)
+                content, fds = receive(self._sock, ANSWER.size, 1)
             except BlockingIOError:
                 return
             except OSError:
