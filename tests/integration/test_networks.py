@@ -212,6 +212,11 @@ async def test_pods_on_a_bridge(settings: Settings, own_network: str):
         lone = await pods.run("lone", network_model=NetworkModel.NOOP)
         assert lone.network is None
         assert (await pods.sh("lone", "ls /sys/class/net")).split() == ["lo"]
+        macs = [
+            await pods.sh(pod_id, "cat /sys/class/net/eth*/address") for pod_id in ("web", "blue", "friend")
+        ]
+        own_macs = " ".join(macs).split()
+        assert len(set(own_macs)) == len(own_macs) >= 3
         await host_and_pod(pods, web)
         await large_frames(pods, web)
         await counted(pods)

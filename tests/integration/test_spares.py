@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 import time
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from tests.integration.guest_here import make_busybox
 from vcnode.drivers.hypervisor.qemu import templates as qemu_templates
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
+from vcnode.models.events import Event
 from vcnode.models.pod import Cmd, ContainerSpec, HypervisorType, PodSpec, PodState
-from vcnode.node import Node, running
+from vcnode.node import Node, database_of, running
 from vcnode.settings import NatsSettings, PoolSettings, QemuSettings, Settings
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
@@ -66,6 +69,7 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
         in_use = loaded_ram(node, template.name)
         assert qemu_templates._digest_ram(in_use) == before
         facts = []
+        phases = {}
         try:
             for pod_id in ("p1", "p2"):  # the first one's spare has not rehearsed, the second one's has
                 await until_ready(node, 1)
@@ -74,6 +78,7 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
                 assert status.state is PodState.RUNNING
                 assert "pool" in status.phases_ms, status.phases_ms
                 assert not {"qemu", "boot"} & set(status.phases_ms), status.phases_ms
+                phases[pod_id] = status.phases_ms
                 facts.append(await in_guest(node, pod_id, FACTS))
                 assert abs(float(facts[-1][3]) - time.time()) < 5
             for mine, other in zip(facts[0][:3], facts[1][:3], strict=True):
@@ -86,3 +91,12 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
             for pod_id in ("p1", "p2"):
                 await node.pods.delete(pod_id, True, Call(f"delete-{pod_id}", "pod.delete"))
     assert list((settings.run_dir / "vms").iterdir()) == []
+    assert phases_told(settings) == phases
+
+
+def phases_told(settings: Settings) -> dict[str, dict[str, float]]:
+    """The milliseconds of each phase in the pods' ``pod.started``."""
+    with contextlib.closing(sqlite3.connect(database_of(settings))) as database:
+        rows = database.execute("SELECT event FROM outbox").fetchall()
+    events = [Event.model_validate_json(text) for (text,) in rows]
+    return {event.subject: event.data["phases_ms"] for event in events if event.kind == "pod.started"}
