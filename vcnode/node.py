@@ -449,8 +449,14 @@ def _join_bus(
         subjects=subjects,
         settings=settings.nats,
     )
-    stack.push_async_callback(lease.release)
-    tasks.spawn(lease.run(), name="lease")
+    renewing = tasks.spawn(lease.run(), name="lease")
+
+    async def release() -> None:
+        renewing.cancel()  # or it could take what was just given back
+        await asyncio.wait({renewing})
+        await lease.release()
+
+    stack.push_async_callback(release)
     mirror = PodMirror(
         connection,
         lambda: {p.pod_id: p.encoded for p in services.pods.list({}, ()).pods},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,8 +19,10 @@ import pytest
 from tests.integration.conftest import mock_settings
 from tests.integration.nats_node import WAIT_S
 from tests.support.nats import NatsServer
+from vcnode.bus.kv import Lease
 from vcnode.client import Client
 from vcnode.errors import VcnodeError
+from vcnode.handlers.services import memory_mib
 from vcnode.models.call import Call
 from vcnode.models.node import NodeLease
 from vcnode.models.pod import PodSpec, PodState, PodStatus
@@ -209,6 +213,45 @@ async def test_a_lease_says_at_once_what_became_different_and_not_every_step_of_
         node.service.drain()
         await until_lease(lambda lease: lease.state == "draining")
         watching.cancel()
+
+
+async def test_a_lease_outlives_a_host_without_descriptors(
+    nats_server: NatsServer, js: Any, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = with_lease(mock_settings(short_dir / "n1", nats_server.url), 600.0)
+    async with running(settings) as node, await Client.connect(nats_server.url) as client:
+        await node.connection.wait_connected()
+        await until(js, "vcnode-nodes", "n1", in_state("ready"))
+        failed = asyncio.Event()
+
+        def short_once() -> tuple[int, int]:
+            if not failed.is_set():
+                failed.set()
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return memory_mib()
+
+        monkeypatch.setattr("vcnode.handlers.services.memory_mib", short_once)
+        await client.node("n1").node_cordon("kernel")
+        await until(js, "vcnode-nodes", "n1", in_state("cordoned"))
+        assert failed.is_set()
+
+
+async def test_nobody_renews_a_lease_that_is_released(
+    nats_server: NatsServer, js: Any, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[str] = []
+    release = Lease.release
+
+    async def watched(lease: Lease) -> None:
+        alive.extend(task.get_name() for task in asyncio.all_tasks())
+        await release(lease)
+
+    monkeypatch.setattr(Lease, "release", watched)
+    async with running(mock_settings(short_dir / "n1", nats_server.url)) as node:
+        await node.connection.wait_connected()
+    assert "nats-connection" in alive
+    assert "lease" not in alive
+    await until(js, "vcnode-nodes", "n1", absent)
 
 
 async def test_a_lease_waits_neither_for_commands_nor_for_the_disk(

@@ -106,7 +106,7 @@ class Auditor:
             try:
                 async with asyncio.timeout(REQUEST_LIMIT_S):
                     found += [_Found(held, driver) for held in await driver.held(self._mark)]
-            except (VcnodeError, TimeoutError) as exc:
+            except Exception as exc:  # whatever it is: it must not end the audits
                 problems.append(_problem(f"{type(driver).__name__} cannot say what it holds", exc))
                 log.warning("%s", problems[-1], exc_info=exc)
         return found
@@ -134,7 +134,7 @@ class Auditor:
                 async with asyncio.timeout(KILL_LIMIT_S + REQUEST_LIMIT_S):
                     await orphan.driver.free(held, timeout_s=KILL_LIMIT_S)
                 freed.add(held)
-            except (VcnodeError, TimeoutError) as exc:
+            except Exception as exc:  # as above
                 stuck.add(held.vm_id)
                 problems.append(_problem(f"{held.kind} {held.name} of no pod stays", exc))
                 log.warning("%s", problems[-1], exc_info=exc)
@@ -150,7 +150,7 @@ class Auditor:
                     await network.detach(
                         NetworkAttachment(model=model, vm_id=vm_id), timeout_s=REQUEST_LIMIT_S
                     )
-            except (VcnodeError, TimeoutError) as exc:
+            except Exception as exc:  # as above
                 problems.append(_problem(f"The network of VM {vm_id}, which is no pod's, stays", exc))
                 log.warning("%s", problems[-1], exc_info=exc)
 
@@ -172,4 +172,8 @@ def is_orphan(held: Held, owners: Mapping[str, str | None]) -> bool:
 
 
 def _problem(what: str, exc: Exception) -> str:
-    return f"{what}: {exc.message if isinstance(exc, VcnodeError) else 'it took too long'}"
+    if isinstance(exc, VcnodeError):
+        return f"{what}: {exc.message}"
+    if isinstance(exc, TimeoutError):
+        return f"{what}: it took too long"
+    return f"{what}: {exc.strerror if isinstance(exc, OSError) and exc.strerror else type(exc).__name__}"

@@ -29,6 +29,7 @@ CONCURRENT = 8
 AGENT_LIMIT_S = 15.0
 """Seconds for the agent of a VM that was found again to answer."""
 VM_ENDED = "The VM ended while the node agent was away."
+NOT_TAKEN_OVER = "The VM could not be taken over after a restart of the node agent"
 HALF_STARTED = "The node agent ended during the start; everything was undone."
 
 
@@ -88,7 +89,10 @@ class Recovery:
             reason = await self._take_over(record)
         except VcnodeError as exc:
             log.warning("Pod %s: its VM cannot be taken over", record.pod_id, exc_info=exc)
-            reason = f"The VM could not be taken over after a restart of the node agent: {exc.message}"
+            reason = f"{NOT_TAKEN_OVER}: {exc.message}"
+        except Exception as exc:  # whatever it is: a pod that nobody watches must not be called running
+            log.exception("Pod %s: its VM cannot be taken over", record.pod_id)
+            reason = f"{NOT_TAKEN_OVER}: {type(exc).__name__}"
         if reason is None:
             found.adopted.append(record.pod_id)
             return

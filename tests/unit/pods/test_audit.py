@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,27 @@ async def test_a_driver_that_cannot_look_hides_nothing_else(world: World) -> Non
     assert found.problems
     assert found.freed_count == 3
     assert world.leaks == [], "the network was removed by the VM's id alone"
+    await world.close()
+
+
+@pytest.mark.parametrize("operation", ["held", "free"])
+async def test_no_error_of_a_driver_ends_the_audit(
+    world: World, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is short of descriptors may say so in words of the system's."""
+    orphan = new_vm_id(world.settings)
+    await strand(world, orphan)
+
+    async def short(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.hypervisor, operation, short)
+        problems = (await world.pods.audit(repair=True)).problems
+    assert len(problems) == 1
+    assert "Too many open files" in problems[0]
+    await world.pods.audit(repair=True)
+    assert world.leaks == []
     await world.close()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 
 import pytest
 
@@ -189,6 +191,20 @@ async def test_a_vm_that_cannot_be_taken_over_is_killed(world: World, fault: str
     await world.restart(fault)
     assert (await world.pods.recover()).failed == ["p1"]
     assert "could not be taken over" in (world.pods.status("p1").reason or "")
+    assert world.leaks == []
+
+
+async def test_a_vm_that_cannot_be_taken_over_for_want_of_descriptors_is_killed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def short(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    await world.pods.run(pod(), world.call())
+    await world.restart()
+    monkeypatch.setattr(world.hypervisor, "recover", short)
+    assert (await world.pods.recover()).failed == ["p1"]
+    assert world.pods.status("p1").state is PodState.FAILED
     assert world.leaks == []
 
 
