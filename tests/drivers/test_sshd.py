@@ -12,7 +12,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from tests.support.sshd import Server, make_key, openssh
+from tests.support.sshd import SSHD, Server, make_key, openssh
 from tests.unit.drivers.agent.guests import LIMIT_S, FakeVm
 from vcnode.drivers.agent.sshd import SshdAgent, keys
 from vcnode.drivers.agent.sshd.agent import Attempts
@@ -30,7 +30,11 @@ from vcnode.models.pod import AgentConfig
 from vcnode.models.sshd import SshdConfig
 from vcnode.models.vm import GuestProcess
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(60)]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(not Path(SSHD).exists(), reason="no openssh-server: run dev/setup --tests"),
+]
 
 VM = FakeVm(Path("/nowhere")).as_vm
 

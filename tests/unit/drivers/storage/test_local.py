@@ -9,7 +9,8 @@ import pytest
 
 from vcnode.drivers.storage import threads
 from vcnode.drivers.storage.local import LocalStorage
-from vcnode.errors import StorageError
+from vcnode.errors import InvalidArgumentError, StorageError
+from vcnode.models.hypervisor import DiskFormat
 
 pytestmark = pytest.mark.root
 VM = "vm-0123456789ab"
@@ -110,3 +111,37 @@ async def test_failing_undo_does_not_hide_the_error_nor_stop_the_rest(caplog):
         await threads.make_in_thread(make)
     assert ran == ["last", "first"]
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_disk_image_is_only_read_below_its_overlay(storage, host):
+    image = host.roots / "disk.raw"
+    image.write_bytes(b"base".ljust(4096))
+    disk = await storage.open_disk(str(image), DiskFormat.RAW, overlay_id=VM, timeout_s=30)
+    assert (disk.format, disk.base_format, disk.read_only) == (DiskFormat.QCOW2, DiskFormat.RAW, False)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(disk.base_fd, b"x")
+    os.close(disk.fd)
+    os.close(disk.base_fd)
+    itself = await storage.open_disk(str(image), DiskFormat.RAW, writable=True, timeout_s=30)
+    assert (itself.base_fd, itself.read_only, os.write(itself.fd, b"x")) == (None, False, 1)
+    os.close(itself.fd)
+    with pytest.raises(InvalidArgumentError, match="no qcow2"):
+        await storage.open_disk(str(image), DiskFormat.QCOW2, overlay_id=VM, timeout_s=30)
+    await storage.remove_layer(VM)
+    assert await storage.held("vm-") == []
+
+
+async def test_a_private_file_must_be_its_owners_alone(host, tmp_path):
+    storage = LocalStorage(host.state, host.run, [host.roots], secret_dirs=[tmp_path])
+    key = tmp_path / "key"
+    key.write_bytes(b"secret")
+    for mode in (0o640, 0o604, 0o620):
+        key.chmod(mode)
+        assert await storage.read_secret(str(key)) == b"secret"
+        with pytest.raises(InvalidArgumentError, match="chmod 600"):
+            await storage.read_secret(str(key), private=True)
+    key.chmod(0o600)
+    assert await storage.read_secret(str(key), private=True) == b"secret"
+    os.chown(key, 4711, 0)
+    with pytest.raises(InvalidArgumentError, match="user 4711"):
+        await storage.read_secret(str(key), private=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vcnode.drivers.storage import layers
+from vcnode.drivers.storage import layers, qcow2
 from vcnode.drivers.storage.layers import LayerStore
 from vcnode.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, StorageError
 
@@ -130,3 +130,24 @@ def test_a_copy_has_the_same_holes_where_blocks_cannot_be_shared(tmp_path):
         layers.clone(src.fileno(), dst.fileno())
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_blocks <= source.stat().st_blocks
+
+
+async def test_an_overlay_is_made_once_and_kept(store, tmp_path):
+    fd = await store.open_overlay(A, 1_000_001, timeout_s=30)
+    os.pwrite(fd, b"kept", 1 << 20)
+    os.close(fd)
+    fd = await store.open_overlay(A, 1_000_001, timeout_s=30)
+    assert os.pread(fd, 4, 1 << 20) == b"kept"
+    assert qcow2.size_bytes(os.pread(fd, qcow2.HEADER_BYTES, 0), "o") == 1_000_448  # whole sectors
+    os.close(fd)
+    assert (tmp_path / "layers" / A).stat().st_mode & 0o777 == 0o600
+    store.remove(A)
+    assert store.held("vm-") == []
+
+
+async def test_an_overlay_that_cannot_be_made_leaves_nothing(store, monkeypatch, tmp_path):
+    for program, match in (("false", "log says why"), ("no-such-qemu-img", "qemu-utils")):
+        monkeypatch.setattr(layers, "QEMU_IMG", program)
+        with pytest.raises(StorageError, match=match):
+            await store.open_overlay(A, 1 << 20, timeout_s=30)
+        assert list((tmp_path / "layers").iterdir()) == []
