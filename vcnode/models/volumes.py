@@ -132,6 +132,14 @@ class Socket(Request):
     device_id: ObjectId | None = None
     """Id of the port's device in QEMU. Default: as of ``id``."""
 
+    def chardev_id(self, number: int) -> str:
+        """Id of the character device of the socket at place *number* of the list."""
+        return self.id or f"port{number}"
+
+    def port_id(self, number: int) -> str:
+        """Id of its port."""
+        return self.device_id or self.chardev_id(number)
+
 
 def check_distinct(volumes: tuple[Volume, ...], sockets: tuple[Socket, ...]) -> None:
     """See that nothing has the name of another. Raises ValueError."""
@@ -139,8 +147,8 @@ def check_distinct(volumes: tuple[Volume, ...], sockets: tuple[Socket, ...]) -> 
         ("volumes", [volume.mount_tag for volume in volumes]),
         ("sockets", [socket.name for socket in sockets]),
         ("sockets", [socket.host_path for socket in sockets]),
-        ("sockets", [socket.id for socket in sockets if socket.id]),
-        ("sockets", [socket.device_id for socket in sockets if socket.device_id]),
+        ("sockets", [socket.chardev_id(number) for number, socket in enumerate(sockets)]),
+        ("sockets", [socket.port_id(number) for number, socket in enumerate(sockets)]),
     ):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"'{what}' must be distinct; {', '.join(twice)} is used more than once")

@@ -75,7 +75,7 @@ class Admission:
             )
         _check_boots(spec, agent_type, hypervisor.info)
         features.check_pod(spec, agent.info)
-        check_sockets(spec, hypervisor.info)
+        await check_sockets(spec, hypervisor.info, parts.storage)
         for number, volume in enumerate(spec.volumes):
             await check_volume(
                 volume,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import posixpath
 
-from vcnode.errors import UnsupportedError
+from vcnode.drivers.base import Storage
+from vcnode.errors import InvalidArgumentError, NotFoundError, UnsupportedError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import PodSpec
 from vcnode.models.records import PodRecord
@@ -13,12 +15,25 @@ from vcnode.pods.live import LivePod
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 
 
-def check_sockets(spec: PodSpec, hypervisor: DriverInfo) -> None:
-    """See that the pod's hypervisor has ports. Raises UnsupportedError."""
+async def check_sockets(spec: PodSpec, hypervisor: DriverInfo, storage: Storage) -> None:
+    """See that a pod can have its sockets. What is there at their paths is seen by the start alone.
+
+    Raises:
+        UnsupportedError: The pod's hypervisor has no ports.
+        InvalidArgumentError, NotFoundError: A socket's directory cannot be used; names the field.
+    """
     if spec.sockets and "ports" not in hypervisor.capabilities:
         raise UnsupportedError(
             f"pod.sockets: hypervisor_type {hypervisor.type} has no ports.", field="pod.sockets"
         )
+    for number, socket in enumerate(spec.sockets):
+        field = f"pod.sockets[{number}].host_path"
+        try:
+            await storage.check_rootfs(posixpath.dirname(socket.host_path.rstrip("/")) or "/")
+        except NotFoundError as exc:
+            raise NotFoundError(f"{field}: {exc.message}", **{**exc.details, "field": field}) from exc
+        except InvalidArgumentError as exc:
+            raise InvalidArgumentError.field(field, exc.message) from exc
 
 
 async def connect_sockets(parts: Parts, live: LivePod, record: PodRecord) -> None:
@@ -36,8 +51,8 @@ async def connect_sockets(parts: Parts, live: LivePod, record: PodRecord) -> Non
             fd = await parts.storage.connect(socket.host_path)
         try:
             port = Port(
-                port_id=socket.device_id or socket.id or f"port{number}",
-                chardev_id=socket.id or f"port{number}",
+                port_id=socket.port_id(number),
+                chardev_id=socket.chardev_id(number),
                 name=socket.name,
                 fd=fd,
                 listens=socket.mode == "listen",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -14,6 +14,7 @@ from vcnode.errors import (
     InvalidArgumentError,
     NotFoundError,
     StorageError,
+    VcnodeError,
 )
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import ContainerSpec, PodState
@@ -148,10 +149,39 @@ async def test_sockets_are_connected_by_the_start_and_go_with_the_vm(world: Worl
     assert world.host.sockets == {}
 
 
+@pytest.mark.parametrize("mode", ["listen", "connect"])
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("/etc/a.sock", InvalidArgumentError),
+        ("/roots/../etc/a.sock", InvalidArgumentError),
+        ("/roots", InvalidArgumentError),
+        ("/a.sock", InvalidArgumentError),
+        ("/roots/missing/a.sock", NotFoundError),
+    ],
+)
+async def test_a_socket_lies_below_an_allowed_root(
+    world: World, mode: Literal["listen", "connect"], path: str, error: type[VcnodeError]
+) -> None:
+    sockets = (Socket(name="one", host_path=path, mode=mode),)
+    with pytest.raises(error, match=r"^pod\.sockets\[0\]\.host_path: "):
+        await world.pods.create(pod(sockets=sockets), world.call())
+
+
+def test_an_id_that_another_socket_has_by_default_is_refused() -> None:
+    sockets = (
+        Socket(name="one", host_path="/roots/one.sock", id="port1"),
+        Socket(name="two", host_path="/roots/two.sock"),
+    )
+    with pytest.raises(ValueError, match="port1 is used more than once"):
+        pod(sockets=sockets)
+    pod(sockets=(sockets[0].model_copy(update={"id": "port0"}), sockets[1]))
+
+
 async def test_a_socket_that_cannot_be_had_undoes_the_start(world: World) -> None:
     sockets = (
         Socket(name="one", host_path="/roots/one.sock"),
-        Socket(name="two", host_path="/roots/missing/two.sock"),
+        Socket(name="two", host_path="/roots/missing", mode="connect"),
     )
     await world.pods.create(pod(sockets=sockets), world.call())
     with pytest.raises(NotFoundError):
