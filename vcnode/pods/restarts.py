@@ -134,7 +134,7 @@ class Restarter:
             try:
                 async with asyncio.timeout(START_LIMIT_S):
                     await self._containers.start_again(pod_id, cid)
-            except (VcnodeError, TimeoutError) as exc:
+            except Exception as exc:  # whatever it is: the policy holds
                 log.warning("Container %s/%s could not be restarted", pod_id, cid, exc_info=exc)
                 edit = edits.container_restart_failed(
                     cid, _reason(exc), self._parts.clock(), self._parts.backoff
@@ -151,7 +151,7 @@ class Restarter:
             try:
                 async with asyncio.timeout(START_LIMIT_S):
                     await self._starter.start(pod_id, call, began=asyncio.get_running_loop().time())
-            except (VcnodeError, TimeoutError) as exc:
+            except Exception as exc:  # whatever it is: the policy holds
                 log.warning("Pod %s could not be restarted", pod_id, exc_info=exc)
                 edit: Edit = edits.pod_restart_failed(_reason(exc), self._parts.clock(), self._parts.backoff)
                 await self._parts.ledger.change(pod_id, edit)
@@ -179,4 +179,6 @@ def _due(record: PodRecord | None) -> dict[Key, datetime]:
 def _reason(exc: BaseException) -> str:
     if isinstance(exc, VcnodeError):
         return exc.message
-    return f"The restart was not done within {START_LIMIT_S:.0f} s."
+    if isinstance(exc, TimeoutError):
+        return f"The restart was not done within {START_LIMIT_S:.0f} s."
+    return f"The restart failed in an unexpected way ({type(exc).__name__}); the node's log says how."

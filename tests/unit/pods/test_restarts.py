@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -347,6 +349,30 @@ async def test_a_restart_of_a_pod_that_fails_is_tried_again_later(tmp_path: Path
     await world.pods.run(pod(restart_policy=ALWAYS), world.call())
     kill_vm(world)
     assert await wake(world, time) == 1
+    assert await wake(world, time) == 2
+    await until_pod(world, PodState.RUNNING, 1)
+    await world.close()
+
+
+async def test_a_restart_that_fails_in_no_foreseen_way_is_tried_again_later(
+    tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    world.clock = time
+    await world.start()
+    world.pods.start_restarts()
+    await world.pods.run(pod(restart_policy=ALWAYS), world.call())
+
+    async def short(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.hypervisor, "launch", short)
+        kill_vm(world)
+        assert await wake(world, time) == 1
+        async with asyncio.timeout(10):
+            while len(world.naps.asked) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
     assert await wake(world, time) == 2
     await until_pod(world, PodState.RUNNING, 1)
     await world.close()

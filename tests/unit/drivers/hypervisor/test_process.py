@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from vcnode.drivers.hypervisor.qemu import process as processes
 from vcnode.drivers.hypervisor.qemu.process import Process, adopt, find, read_stat, reap, spawn
-from vcnode.errors import HypervisorError
+from vcnode.errors import HypervisorError, ResourceExhaustedError
 
 UUID = "11111111-2222-3333-4444-555555555555"
 
@@ -183,3 +184,21 @@ async def test_huge_pages_are_kept_from_the_child_and_not_from_us(
     assert await asyncio.wait_for(process.wait(), 10) == 0
     assert (tmp_path / "output").read_text().split()[-1] == str(int(huge_pages))
     assert "THP_enabled:\t1" in Path("/proc/self/status").read_text()
+
+
+@pytest.mark.parametrize("look", ["read_stat", "has_uuid"])
+def test_a_process_that_cannot_be_looked_at_costs_no_descriptor(
+    look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor that holds it may be the last one that there was."""
+
+    def short(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    stat = read_stat(os.getpid())
+    assert stat is not None
+    monkeypatch.setattr(processes, look, short)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ResourceExhaustedError):
+        adopt(os.getpid(), stat.start_ticks, UUID)
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -279,12 +279,17 @@ def adopt(pid: int, ticks: int, uuid: str | None = None) -> Process | None:
         return None
     except OSError as exc:
         raise exhausted(exc) or HypervisorError(f"Process {pid} cannot be held.") from exc
-    # The pidfd came first: what is read now is either of the process that it names, or of none.
-    stat = read_stat(pid)
-    if stat is not None and stat.start_ticks == ticks:
-        if not stat.zombie and (uuid is None or has_uuid(pid, uuid)):
-            return Process(pid, ticks, pidfd)
-        if stat.zombie:
-            reap(pidfd)  # a child of ours whose handle was closed before it ended
-    os.close(pidfd)
-    return None
+    keep = False
+    try:
+        # The pidfd came first: what is read now is either of the process that it names, or of none.
+        stat = read_stat(pid)
+        if stat is not None and stat.start_ticks == ticks:
+            keep = not stat.zombie and (uuid is None or has_uuid(pid, uuid))
+            if stat.zombie:
+                reap(pidfd)  # a child of ours whose handle was closed before it ended
+    except OSError as exc:
+        raise exhausted(exc) or HypervisorError(f"Process {pid} cannot be looked at.") from exc
+    finally:
+        if not keep:
+            os.close(pidfd)
+    return Process(pid, ticks, pidfd) if keep else None
