@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ _ids = itertools.count(1)
 
 def call(verb: str) -> Call:
     return Call(f"{verb}-{next(_ids)}", verb)
+
+
+@contextlib.asynccontextmanager
+async def nothing_left(settings: Settings) -> AsyncIterator[None]:
+    """Delete the pod, whatever has become of the test."""
+    try:
+        yield
+    finally:
+        async with running(settings) as node:
+            await node.pods.delete("p1", True, call("pod.delete"))
 
 
 @pytest.fixture
@@ -112,25 +123,26 @@ async def test_a_guest_with_an_ssh_server_on_a_disk_of_its_own(settings: Setting
     spec = PodSpec(
         id="p1", agent_type=AgentType.SSHD, hypervisor_config=config, resources=Resources(vcpu_count=2)
     )
-    async with running(settings) as node:
-        status = await node.pods.run(spec, call("pod.run"))
-        assert status.state is PodState.RUNNING
-        assert "greeting=hello" in (await sh(node, "cat /proc/cmdline")).split()
-        assert await sh(node, "nproc; hostname; cat /etc/boots") == "2\np1\n1"
-        cmd = {"envs": (EnvVar(var="A", value="it's"),), "workdir": "/var/x", "user": "web"}
-        assert await sh(node, 'echo "$A $PWD $(id -u)"', **cmd) == "it's /var/x 1000"
-        await containers(node, settings.allowed_roots[0] / "box")
-        await node.pods.pause("p1", call("pod.pause"))
-        await node.pods.resume("p1", call("pod.resume"))
-    async with running(settings) as node:  # the node agent comes back: the same guest, by the same key
-        assert await sh(node, "cat /etc/boots") == "1"
-        assert await sh(node, "hostname; cat /etc/who", "main") == "p1\nbox"  # it has gone on
-        await node.pods.stop_container("p1", "main", 10, call("container.stop"))
-        assert node.pods.container_status("p1", "main").exit_code == 3
-        assert (await node.pods.stop("p1", 30, call("pod.stop"))).outcome == "graceful"
-        await node.pods.start("p1", call("pod.start"))
-        assert await sh(node, "cat /etc/boots") == "2"  # what was written is the pod's
-        await node.pods.delete("p1", True, call("pod.delete"))
+    async with nothing_left(settings):
+        async with running(settings) as node:
+            status = await node.pods.run(spec, call("pod.run"))
+            assert status.state is PodState.RUNNING
+            assert "greeting=hello" in (await sh(node, "cat /proc/cmdline")).split()
+            assert await sh(node, "nproc; hostname; cat /etc/boots") == "2\np1\n1"
+            cmd = {"envs": (EnvVar(var="A", value="it's"),), "workdir": "/var/x", "user": "web"}
+            assert await sh(node, 'echo "$A $PWD $(id -u)"', **cmd) == "it's /var/x 1000"
+            await containers(node, settings.allowed_roots[0] / "box")
+            await node.pods.pause("p1", call("pod.pause"))
+            await node.pods.resume("p1", call("pod.resume"))
+        async with running(settings) as node:  # the node agent comes back: the same guest, by the same key
+            assert await sh(node, "cat /etc/boots") == "1"
+            assert await sh(node, "hostname; cat /etc/who", "main") == "p1\nbox"  # it has gone on
+            await node.pods.stop_container("p1", "main", 10, call("container.stop"))
+            assert node.pods.container_status("p1", "main").exit_code == 3
+            assert (await node.pods.stop("p1", 30, call("pod.stop"))).outcome == "graceful"
+            await node.pods.start("p1", call("pod.start"))
+            assert await sh(node, "cat /etc/boots") == "2"  # what was written is the pod's
+            await node.pods.delete("p1", True, call("pod.delete"))
     assert disk.read_bytes() == before  # and never the image's
     assert list((settings.state_dir / "layers").iterdir()) == []
 
@@ -149,21 +161,24 @@ async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Setti
         agent_type=AgentType.NOOP,
         hypervisor_config=HypervisorConfig(image_path=str(disk), cpu_model="max", mem_prealloc=True),
     )
-    async with running(settings) as node:
-        assert (await node.pods.run(spec, call("pod.run"))).state is PodState.RUNNING
-        assert node.pods._parts.live["p1"].vm.record.uid is not None
-        text = await until_console_says(node, "boot 1 of own")
-        assert "SYSLINUX" in text  # the firmware has found the boot loader, which speaks on the serial port
-        assert (await node.pods.pause("p1", call("pod.pause"))).state is PodState.PAUSED
-    async with running(settings) as node:  # the node agent comes back
-        assert node.pods.status("p1").state is PodState.PAUSED
-        assert (await node.pods.resume("p1", call("pod.resume"))).state is PodState.RUNNING
-        assert "boot 1 of own" in (await node.pods.console("p1", 4096, call("pod.console"))).text
-        with pytest.raises(UnsupportedError, match="noop"):
-            await sh(node, "true")
-        assert (await node.pods.stop("p1", 5, call("pod.stop"))).outcome == "forced"
-        assert node.pods.status("p1").state is PodState.STOPPED
-        await node.pods.delete("p1", True, call("pod.delete"))
+    async with nothing_left(settings):
+        async with running(settings) as node:
+            assert (await node.pods.run(spec, call("pod.run"))).state is PodState.RUNNING
+            assert node.pods._parts.live["p1"].vm.record.uid is not None
+            text = await until_console_says(node, "boot 1 of own")
+            assert (
+                "SYSLINUX" in text
+            )  # the firmware has found the boot loader, which speaks on the serial port
+            assert (await node.pods.pause("p1", call("pod.pause"))).state is PodState.PAUSED
+        async with running(settings) as node:  # the node agent comes back
+            assert node.pods.status("p1").state is PodState.PAUSED
+            assert (await node.pods.resume("p1", call("pod.resume"))).state is PodState.RUNNING
+            assert "boot 1 of own" in (await node.pods.console("p1", 4096, call("pod.console"))).text
+            with pytest.raises(UnsupportedError, match="noop"):
+                await sh(node, "true")
+            assert (await node.pods.stop("p1", 5, call("pod.stop"))).outcome == "forced"
+            assert node.pods.status("p1").state is PodState.STOPPED
+            await node.pods.delete("p1", True, call("pod.delete"))
     assert disk.read_bytes() == before
 
 
