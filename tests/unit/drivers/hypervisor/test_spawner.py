@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import struct
 import subprocess
 from pathlib import Path
 
@@ -50,6 +52,13 @@ async def test_a_process_is_born_where_the_spawner_says(
     assert (tmp_path / "where").read_text().strip() == os.readlink(wanted)
 
 
+def greet(connection: socket.socket) -> None:
+    """Ask for its features and wait for the answer. Source: QEMU docs/interop/vhost-user.rst."""
+    connection.settimeout(10)
+    connection.sendall(struct.pack("<III", 1, 1, 0))
+    assert connection.recv(20, socket.MSG_WAITALL)[:4] == struct.pack("<I", 1)
+
+
 @pytest.mark.root
 async def test_virtiofsd_serves_one_connection_and_ends_with_it(output: int, tmp_path: Path) -> None:
     directory = tmp_path / "vms" / VM
@@ -64,6 +73,8 @@ async def test_virtiofsd_serves_one_connection_and_ends_with_it(output: int, tmp
     )
     with connection:
         assert list(directory.glob("*.sock")) == []
+        # Ready, or it would not answer: by now it has left its working directory.
+        await asyncio.to_thread(greet, connection)
         [found] = virtiofsd.named(tmp_path / "vms", "vm-")
         assert (found.pid, found.vm_id) == (process.pid, VM)
         assert virtiofsd.named(tmp_path, "vm-") == virtiofsd.named(tmp_path / "vms", "other") == []

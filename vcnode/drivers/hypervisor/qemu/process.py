@@ -32,7 +32,8 @@ _libc = ctypes.CDLL(None)
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 """All of QEMU's environment: what the node agent was given (secrets, perhaps) is none of its business."""
-
+VM_DIR = "VCNODE_VM_DIR"
+"""Besides, the variable that has the VM's directory."""
 
 NAME_PREFIX = "vcnode-"
 """Of the name that QEMU is given; the VM's id follows."""
@@ -215,7 +216,8 @@ def spawn(
         argv: The command line.
         stderr_fd: Takes its standard output and error.
         fds: Descriptors to inherit under their numbers.
-        directory: Its working directory: where a core dump would go.
+        directory: Its working directory: where a core dump would go. Also in its environment, as `VM_DIR`:
+            a program may leave the one, and keeps the other.
         netns_path: Network namespace that it is born in; None: ours.
         huge_pages: Whether it may have them: see `small_pages`.
 
@@ -233,7 +235,7 @@ def spawn(
             stderr=stderr_fd,
             pass_fds=fds,
             cwd=directory,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, VM_DIR: str(directory)},
             start_new_session=True,
         )
 

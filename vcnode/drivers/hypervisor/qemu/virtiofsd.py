@@ -2,7 +2,8 @@
 
 It is handed a listening socket to which we are connected already, and QEMU gets our end: nobody else can
 connect. It serves this one connection and ends with it, whichever of us dies; besides, it
-is in the VM's cgroup. Its working directory is the VM's own, by which `named` finds it.
+is in the VM's cgroup. The VM's directory is in its environment, by which `named` finds it: its working
+directory becomes the root of what it serves.
 
 Source: QEMU docs/tools/virtiofsd.rst (to 7.2); README of gitlab.com/virtio-fs/virtiofsd (the one in Rust).
 """
@@ -15,7 +16,7 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-from vcnode.drivers.hypervisor.qemu.process import Process, read_stat
+from vcnode.drivers.hypervisor.qemu.process import VM_DIR, Process, read_stat
 from vcnode.drivers.hypervisor.qemu.spawner import Spawner
 
 VIRTIOFSD = "virtiofsd"
@@ -70,11 +71,17 @@ def start(
 
 
 class Helper(NamedTuple):
-    """A virtiofsd that was found by its working directory."""
+    """A virtiofsd that was found by its VM's directory."""
 
     pid: int
     start_ticks: int
     vm_id: str
+
+
+def _vm_dir(environ: bytes) -> Path | None:
+    start = f"{VM_DIR}=".encode()
+    found = (word.removeprefix(start) for word in environ.split(b"\0") if word.startswith(start))
+    return next((Path(os.fsdecode(word)) for word in found), None)
 
 
 def named(vms: Path, mark: str) -> list[Helper]:
@@ -85,9 +92,13 @@ def named(vms: Path, mark: str) -> list[Helper]:
             continue
         try:
             program = os.readlink(f"/proc/{entry}/exe")
-            place = Path(os.readlink(f"/proc/{entry}/cwd"))
+            if os.getsid(int(entry)) != int(entry):
+                continue  # the part of one that serves; it ends with the one that we started
+            place = _vm_dir(Path(f"/proc/{entry}/environ").read_bytes())
         except OSError:
             continue  # it has ended, or is the kernel's, or somebody else's
+        if place is None:
+            continue
         if Path(program).name.startswith(VIRTIOFSD) and place.parent == vms and place.name.startswith(mark):
             stat = read_stat(int(entry))
             if stat is not None and not stat.zombie:
