@@ -29,7 +29,6 @@ from vcnode.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
     InvalidArgumentError,
-    NodeError,
     StorageError,
     UnavailableError,
     VcnodeError,
@@ -357,7 +356,7 @@ class Dispatcher:
                 raise
             # It may be written yet, and would stand there as in progress for ever.
             self._add_unkept(prepared, None, lambda: self._journal.forget(command_id))
-            raise NodeError(
+            raise UnavailableError(
                 f"The journal did not take the command within {JOURNAL_TIMEOUT_S:g} s; nothing was done."
             ) from exc
         except asyncio.CancelledError:

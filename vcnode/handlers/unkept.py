@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcnode.aio import Spawner, finish
-from vcnode.errors import AlreadyExistsError, ResourceExhaustedError, UnavailableError, VcnodeError
+from vcnode.errors import AlreadyExistsError, ResourceExhaustedError, UnavailableError
 from vcnode.handlers.outcome import Outcome, as_duplicate
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Unkept:
                 command_id, entry = next(iter(self._entries.items()))
                 try:
                     await finish(entry.write(), timeout_s=WRITE_LIMIT_S)
-                except (VcnodeError, TimeoutError) as exc:
+                except Exception as exc:  # whatever it is: what stands behind it must be written, too
                     log.debug("The journal still takes nothing: %s", exc)
                     await asyncio.sleep(wait_s)
                     wait_s = min(2 * wait_s, RETRY_MAX_S)

@@ -405,7 +405,7 @@ async def test_a_command_that_the_journal_took_too_late_does_not_stand_there_for
     monkeypatch.setattr("vcnode.handlers.dispatch.JOURNAL_TIMEOUT_S", 0.01)
     dispatch, headers = unkept.dispatcher.dispatch, {wire.COMMAND_ID: "c-1"}
     unkept.journal.begin_gate = Gate()
-    assert error_of(await dispatch("pod.create", headers, CREATE)).code == "internal"
+    assert error_of(await dispatch("pod.create", headers, CREATE)).code == "unavailable"
     unkept.journal.begun["c-1"] = ("pod.create", "written after all")
     unkept.journal.begin_gate = None
     assert error_of(await dispatch("pod.create", headers, CREATE)).code == "unavailable"
