@@ -156,6 +156,7 @@ async def test_half_taken_namespace_is_put_back_by_the_next_agent(
 async def test_namespace_of_another_vm_is_refused_and_left_alone(place: Place) -> None:
     driver = place.driver()
     made = await attach(driver, place.plan(driver))
+    networks.quiet_taps(place.path)
     wired = networks.picture(place.path)
     other = place.plan(driver)
     with pytest.raises(FailedPreconditionError, match=f"is that of VM {made.vm_id} already"):

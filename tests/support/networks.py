@@ -108,6 +108,18 @@ def settle(netns: str, *names: str) -> None:
         time.sleep(0.01)
 
 
+def quiet_taps(netns: str) -> None:
+    """Wait until taps that nobody holds are seen without a carrier: the kernel notices it a moment later."""
+    deadline = time.monotonic() + 10
+    while any(
+        link["operstate"] == "UNKNOWN"
+        for link in show("link", netns=netns)
+        if link["ifname"].startswith("tap")
+    ):
+        assert time.monotonic() < deadline, "a tap is still held"
+        time.sleep(0.01)
+
+
 def own_namespaces() -> set[str]:
     """Names below /run/netns."""
     return set(os.listdir("/run/netns")) if Path("/run/netns").is_dir() else set()
