@@ -216,10 +216,6 @@ async def check(world: World, where: str) -> None:
             assert status.state in (PodState.READY, PodState.STOPPED), f"{where}: {status.state}"
             assert world.leaks == [], where
     audit = await world.pods.audit(repair=False)
-    if any(h.kind == "image" for h in audit.holdings if h.orphan):
-        # Nobody can say at once that a commit which failed will not come yet; the audit's timer removes it.
-        await world.pods.audit(repair=True)
-        audit = await world.pods.audit(repair=False)
     owed = {p.pod_id for p in world.pods.list({}, ()).pods}
     assert [h for h in audit.holdings if h.orphan or (h.vm_id and h.pod_id not in owed)] == [], where
     await delete_all(world, where)

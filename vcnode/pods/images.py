@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 
+from vcnode import aio
 from vcnode.aio import Spawner
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import ImageFile, PullSource, Storage
@@ -32,6 +33,8 @@ IMPORT_LIMIT_S = 3600.0
 """Seconds that making an image may take when the command sets no deadline."""
 PULL_LIMIT_S = 3600.0
 """Seconds that a pull may take, however many commands wait for it; each gives up at its own deadline."""
+SWEEP_LIMIT_S = 60.0
+"""Seconds that deleting files may take at the end of an import; what is left goes with the next sweep."""
 
 
 class ImageService:
@@ -82,8 +85,8 @@ class ImageService:
             InvalidArgumentError: *path* is neither, or outside the allowed roots.
             NotFoundError: *path* does not exist.
             ResourceExhaustedError: There is no space for it.
-            StorageError: It could not be made; nothing of it is left. Or it could not be recorded, and may
-                be yet: a file that has no name then goes with the next repairing audit.
+            StorageError: It could not be made or recorded; nothing of it is left. Unless the disk has not
+                answered: the record may come yet, and a file that gets no name goes with the next audit.
         """
         async with self._making(name):
             file = await self._storage.build_image(path, timeout_s=IMPORT_LIMIT_S)
@@ -104,8 +107,8 @@ class ImageService:
             PermissionDeniedError: The policy forbids what the registry has there; nothing was fetched.
             UnavailableError: The registry does not answer, or the node agent is stopping.
             ResourceExhaustedError: There is no space for it.
-            StorageError: It could not be made; nothing of it is left. Or it could not be recorded, and may
-                be yet: a file that has no name then goes with the next repairing audit.
+            StorageError: It could not be made or recorded; nothing of it is left. Unless the disk has not
+                answered: the record may come yet, and a file that gets no name goes with the next audit.
         """
         name = request.name or request.reference
         # Who asks belongs to the key: nobody may get by another's credentials what he must not see.
@@ -232,6 +235,8 @@ class ImageService:
             yield
         finally:
             self._importing.discard(name)
+            if self._doomed:
+                await aio.finish(self._sweep(), timeout_s=SWEEP_LIMIT_S)
 
     async def _pull(self, name: str, request: ImagePull, call: Call) -> None:
         auth = request.auth
@@ -287,7 +292,12 @@ class ImageService:
                 tx.save_image(self._with_use(tx.images[used]))
             return replaced
 
-        replaced = await self._store.write(save)
+        try:
+            replaced = await self._store.write(save)
+        except VcnodeError as exc:
+            if exc.details.get("settled", True):  # else the record may come yet, and need its file
+                self._doomed.add(file.digest)
+            raise
         self._used_at.clear()
         if replaced is not None and replaced.digest != image.digest:
             self._doomed.add(replaced.digest)

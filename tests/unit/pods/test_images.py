@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -148,3 +149,23 @@ async def test_a_pull_makes_room_and_says_what_went(tmp_path: Path) -> None:
     assert await world.kinds("image/old") == ["image.imported", "image.removed"]
     assert len(world.host.images) == 2
     await world.close()
+
+
+@pytest.mark.parametrize("settled", [True, False])
+async def test_a_file_that_gets_no_record_goes_unless_its_record_may_come_yet(
+    world: World, monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    late: list[Any] = []
+
+    async def refuse(work: Any) -> None:
+        late.append(work)
+        raise StorageError("The disk has not answered.", settled=settled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "write", refuse)
+        with pytest.raises(StorageError):
+            await world.images.import_("app", "/roots/app", world.call("image.import"))
+    assert len(await world.storage.image_files()) == (0 if settled else 1)
+    if not settled:
+        await world.store.write(late[0])
+        await world.images.resolve("app")
