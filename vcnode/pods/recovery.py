@@ -142,13 +142,13 @@ class Recovery:
             edit = edits.failed_and_freed(HALF_STARTED, leftovers, now)
         else:
             edit = edits.stopped(record.reason, now, "pod.stop")
-        await self._parts.ledger.change(record.pod_id, edit)
+        await self._watcher.save(record.pod_id, edit)
         found.undone.append(record.pod_id)
 
     async def _free(self, record: PodRecord, found: Recovered) -> None:
         """Try again to free what a failed pod has left over."""
         leftovers = await release(self._parts, record)
         if leftovers != record.leftovers:
-            await self._parts.ledger.change(record.pod_id, edits.freed(leftovers))
+            await self._watcher.save(record.pod_id, edits.freed(leftovers))
         if not leftovers:
             found.undone.append(record.pod_id)

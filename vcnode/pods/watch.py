@@ -162,8 +162,20 @@ class Watcher:
             record = ledger.get(pod_id)
         leftovers = await release(self._parts, record)
         if record.state is PodState.FAILED:
-            return await self._save(pod_id, edits.freed(leftovers))
-        return await self._save(pod_id, edits.failed_and_freed(reason, leftovers, now, self._parts.backoff))
+            return await self.save(pod_id, edits.freed(leftovers))
+        return await self.save(pod_id, edits.failed_and_freed(reason, leftovers, now, self._parts.backoff))
+
+    async def save(self, pod_id: str, edit: edits.Edit) -> PodRecord:
+        """Commit a change that has happened already, however long that takes; the record afterwards."""
+        attempt = 0
+        while True:
+            try:
+                return await self._parts.ledger.change(pod_id, edit)
+            except (StorageError, ResourceExhaustedError) as exc:
+                pause_s = SAVE_PAUSES_S[min(attempt, len(SAVE_PAUSES_S) - 1)]
+                log.warning("Pod %s: cannot save, next try in %s s", pod_id, pause_s, exc_info=exc)
+            attempt += 1
+            await asyncio.sleep(pause_s)
 
     def _spawn(self, live: LivePod, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._parts.tasks.spawn(work, name=name)
@@ -202,9 +214,9 @@ class Watcher:
         if len(losses) == MAX_LOSSES and losses[-1] - losses[0] < LOSSES_WINDOW_S:
             await self.end(live, f"The session with the guest was lost {MAX_LOSSES} times; last: {reason}")
             return False
-        await self._save(live.pod_id, edits.session_news(EventKind.POD_SESSION_LOST, reason))
+        await self.save(live.pod_id, edits.session_news(EventKind.POD_SESSION_LOST, reason))
         if await self._reconnect(live):
-            await self._save(live.pod_id, edits.session_news(EventKind.POD_SESSION_RESTORED))
+            await self.save(live.pod_id, edits.session_news(EventKind.POD_SESSION_RESTORED))
             return True
         if not live.gone.is_set() and not live.paused:
             await self.end(live, f"The session with the guest was lost for good: {reason}")
@@ -313,7 +325,7 @@ class Watcher:
 
     async def _save_exit(self, live: LivePod, cid: str, edit: edits.Edit) -> None:
         try:
-            await self._save(live.pod_id, edit)
+            await self.save(live.pod_id, edit)
         finally:
             live.unsaved_exits.discard(cid)
 
@@ -347,18 +359,6 @@ class Watcher:
             session.pause_container if container.state is ContainerState.PAUSED else session.resume_container
         )
         await change(cid, timeout_s=REQUEST_LIMIT_S)
-
-    async def _save(self, pod_id: str, edit: edits.Edit) -> PodRecord:
-        """Commit a change that has happened already, however long that takes."""
-        attempt = 0
-        while True:
-            try:
-                return await self._parts.ledger.change(pod_id, edit)
-            except (StorageError, ResourceExhaustedError) as exc:
-                pause_s = SAVE_PAUSES_S[min(attempt, len(SAVE_PAUSES_S) - 1)]
-                log.warning("Pod %s: cannot save, next try in %s s", pod_id, pause_s, exc_info=exc)
-            attempt += 1
-            await asyncio.sleep(pause_s)
 
 
 def _why(oom_killed: bool, probe_failure: str | None) -> str | None:

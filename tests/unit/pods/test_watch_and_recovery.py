@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.pods.world import World, container, pod
 from vcnode.drivers.base import ContainerExited
-from vcnode.errors import HypervisorError
+from vcnode.errors import HypervisorError, StorageError
 from vcnode.models.commands import ExecOptions
 from vcnode.models.pod import Cmd, PodState
 from vcnode.pods import watch
@@ -205,6 +205,47 @@ async def test_a_vm_that_cannot_be_taken_over_for_want_of_descriptors_is_killed(
     monkeypatch.setattr(world.hypervisor, "recover", short)
     assert (await world.pods.recover()).failed == ["p1"]
     assert world.pods.status("p1").state is PodState.FAILED
+    assert world.leaks == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "reached", "state"),
+    [("start", "hypervisor.launch", PodState.FAILED), ("stop", "vm.stop", PodState.STOPPED)],
+)
+async def test_a_half_done_command_is_mended_when_the_disk_takes_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, verb: str, reached: str, state: PodState
+) -> None:
+    """A commit that failed once left the pod half-way, with nothing of it there, until it was stopped."""
+    monkeypatch.setattr(watch, "SAVE_PAUSES_S", (0.0,))
+    await (world.pods.create if verb == "start" else world.pods.run)(pod(), world.call())
+    seen = len(world.plan.log)
+    act = (
+        world.pods.start("p1", world.call()) if verb == "start" else world.pods.stop("p1", None, world.call())
+    )
+    task = asyncio.ensure_future(act)
+    while reached not in world.plan.log[seen:]:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await world.crash()
+    await asyncio.wait([task])
+    await world.start()
+    failed = False
+
+    def fail_once() -> None:
+        nonlocal failed
+        failed = True
+        raise StorageError("Not now.")
+
+    reach = world.plan.reach
+
+    def watched(what: str) -> None:
+        if what == "commit" and not failed:
+            world.plan.at[len(world.plan.log)] = fail_once
+        reach(what)
+
+    monkeypatch.setattr(world.plan, "reach", watched)
+    assert (await world.pods.recover()).undone == ["p1"]
+    assert failed
+    assert world.pods.status("p1").state is state
     assert world.leaks == []
 
 
