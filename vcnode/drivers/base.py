@@ -340,7 +340,7 @@ class RunningProcess(Protocol):
         """Signal end of input. Idempotent."""
         ...
 
-    def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
+    def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes | memoryview]]:
         """Chunks as they come, until both streams have ended. To be iterated once."""
         ...
 
@@ -375,7 +375,7 @@ class GuestConnection(Protocol):
         """Send no more; what comes can still be read. Idempotent."""
         ...
 
-    def received(self) -> AsyncIterator[bytes]:
+    def received(self) -> AsyncIterator[bytes | memoryview]:
         """What comes, to its end. To be iterated once."""
         ...
 

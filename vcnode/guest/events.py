@@ -62,7 +62,7 @@ class EventReceived:
 class DataReceived:
     """Bytes of a stream. Call ``consumed`` once the user has taken them, or the peer stops sending.
 
-    A view shows what was received itself, at most 256 KiB that it keeps in memory.
+    A view shows what was received itself, which it keeps in memory.
     """
 
     __match_args__ = __slots__ = ("stream", "data")
@@ -70,6 +70,16 @@ class DataReceived:
     def __init__(self, stream: int, data: bytes | memoryview) -> None:
         self.stream = stream
         self.data = data
+
+
+class BulkReceived:
+    """Guest only: as `DataReceived`, in pieces, most of them views of what was received."""
+
+    __match_args__ = __slots__ = ("stream", "pieces")
+
+    def __init__(self, stream: int, pieces: list[bytes | memoryview]) -> None:
+        self.stream = stream
+        self.pieces = pieces
 
 
 class EofReceived:
@@ -106,6 +116,7 @@ Event = (
     | ReplyReceived
     | EventReceived
     | DataReceived
+    | BulkReceived
     | EofReceived
     | CreditReceived
     | ResetReceived

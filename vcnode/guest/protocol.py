@@ -15,12 +15,15 @@ and hunts for the next sync. What the caller gets wrong raises `LocalError` and 
 Events are parsed one at a time, while they are iterated: after each, the state is that of the moment just
 after the frame that caused it, so a handler that opens a stream does so before the next frame is looked at.
 
+Data may be views of what was received, which the caller may want to use again: see `Guest.keep`.
+
 This runs inside the guest too, where every import costs memory: no typing, enum or dataclasses at run time.
 """
 
 from __future__ import annotations
 
 from vcnode.guest.events import (
+    BulkReceived,
     CreditReceived,
     DataReceived,
     EofReceived,
@@ -42,8 +45,10 @@ from vcnode.guest.wire import (
     HEADER_BYTES,
     HELLO,
     KIND_NAMES,
+    LONG_SYNC_ZEROS,
     MARKER,
-    MAX_BULK,
+    MAX_BULK_TO_GUEST,
+    MAX_BULK_TO_HOST,
     MAX_HELLO,
     MAX_MESSAGE,
     MAX_PAYLOAD,
@@ -58,6 +63,7 @@ from vcnode.guest.wire import (
     LocalError,
     ProtocolError,
     TooLargeError,
+    around_bulk,
     check_bulk_end,
     decode_object,
     encode_frame,
@@ -81,7 +87,8 @@ __all__ = [
     "EVENT",
     "HELLO",
     "MARKER",
-    "MAX_BULK",
+    "MAX_BULK_TO_GUEST",
+    "MAX_BULK_TO_HOST",
     "MAX_HELLO",
     "MAX_MESSAGE",
     "MAX_PAYLOAD",
@@ -94,6 +101,7 @@ __all__ = [
     "RESET",
     "SYNC_ZEROS",
     "VERSION",
+    "BulkReceived",
     "CreditReceived",
     "DataReceived",
     "EofReceived",
@@ -124,12 +132,21 @@ def _is_int(value: object, least: int, most: int) -> bool:
 
 
 class _End(Streams):
-    """What both ends share."""
+    """What both ends share.
 
-    def __init__(self, window: int) -> None:
+    Args:
+        window: See `Streams`.
+        most_bulk: Most bytes of a BULK frame that this end takes.
+    """
+
+    def __init__(self, window: int, most_bulk: int) -> None:
         super().__init__(window)
-        self._incoming: bytes = b""
+        self._most_bulk = most_bulk
+        self._incoming: bytes | memoryview = b""
         self._pos = 0
+        self._bulk: tuple[int, int] | None = None
+        """Stream and length of the BULK frame that is coming in."""
+        self._bulk_left = 0
 
     def _begin(self) -> None:
         super()._begin()
@@ -151,24 +168,28 @@ class _End(Streams):
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> Iterator[Event]:
         """Take bytes from the port; iterate over the result to its end to have them parsed."""
-        self._compact()
         if self._incoming:
+            self._compact()
             self._incoming = b"".join((self._incoming, data))
         else:
-            self._incoming = data if type(data) is bytes else bytes(data)
+            self._incoming = data if type(data) is bytes else memoryview(data)
         return self._events()
 
     def _compact(self) -> None:
-        """Let go of what was parsed; views of it that went out in events stay what they are."""
-        if self._pos:
-            self._incoming, self._pos = self._incoming[self._pos :], 0
+        """Let go of what was parsed, and of views that others may write to.
+
+        Views that went out in events stay what they are.
+        """
+        if self._pos or type(self._incoming) is not bytes:
+            self._incoming, self._pos = bytes(self._incoming[self._pos :]), 0
 
     def _events(self) -> Iterator[Event]:
         raise NotImplementedError
 
     def _hunt(self) -> dict[str, Any] | None:
         """Drop everything before an acceptable HELLO, and take that."""
-        hello, self._pos = find_hello(self._incoming, self._pos, self._is_for_us)
+        self._compact()
+        hello, self._pos = find_hello(bytes(self._incoming), 0, self._is_for_us)
         self._compact()
         return hello
 
@@ -176,6 +197,41 @@ class _End(Streams):
         raise NotImplementedError
 
     def _take_frame(self) -> tuple[int, int, int, bytes | memoryview] | None:
+        """The next frame: (kind, flags, stream, payload); None while it is incomplete.
+
+        Of a BULK frame the payload is empty: its pieces went to `_keep_piece` one by one.
+        """
+        if self._bulk is None:
+            header = parse_header(self._incoming, self._pos)
+            if header is None or header[0] != BULK:
+                return self._take_whole()
+            _, _, stream, length = header
+            if length > self._most_bulk:
+                raise ProtocolError("a BULK frame has a bad length")
+            self._bulk, self._bulk_left = (stream, length), length
+            self._pos += HEADER_BYTES
+            self._begin_bulk(length)
+        stream, length = self._bulk
+        if piece := memoryview(self._incoming)[self._pos : self._pos + self._bulk_left]:
+            self._keep_piece(piece)
+            self._bulk_left -= len(piece)
+            self._pos += len(piece)
+        if self._bulk_left or len(self._incoming) - self._pos < OVERHEAD - HEADER_BYTES:
+            self._compact()
+            return None
+        check_bulk_end(self._incoming, self._pos, stream, length)
+        self._pos += OVERHEAD - HEADER_BYTES
+        self._bulk = None
+        return BULK, 0, stream, b""
+
+    def _begin_bulk(self, length: int) -> None:
+        """A BULK frame begins."""
+
+    def _keep_piece(self, piece: memoryview) -> None:
+        """Keep a piece of it until it is whole."""
+        raise NotImplementedError
+
+    def _take_whole(self) -> tuple[int, int, int, bytes] | None:
         frame = parse_frame(self._incoming, self._pos)
         if frame is None:
             self._compact()
@@ -186,6 +242,7 @@ class _End(Streams):
     def _drop_incoming(self) -> None:
         self._incoming = b""
         self._pos = 0
+        self._bulk = None
 
     def _check_whole(self) -> None:
         if self._partial_kind:
@@ -216,28 +273,48 @@ class Host(_End):
     """
 
     def __init__(self, session: str, window: int = DEFAULT_WINDOW) -> None:
-        super().__init__(window)
+        super().__init__(window, MAX_BULK_TO_HOST)
         self.session = session
         self._unanswered_syncs = 0
         self._next_id = 1
         self._asked: set[int] = set()
         self._error: ProtocolError | None = None
-        self._bulk: tuple[int, int] | None = None
-        """Stream and length of the BULK frame that is coming in."""
-        self._bulk_left = 0
+        self._frame = bytearray()
+        """The payload of the BULK frame that is coming in."""
 
     def send_sync(self) -> None:
         """Ask for a session. May be repeated until `SessionStarted`: the guest answers each one.
+
+        The first sync is short, for it is on the way of every start, and too short for a guest that was cut
+        off in a BULK frame and has not noticed that; one that is repeated is not.
 
         Raises:
             LocalError: The session is open already.
         """
         if self.established:
             raise LocalError("The session is open already.")
+        hello = {"version": VERSION, "session": self.session, "window": self.window, "bulk": MAX_BULK_TO_HOST}
+        self._send(LONG_SYNC_ZEROS if self._unanswered_syncs else SYNC_ZEROS)
         self._unanswered_syncs += 1
-        hello = {"version": VERSION, "session": self.session, "window": self.window, "bulk": MAX_BULK}
-        self._send(SYNC_ZEROS)
         self._send(MARKER + encode_frame(HELLO, 0, encode_object(hello)))
+
+    def bulk_space(self) -> memoryview | None:
+        """Where the next bytes go when they are payload of a BULK frame: see `bulk_received`."""
+        if self._bulk is None or not self._bulk_left or self._incoming:
+            return None
+        return memoryview(self._frame)[-self._bulk_left :]
+
+    def bulk_received(self, count: int) -> Iterator[Event]:
+        """So many bytes were put into `bulk_space`; as `receive_data`."""
+        self._bulk_left -= count
+        return self._events()
+
+    def _begin_bulk(self, length: int) -> None:
+        self._frame = bytearray(length)
+
+    def _keep_piece(self, piece: memoryview) -> None:
+        at = len(self._frame) - self._bulk_left
+        self._frame[at : at + len(piece)] = piece
 
     def send_request(self, method: str, params: Mapping[str, Any]) -> int:
         """Ask the guest; returns the id that the reply will carry.
@@ -292,7 +369,7 @@ class Host(_End):
         while True:
             # The guest answers every sync that it gets, also one that was repeated in vain.
             answer_may_come = self._unanswered_syncs and self._bulk is None
-            if answer_may_come and self._incoming.startswith(MARKER[:1], self._pos):
+            if answer_may_come and self._incoming[self._pos : self._pos + 1] == MARKER[:1]:
                 if self._skip_answer():
                     continue
                 return None
@@ -301,6 +378,8 @@ class Host(_End):
             kind, flags, stream, payload = frame
             if kind >= DATA:
                 self._check_whole()
+                if kind == BULK:
+                    payload, self._frame = memoryview(self._frame), bytearray()
                 event = self._on_stream(kind, stream, payload)
             elif kind in (REPLY, EVENT):
                 event = self._on_message(kind, self._assemble(kind, flags, payload))
@@ -308,30 +387,6 @@ class Host(_End):
                 raise ProtocolError(f"the guest sent a {KIND_NAMES[kind]} inside a session")
             if event is not None:
                 return event
-
-    def _take_frame(self) -> tuple[int, int, int, bytes | memoryview] | None:
-        """As above; a BULK frame in as many pieces as it comes in, for nothing has to wait for its end."""
-        if self._bulk is None:
-            header = parse_header(self._incoming, self._pos)
-            if header is None or header[0] != BULK:
-                return super()._take_frame()
-            _, _, stream, length = header
-            self._bulk, self._bulk_left = (stream, length), length
-            self._pos += HEADER_BYTES
-        stream, length = self._bulk
-        if self._bulk_left:
-            piece = memoryview(self._incoming)[self._pos : self._pos + self._bulk_left]
-            self._bulk_left -= len(piece)
-            self._pos += len(piece)
-            if piece:
-                return BULK, 0, stream, piece
-        if self._bulk_left or len(self._incoming) - self._pos < OVERHEAD - HEADER_BYTES:
-            self._compact()
-            return None
-        check_bulk_end(self._incoming, self._pos, stream, length)
-        self._pos += OVERHEAD - HEADER_BYTES
-        self._bulk = None
-        return self._take_frame()
 
     def _on_hello(self, hello: dict[str, Any]) -> Event:
         if not _is_int(version := hello.get("version"), 0, 1 << 31):
@@ -345,7 +400,7 @@ class Host(_End):
             if type(text := hello.get(name)) is not str or len(text) > 256:
                 raise ProtocolError(f"the guest's hello has a bad {name}")
         bulk = hello.get("bulk")
-        if bulk is not None and not _is_int(bulk, 1, MAX_PAYLOAD):
+        if bulk is not None and not _is_int(bulk, 1, MAX_BULK_TO_GUEST):
             raise ProtocolError("the guest's hello has a bad bulk")
         self._peer_window = window
         self.peer_bulk = bulk or 0
@@ -356,13 +411,13 @@ class Host(_End):
     def _skip_answer(self) -> bool:
         """Drop the answer to a repeated sync; False while it is incomplete."""
         start = self._pos + len(MARKER)
-        head = self._incoming[self._pos : start]
+        head = bytes(self._incoming[self._pos : start])
         if not MARKER.startswith(head):
             raise ProtocolError("a frame has an unknown kind")
         if len(head) < len(MARKER) or (frame := parse_frame(self._incoming, start)) is None:
             self._compact()
             return False
-        if frame[0] != HELLO or not self._is_for_us(decode_object(bytes(frame[3]))):
+        if frame[0] != HELLO or not self._is_for_us(decode_object(frame[3])):
             raise ProtocolError("the guest started another session")
         self._unanswered_syncs -= 1
         self._pos = start + OVERHEAD + len(frame[3])
@@ -398,10 +453,22 @@ class Guest(_End):
     """
 
     def __init__(self, identity: dict[str, str], window: int = DEFAULT_WINDOW) -> None:
-        super().__init__(window)
+        super().__init__(window, MAX_BULK_TO_GUEST)
         self.identity = identity
         self._epoch = 0
         self._requests: set[int] = set()
+        self._pieces: list[bytes | memoryview] = []
+        """What has come of a BULK frame that is not whole yet."""
+
+    @property
+    def holds_views(self) -> bool:
+        """Whether something is kept of what was received, without a copy: see `keep`."""
+        return bool(self._pieces)
+
+    def keep(self) -> None:
+        """Copy what is kept of what was received. To be called before that is written over."""
+        if self._pieces:
+            self._pieces = [b"".join(self._pieces)]
 
     def hang_up(self, reason: str = "the host hung up") -> SessionEnded | None:
         """Drop the session, any half frame and all that was to be sent; None when no session was open.
@@ -465,6 +532,7 @@ class Guest(_End):
                     event = self._next_event()
                 except ProtocolError as exc:
                     # The frame stays in the buffer: a marker may stand right there.
+                    self._put_back_bulk()
                     event = self._end(str(exc))
             else:
                 if (hello := self._hunt()) is None:
@@ -482,7 +550,7 @@ class Guest(_End):
         answer: dict[str, Any] = {"version": VERSION, "session": hello["session"]}
         fits = hello["version"] == VERSION and _is_int(window, 1, MAX_WINDOW)
         if fits:
-            answer |= {"window": self.window, "bulk": MAX_PAYLOAD, **self.identity}
+            answer |= {"window": self.window, "bulk": MAX_BULK_TO_GUEST, **self.identity}
         self._drop_unsent()
         self._send(MARKER + encode_frame(HELLO, 0, encode_object(answer)))
         if not fits:
@@ -492,16 +560,39 @@ class Guest(_End):
         self._epoch += 1
         bulk = hello.get("bulk")
         self._peer_window = window or 0
-        self.peer_bulk = bulk if bulk is not None and _is_int(bulk, 1, MAX_BULK) else 0
+        self.peer_bulk = bulk if bulk is not None and _is_int(bulk, 1, MAX_BULK_TO_HOST) else 0
         self.established = True
         return SessionStarted(hello)
+
+    def _put_back_bulk(self) -> None:
+        """Have a BULK frame that is none parsed anew, as something else."""
+        if self._bulk is not None:
+            rest = memoryview(self._incoming)[self._pos :]
+            self._incoming = b"".join((around_bulk(*self._bulk)[0], *self._pieces, rest))
+            self._pos, self._bulk = 0, None
+        self._pieces.clear()
+
+    def _keep_piece(self, piece: memoryview) -> None:
+        # Not to be used before it is whole: it may be half a frame of an earlier session, completed by the
+        # zeros of a sync.
+        self._pieces.append(piece)
+
+    def _on_bulk(self, stream: int) -> Event | None:
+        """Account for a BULK frame, whole now."""
+        pieces, self._pieces = self._pieces, []
+        events = [self._on_stream(BULK, stream, piece) for piece in pieces]
+        return None if None in events else BulkReceived(stream, pieces)
+
+    def _drop_incoming(self) -> None:
+        super()._drop_incoming()
+        self._pieces.clear()
 
     def _next_event(self) -> Event | None:
         while (frame := self._take_frame()) is not None:
             kind, flags, stream, payload = frame
             if kind >= DATA:
                 self._check_whole()
-                event = self._on_stream(kind, stream, payload)
+                event = self._on_bulk(stream) if kind == BULK else self._on_stream(kind, stream, payload)
             elif kind == REQUEST:
                 event = self._on_request(self._assemble(kind, flags, payload))
             else:

@@ -18,8 +18,8 @@ from vcnode.guest.wire import (
 
 MAX_WINDOW = 16 << 20
 """Largest window, in bytes, that an end may offer."""
-DEFAULT_WINDOW = 512 * 1024
-"""Twice what the port moves in one round trip: one half is on its way while the other is used."""
+DEFAULT_WINDOW = 2 << 20
+"""Two of the longest frames: one is on its way while the other is used."""
 BULK_FROM = 4096
 """Bytes from which on data go in a BULK frame, if the peer takes those: it costs nobody a checksum."""
 _MAX_CROSSED = 3

@@ -20,9 +20,11 @@ HELLO, REQUEST, REPLY, EVENT, DATA, EOF, CREDIT, RESET, BULK = range(1, 10)
 MORE = 1
 
 MAX_PAYLOAD = 32_768
-"""Most bytes of payload in one frame; of a BULK frame to the host it is MAX_BULK."""
-MAX_BULK = 256 * 1024
-"""Most bytes of payload in one BULK frame to the host, which never has to find the end of somebody else's."""
+"""Most bytes of payload in one frame, BULK frames excepted."""
+MAX_BULK_TO_HOST = 1 << 20
+"""Most bytes of payload in one BULK frame to the host: each costs the guest's agent a turn of its loop."""
+MAX_BULK_TO_GUEST = 1 << 20
+"""The same for a frame to the guest, which keeps all of it until its end has come."""
 MAX_MESSAGE = 1 << 20
 """Most bytes of one JSON message, over all its frames."""
 MAX_HELLO = 4_096
@@ -35,7 +37,9 @@ OVERHEAD = _HEADER.size + _U32.size
 HEADER_BYTES = _HEADER.size
 """Bytes of a frame before its payload."""
 SYNC_ZEROS = bytes(MAX_PAYLOAD + OVERHEAD)
-"""Ends any half frame: longer than what can be missing of it."""
+"""Ends any half frame but one of BULK: longer than what can be missing of it."""
+LONG_SYNC_ZEROS = bytes(MAX_BULK_TO_GUEST + OVERHEAD)
+"""Ends any half frame."""
 
 # Least and greatest length of the payload of each kind.
 _LENGTHS = {
@@ -47,7 +51,7 @@ _LENGTHS = {
     EOF: (0, 0),
     CREDIT: (4, 4),
     RESET: (0, 0),
-    BULK: (1, MAX_BULK),
+    BULK: (1, max(MAX_BULK_TO_HOST, MAX_BULK_TO_GUEST)),
 }
 _NAMES = ("HELLO", "REQUEST", "REPLY", "EVENT", "DATA", "EOF", "CREDIT", "RESET", "BULK")
 KIND_NAMES = dict(zip(_LENGTHS, _NAMES, strict=True))
@@ -77,7 +81,7 @@ def around_bulk(stream: int, length: int) -> tuple[bytes, bytes]:
     return header, _U32.pack(zlib.crc32(header))
 
 
-def check_bulk_end(buffer: bytes | bytearray, pos: int, stream: int, length: int) -> None:
+def check_bulk_end(buffer: bytes | bytearray | memoryview, pos: int, stream: int, length: int) -> None:
     """See that the 4 bytes at *pos* end such a frame.
 
     Raises:
@@ -87,7 +91,7 @@ def check_bulk_end(buffer: bytes | bytearray, pos: int, stream: int, length: int
         raise ProtocolError("a frame's checksum is wrong")
 
 
-def parse_header(buffer: bytes | bytearray, pos: int) -> tuple[int, int, int, int] | None:
+def parse_header(buffer: bytes | bytearray | memoryview, pos: int) -> tuple[int, int, int, int] | None:
     """Read the header at *pos*: (kind, flags, stream, length of the payload); None while it is incomplete.
 
     Raises:
@@ -111,12 +115,10 @@ def parse_header(buffer: bytes | bytearray, pos: int) -> tuple[int, int, int, in
     return kind, flags, stream, length
 
 
-def parse_frame(
-    buffer: bytes | bytearray, pos: int
-) -> tuple[int, int, int, bytes] | tuple[int, int, int, memoryview] | None:
+def parse_frame(buffer: bytes | bytearray | memoryview, pos: int) -> tuple[int, int, int, bytes] | None:
     """Read the frame that begins at *pos*: (kind, flags, stream, payload); None while it is incomplete.
 
-    The payload of a BULK frame is no copy, but a view of *buffer*.
+    Not for BULK frames, which are taken in pieces.
 
     Raises:
         ProtocolError: It is no valid frame. A bad header is noticed before its payload is there.
@@ -124,17 +126,11 @@ def parse_frame(
     if (header := parse_header(buffer, pos)) is None:
         return None
     kind, flags, stream, length = header
-    if kind == BULK and length > MAX_PAYLOAD:
-        raise ProtocolError("a BULK frame has a bad length")
     start = pos + _HEADER.size
     end = start + length
     if len(buffer) < end + _U32.size:
         return None
-    view = memoryview(buffer)
-    if kind == BULK:
-        check_bulk_end(buffer, end, stream, length)
-        return kind, flags, stream, view[start:end]
-    with view:
+    with memoryview(buffer) as view:
         if zlib.crc32(view[pos:end]) != _U32.unpack_from(buffer, end)[0]:
             raise ProtocolError("a frame's checksum is wrong")
         return kind, flags, stream, bytes(view[start:end])
@@ -197,7 +193,7 @@ def find_hello(
         try:
             if (frame := parse_frame(buffer, start)) is None:
                 keep = start - len(MARKER) if keep < 0 else keep
-            elif is_wanted(hello := decode_object(bytes(frame[3]))):
+            elif is_wanted(hello := decode_object(frame[3])):
                 return hello, start + OVERHEAD + len(frame[3])
         except ProtocolError:
             continue  # not the one; whatever it was is dropped

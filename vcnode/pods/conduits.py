@@ -67,7 +67,7 @@ class ProcessWork:
             carrier.end(stream)
         await carrier.send_message({"exit": {"exit_code": exit_code}})
 
-    def _keep(self, name: str, chunk: bytes) -> bool:
+    def _keep(self, name: str, chunk: bytes | memoryview) -> bool:
         """Whether a piece of output is for us and not for the client."""
         return False
 
@@ -125,7 +125,7 @@ class CopyWork(ProcessWork):
         super().__init__(process, tasks, tty=True)
         self._told = bytearray()
 
-    def _keep(self, name: str, chunk: bytes) -> bool:
+    def _keep(self, name: str, chunk: bytes | memoryview) -> bool:
         if name == "stderr":
             self._told += chunk[: MAX_TOLD_BYTES - len(self._told)]
         return name == "stderr"

@@ -30,7 +30,7 @@ class Kept:
     data: bytearray = field(default_factory=bytearray)
     total_bytes: int = 0
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | memoryview) -> None:
         """Take the next chunk."""
         self.total_bytes += len(chunk)
         room = self.limit_bytes - len(self.data)

@@ -100,11 +100,11 @@ class Dialer:
 
     # -- what the host sends: True when the stream is one of these -----------------------------------
 
-    def data(self, stream: int, data: bytes | memoryview) -> bool:
+    def data(self, stream: int, pieces: list[bytes | memoryview]) -> bool:
         """Bytes for a connection."""
         if (connection := self._by_stream.get(stream)) is None:
             return False
-        connection.input.data(data)
+        connection.input.data(pieces)
         return True
 
     def eof(self, stream: int) -> bool:

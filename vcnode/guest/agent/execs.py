@@ -15,6 +15,7 @@ import socket
 import stat
 import termios
 from collections import deque
+from itertools import islice
 
 from vcnode.guest.agent import process, spawn, ttys
 from vcnode.guest.agent.child import give_pipes_to
@@ -25,7 +26,7 @@ from vcnode.guest.wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vcnode.guest.agent.entries import Entry
     from vcnode.guest.agent.launching import Launcher
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from vcnode.guest.agent.spawn import Spawned, Spawner
 
 _READ_BYTES = 32 * 1024
-_PIPE_BYTES = 256 * 1024
+_PIPE_BYTES = 1 << 20
 """Size of a pipe through which a lot goes: more at once, and fewer turns between process and agent."""
+_MOST_PIECES = 64
+"""Of what waits for a process, as many pieces are written at once."""
 _KILL_ROUNDS = 16
 HANG_UP_S = 0.2
 """Seconds in which a terminal hangs up after its session's leader has ended, far more than it takes."""
@@ -191,7 +194,7 @@ class Input:
         self._loop = loop
         self._port = port
         self._fd = fd
-        self._pending: deque[bytearray | bytes | memoryview] = deque()
+        self._pending: deque[bytes | bytearray | memoryview] = deque()
         self._wide = not stat.S_ISFIFO(os.fstat(fd).st_mode)
         self._eof = False
         self._watched = False
@@ -206,52 +209,58 @@ class Input:
         """Whether the process can still be written to."""
         return self._fd >= 0
 
-    def data(self, data: bytes | memoryview) -> None:
-        """The host sent *data*."""
+    def data(self, pieces: list[bytes | memoryview]) -> None:
+        """The host sent these bytes; views may be written over after this call."""
+        if not self.is_open:
+            return
+        if not self._wide and sum(map(len, pieces)) >= MAX_PAYLOAD:
+            self._wide = True
+            widen(self._fd)
+        rest: Iterable[bytes | bytearray | memoryview] = pieces
+        if not self._pending:
+            rest = _after(pieces, self._give(pieces))
         if self.is_open:
-            last = self._pending[-1] if self._pending else None
-            if len(data) >= BULK_FROM:
-                self._pending.append(data)
-            elif type(last) is bytearray:
-                last += data  # many small pieces must not take more memory than they hold
-            else:
-                self._pending.append(bytearray(data))
-            if not self._wide and len(data) == MAX_PAYLOAD:
-                self._wide = True
-                widen(self._fd)
-            if not self._watched:
-                self._write()
+            for piece in rest:
+                self._keep(piece)
+            self._settle()
+
+    def _keep(self, data: bytes | bytearray | memoryview) -> None:
+        if len(data) >= BULK_FROM:
+            self._pending.append(bytes(data))
+        elif self._pending and type(last := self._pending[-1]) is bytearray:
+            last += data  # many small pieces must not take more memory than they hold
+        else:
+            self._pending.append(bytearray(data))
+
+    def _give(self, pieces: Sequence[bytes | bytearray | memoryview]) -> int:
+        """Have the process get as many bytes as its pipe takes; returns how many that is."""
+        try:
+            count = os.writev(self._fd, pieces)
+        except BlockingIOError:
+            return 0  # goes on when the process has read
+        except OSError:
+            self.close()  # nobody reads it any more
+            return 0
+        self._port.consumed(self.stream, count)
+        return count
 
     def eof(self) -> None:
         """The host will send no more."""
         self._eof = True
-        self._write()
+        self._settle()
 
     def _on_ready(self, _events: int) -> None:
-        self._write()
+        while self._pending and (count := self._give(tuple(islice(self._pending, _MOST_PIECES)))):
+            self._pending = deque(_after(self._pending, count))
+        self._settle()
 
-    def _write(self) -> None:
+    def _settle(self) -> None:
+        """Wait for the process to read while something is left for it; end its input when nothing comes."""
         if not self.is_open:
-            return
-        try:
-            while self._pending:
-                first = self._pending[0]
-                count = os.write(self._fd, first)
-                if count == len(first):
-                    self._pending.popleft()
-                elif type(first) is bytearray:
-                    del first[:count]
-                else:
-                    self._pending[0] = memoryview(first)[count:]
-                self._port.consumed(self.stream, count)
-        except BlockingIOError:
-            pass  # goes on when the process has read
-        except OSError:
-            self.close()  # nobody reads it any more
             return
         if not self._pending and self._eof:
             self.close()
-        elif (len(self._pending) > 0) != self._watched:
+        elif bool(self._pending) != self._watched:
             self._watched = not self._watched
             if self._watched:
                 self._loop.watch(self._fd, OUT, self._on_ready)
@@ -556,11 +565,11 @@ class Execs:
 
     # -- what the host sends -----------------------------------------------------------------------
 
-    def data(self, stream: int, data: bytes | memoryview) -> None:
+    def data(self, stream: int, pieces: list[bytes | memoryview]) -> None:
         """Bytes for an input."""
         found = self._by_stream.get(stream)
         if found is not None and found.input is not None:
-            found.input.data(data)
+            found.input.data(pieces)
 
     def eof(self, stream: int) -> None:
         """End of an input."""
@@ -609,6 +618,16 @@ class Execs:
 def _close(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _after(
+    pieces: Iterable[bytes | bytearray | memoryview], count: int
+) -> Iterator[bytes | bytearray | memoryview]:
+    """What is left of *pieces* without their first *count* bytes."""
+    for piece in pieces:
+        if count < len(piece):
+            yield memoryview(piece)[count:] if count else piece
+        count = max(0, count - len(piece))
 
 
 def widen(pipe: int) -> None:

@@ -326,14 +326,14 @@ class Attachments:
 
     # -- what the host sends: True when the stream is one of these ------------------------------------
 
-    def data(self, stream: int, data: bytes | memoryview) -> bool:
+    def data(self, stream: int, pieces: list[bytes | memoryview]) -> bool:
         """Bytes for the input."""
         if (found := self._by_stream.get(stream)) is None:
             return False
         if found.input is not None:
-            found.input.data(data)
+            found.input.data(pieces)
         else:
-            self._port.consumed(stream, len(data))
+            self._port.consumed(stream, sum(map(len, pieces)))
         return True
 
     def eof(self, stream: int) -> bool:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         def request(self, answer: Answer, method: str, params: dict[str, Any]) -> None:
             """Answer it, now or later."""
 
-        def data(self, stream: int, data: bytes | memoryview) -> None:
-            """Bytes of a stream."""
+        def data(self, stream: int, pieces: list[bytes | memoryview]) -> None:
+            """Bytes of a stream. Views may be written over after this call."""
 
         def eof(self, stream: int) -> None:
             """End of a stream."""
@@ -62,6 +62,8 @@ QUEUE_BYTES = 512 * 1024
 HANG_UP_S = 0.05
 """How long a hang-up must last to count: see contracts/guest-protocol.md, Sync and hello."""
 _READ_BYTES = 256 * 1024
+_SPACE_BYTES = 2 << 20
+"""Several reads: what has come of a frame stays where it is until the rest has."""
 _BUFFER_BYTES = 4096
 """Bytes that one read(2) of the port gives at most: those of one buffer of its queue (virtio_console.c)."""
 
@@ -135,8 +137,9 @@ class Port:
         self._hang_up: Timer | None = None
         self._relay = Relay()
         # One readv(2) takes as many of the queue's buffers as there are, as long as each fills its vector.
-        self._space = memoryview(bytearray(_READ_BYTES))
-        self._vectors = [self._space[at : at + _BUFFER_BYTES] for at in range(0, _READ_BYTES, _BUFFER_BYTES)]
+        self._space = memoryview(bytearray(_SPACE_BYTES))
+        self._vectors = [self._space[at : at + _BUFFER_BYTES] for at in range(0, _SPACE_BYTES, _BUFFER_BYTES)]
+        self._next_vector = 0
         self.listener: Listener
         """To be set before `open`."""
 
@@ -153,7 +156,14 @@ class Port:
 
     def _read(self) -> memoryview:
         """What has come; to be used before the next read. Raises BlockingIOError."""
-        return self._space[: os.readv(self._fd, self._vectors)]
+        begin = self._next_vector if self._guest.holds_views else 0
+        end = begin + _READ_BYTES // _BUFFER_BYTES
+        if end > len(self._vectors):
+            self._guest.keep()
+            begin, end = 0, end - begin
+        count = os.readv(self._fd, self._vectors[begin:end])
+        self._next_vector = begin + -(-count // _BUFFER_BYTES)
+        return self._space[begin * _BUFFER_BYTES :][:count]
 
     def _on_ready(self, _events: int) -> None:
         """Read until there is nothing more: an edge comes once."""
@@ -224,7 +234,9 @@ class Port:
         if isinstance(event, protocol.RequestReceived):
             self.listener.request(Answer(self._guest, event), event.method, event.params)
         elif isinstance(event, protocol.DataReceived):
-            self.listener.data(event.stream, event.data)
+            self.listener.data(event.stream, [event.data])
+        elif isinstance(event, protocol.BulkReceived):
+            self.listener.data(event.stream, event.pieces)
         elif isinstance(event, protocol.EofReceived):
             self.listener.eof(event.stream)
         elif isinstance(event, protocol.CreditReceived):

@@ -11,8 +11,9 @@ from __future__ import annotations
 import fcntl
 import os
 
-PIPE_BYTES = 512 * 1024
-"""Size of the pipe before the port: a frame whose first and last page are not full, and what is around it."""
+PIPE_BYTES = (2 << 20, 1 << 20)
+"""Size of the pipe before the port: a frame whose first and last page are not full, and what is around it;
+else what the kernel allows everybody (fs.pipe-max-size): such a frame takes another turn."""
 
 
 class Relay:
@@ -83,5 +84,10 @@ class Relay:
 
 def _pipe() -> tuple[int, int]:
     read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    for size in PIPE_BYTES:
+        try:
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, size)
+            break
+        except PermissionError:
+            continue
     return read_end, write_end

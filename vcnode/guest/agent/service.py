@@ -178,10 +178,10 @@ class Service:
             "stats": self._stats,
         }
 
-    def data(self, stream: int, data: bytes | memoryview) -> None:
+    def data(self, stream: int, pieces: list[bytes | memoryview]) -> None:
         """See `port.Listener.data`."""
-        if not (self._dialer.data(stream, data) or self._attachments.data(stream, data)):
-            self._execs.data(stream, data)
+        if not (self._dialer.data(stream, pieces) or self._attachments.data(stream, pieces)):
+            self._execs.data(stream, pieces)
 
     def eof(self, stream: int) -> None:
         """See `port.Listener.eof`."""

@@ -122,6 +122,8 @@ class ScriptedGuest:
             self.events.append(event)
             if self.greedy and isinstance(event, protocol.DataReceived):
                 self.core.consumed(event.stream, len(event.data))
+            if self.greedy and isinstance(event, protocol.BulkReceived):
+                self.core.consumed(event.stream, sum(map(len, event.pieces)))
         self.flush()
 
     def _answer(self, request: protocol.RequestReceived) -> None:

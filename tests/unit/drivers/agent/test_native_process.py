@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.unit.drivers.agent.guests import LIMIT_S, RefusalError, ScriptedGuest, session_with
+from tests.unit.guest.test_protocol import content_of
 from vcnode.drivers.agent.native.process import NativeProcess
 from vcnode.drivers.agent.native.session import NativeSession
 from vcnode.drivers.base import ProcessExit
 from vcnode.errors import AgentError, DeadlineExceededError, InvalidArgumentError, NotFoundError
 from vcnode.guest import protocol
-from vcnode.guest.protocol import DATA, DataReceived, EofReceived, ResetReceived, encode_frame
+from vcnode.guest.protocol import DATA, EofReceived, ResetReceived, encode_frame
 from vcnode.models.vm import GuestProcess
 
 WINDOW = protocol.DEFAULT_WINDOW
@@ -43,7 +44,7 @@ async def collect(process: NativeProcess) -> dict[str, bytes]:
 
 def stdin_of(guest: ScriptedGuest) -> bytes:
     """What the guest got so far."""
-    return b"".join(event.data for event in guest.events if isinstance(event, DataReceived))
+    return content_of(guest.events)
 
 
 async def test_output_and_exit_code_arrive(guest: ScriptedGuest) -> None:
@@ -79,7 +80,7 @@ async def test_process_that_ended_before_the_reply_is_as_good(guest: ScriptedGue
 
 
 async def test_stdin_waits_for_credit_and_loses_nothing(guest: ScriptedGuest) -> None:
-    sent = bytes(range(256)) * 4096
+    sent = bytes(range(256)) * (2 * WINDOW // 256)
     async with session_with(guest) as session:
         process = await start(session)
         writing = asyncio.ensure_future(process.write_stdin(sent))

@@ -26,7 +26,7 @@ from vcnode.errors import (
     UnsupportedError,
     VcnodeError,
 )
-from vcnode.guest.protocol import EVENT, REPLY, ReplyReceived, encode_frame
+from vcnode.guest.protocol import DEFAULT_WINDOW, EVENT, REPLY, ReplyReceived, encode_frame
 from vcnode.models.network import DnsConfig, Endpoint, Route
 from vcnode.models.vm import ContainerRoot, GuestConfig, GuestContainer, GuestProcess
 
@@ -269,7 +269,7 @@ async def test_breach_costs_the_session_and_wakes_everybody(
             asyncio.ensure_future(session.ping(timeout_s=LIMIT_S)),
             asyncio.ensure_future(process.wait()),
             asyncio.ensure_future(anext(process.output())),
-            asyncio.ensure_future(process.write_stdin(bytes(1_000_000))),
+            asyncio.ensure_future(process.write_stdin(bytes(DEFAULT_WINDOW + 1))),
         ]
         await guest.until(lambda: guest.named("ping"))
         breach(guest)

@@ -1,8 +1,8 @@
 """One connection to a guest's port: bytes between the socket and the codec.
 
 A callback protocol and not a reader task with a stream: data is parsed as it arrives, nothing is queued
-before the codec, no task can leak, and a flooding guest gets one read (at most 256 KiB) per turn of the
-loop, like every other guest.
+before the codec, no task can leak, and a flooding guest gets one read per turn of the loop, like every other
+guest. What belongs to a BULK frame is read to where it stays.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from vcnode.guest import protocol
 MAX_BEFORE_HELLO = 16 << 20
 """Bytes that may precede the hello. What an earlier session left in the port's queues is far less."""
 _WRITE_HIGH_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
 
 
-class Link(asyncio.Protocol):
+class Link(asyncio.BufferedProtocol):
     """Owner of the transport.
 
     Args:
@@ -38,6 +39,8 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._over = False
         self._before_hello = 0
+        self._space = memoryview(bytearray(_READ_BYTES))
+        self._in_place = False
         self._writable = asyncio.Event()
         self._writable.set()
         self._gone = asyncio.Event()
@@ -88,17 +91,27 @@ class Link(asyncio.Protocol):
         if self._over:
             transport.abort()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where to read to."""
+        space = self._host.bulk_space()
+        self._in_place = space is not None
+        return self._space if space is None else space
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Parse, act, and send what that led to."""
         if self._over:
             return
         if not self._host.established:
-            self._before_hello += len(data)
+            self._before_hello += nbytes
             if self._before_hello > MAX_BEFORE_HELLO:
                 self.fail("The guest sent too much before its hello.")
                 return
+        host = self._host
+        received = (
+            host.bulk_received if self._in_place else lambda count: host.receive_data(self._space[:count])
+        )
         try:
-            for event in self._host.receive_data(data):
+            for event in received(nbytes):
                 self._on_event(event)
                 if self._over:
                     return

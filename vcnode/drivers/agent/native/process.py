@@ -155,7 +155,7 @@ class NativeProcess:
         async with self._stdin_lock:
             self._owner.send_eof(self._stdin)
 
-    async def output(self) -> AsyncIterator[tuple[OutputName, bytes]]:
+    async def output(self) -> AsyncIterator[tuple[OutputName, bytes | memoryview]]:
         """See `RunningProcess.output`. Ends early after ``close``; AgentError when the session was lost."""
         while True:
             changed = self._changed
@@ -164,7 +164,7 @@ class NativeProcess:
                 pieces = self._unread.pop(name)
                 data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
                 self._owner.consumed(self._streams[name], len(data))
-                yield name, bytes(data)
+                yield name, data if type(data) is memoryview else bytes(data)
                 continue
             if self._closed or self._exit is not None or len(self._ended) == len(self._names):
                 return
@@ -238,7 +238,7 @@ class NativeConnection(NativeProcess):
         """See `GuestConnection.close_write`."""
         await self.close_stdin()
 
-    async def received(self) -> AsyncIterator[bytes]:
+    async def received(self) -> AsyncIterator[bytes | memoryview]:
         """See `GuestConnection.received`."""
         async for _, data in self.output():
             yield data
