@@ -367,7 +367,7 @@ class LimitSettings(Group):
     """Pods that the node holds, in any state."""
     sessions: int = Field(default=256, ge=1)
     """Sessions (exec, attach, copy, forward) open at once; more get ``resource_exhausted``."""
-    session_window_bytes: int = Field(default=512 * 1024, ge=64 * 1024, le=16 * 1024 * 1024)
+    session_window_bytes: int = Field(default=2 * 1024 * 1024, ge=64 * 1024, le=16 * 1024 * 1024)
     """Bytes of one stream of a session that are kept until its client has taken them."""
     request_bytes: int = Field(default=512 * 1024, ge=1024)
     """Largest request body."""

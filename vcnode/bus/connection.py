@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import nats.errors
@@ -120,20 +120,31 @@ class Connection:
         """Set when the connection comes up or goes down the next time (a new event afterwards)."""
         return self._changed
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str], *, reply: str = "") -> None:
+    async def publish(
+        self, subject: str, body: bytes, headers: dict[str, str] | None, *, reply: str = ""
+    ) -> None:
         """Publish; during an outage the message is kept for a while and sent afterwards.
 
         Raises:
             UnavailableError: No client, too much is waiting already, or the server does not read.
         """
+        await self._hand_over(
+            subject, lambda client: client.publish(subject, body, reply=reply, headers=headers)
+        )
+
+    async def publish_parts(self, subject: str, parts: Sequence[bytes | memoryview]) -> None:
+        """As `publish`, of a message without headers, in parts."""
+        await self._hand_over(subject, lambda client: client.publish_parts(subject, parts))
+
+    async def _hand_over(self, subject: str, publish: Callable[[SturdyClient], Awaitable[None]]) -> None:
         client = self.client
         try:
             if client.is_connected and client.pending_data_size < UNHURRIED_BYTES:
                 # nats-py only appends to its buffer: nothing to wait for, so no timer is needed.
-                await client.publish(subject, body, reply=reply, headers=headers)
+                await publish(client)
                 return
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                await uncancelled(client.publish(subject, body, reply=reply, headers=headers))
+                await uncancelled(publish(client))
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             raise UnavailableError(f"A message to {subject} could not be handed to NATS.") from exc
 

@@ -22,13 +22,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
+import nats.aio.client
 import nats.errors
 from nats.aio.client import PING_PROTO, Client
 
+from vcnode.bus.parser import FrugalParser
+
 log = logging.getLogger(__name__)
+
+nats.aio.client.DEFAULT_BUFFER_SIZE = 1 << 20
+"""Bytes of one read, and half of those that wait to be read: with its own 32 KiB, a MiB takes 32 turns."""
 
 T = TypeVar("T")
 
@@ -50,6 +56,7 @@ class SturdyClient(Client):
 
     def __init__(self, *, require_tls: bool, perishable: str = "") -> None:
         super().__init__()
+        self._ps = FrugalParser(self)
         self._require_tls = require_tls
         self._perishable = tuple(f"{verb} {perishable}".encode() for verb in ("PUB", "HPUB") if perishable)
 
@@ -57,6 +64,16 @@ class SturdyClient(Client):
         """Close; also what was never connected."""
         if self._flush_queue is not None:
             await super().close()
+
+    async def publish_parts(self, subject: str, parts: Sequence[bytes | memoryview]) -> None:
+        """As `publish` without headers, of a message in parts: it is copied once and not three times."""
+        size = sum(map(len, parts))
+        if not self.is_connected or size > self.max_payload:
+            await self.publish(subject, b"".join(parts))  # which keeps it, or says why not
+            return
+        await self._send_command(b"".join((f"PUB {subject} {size}\r\n".encode(), *parts, b"\r\n")))
+        if self._flush_queue is not None and self._flush_queue.empty():
+            await self._flush_pending()
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         try:

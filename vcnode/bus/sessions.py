@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from vcnode.bus.connection import Connection
 from vcnode.bus.library import SturdyClient
 from vcnode.models.subjects import IoChannel, Subjects
+from vcnode.sessions.frames import Parts
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -51,9 +52,9 @@ class SessionTraffic:
         """See `Transport.max_payload`."""
         return self._connection.max_payload
 
-    async def publish_frame(self, session_id: str, channel: IoChannel, raw: bytes) -> None:
+    async def publish_frame(self, session_id: str, channel: IoChannel, parts: Parts) -> None:
         """See `Transport.publish_frame`."""
-        await self._connection.publish(self._subjects.io(self._node_name, session_id, channel), raw, {})
+        await self._connection.publish_parts(self._subjects.io(self._node_name, session_id, channel), parts)
 
     async def _set_up(self, client: SturdyClient) -> None:
         for channel in _FROM_CLIENTS:

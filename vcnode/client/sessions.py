@@ -28,7 +28,7 @@ from vcnode.errors import UnavailableError, VcnodeError, from_code
 from vcnode.models.sessions import Session, TerminalSize
 from vcnode.sessions.carrier import Carrier, OverError
 from vcnode.sessions.endpoint import Dismissed, Endpoint
-from vcnode.sessions.frames import CONTROL_UP, STDERR, STDIN, STDOUT, Channel
+from vcnode.sessions.frames import CONTROL_UP, STDERR, STDIN, STDOUT, Channel, Parts
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -153,10 +153,10 @@ class SessionClient:
     async def _on_message(self, msg: Msg) -> None:
         self._carrier.receive(msg.data)
 
-    async def _publish(self, channel: Channel, raw: bytes) -> None:
+    async def _publish(self, channel: Channel, parts: Parts) -> None:
         subject: str = getattr(self.info.subjects, channel)
         try:
-            await uncancelled(self._requester.client.publish(subject, raw))
+            await uncancelled(self._requester.client.publish_parts(subject, parts))
         except (nats.errors.Error, OSError) as exc:
             raise UnavailableError("A frame of a session could not be handed to NATS.") from exc
 

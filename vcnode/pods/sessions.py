@@ -28,11 +28,11 @@ from vcnode.models.subjects import Subjects
 from vcnode.sessions import frames
 from vcnode.sessions.carrier import Carrier, OverError
 from vcnode.sessions.endpoint import Dismissed, Endpoint
-from vcnode.sessions.frames import CONTROL_DOWN, CONTROL_UP, Channel, FrameError, State
+from vcnode.sessions.frames import CONTROL_DOWN, CONTROL_UP, Channel, FrameError, Parts, State
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 128 * 1024
+CHUNK_BYTES = 512 * 1024
 RESERVE_BYTES = 1024
 """Room for headers in a message."""
 CLOSE_LIMIT_S = 10.0
@@ -51,7 +51,7 @@ class Transport(Protocol):
         """Bytes of the largest message."""
         ...
 
-    async def publish_frame(self, session_id: str, channel: Channel, raw: bytes) -> None:
+    async def publish_frame(self, session_id: str, channel: Channel, parts: Parts) -> None:
         """Send a frame. Raises UnavailableError when it cannot be sent now."""
         ...
 
@@ -174,10 +174,10 @@ class SessionRegistry:
         )
         session_id = session.session_id
 
-        async def publish(channel: Channel, raw: bytes) -> None:
+        async def publish(channel: Channel, parts: Parts) -> None:
             if self._transport is not None:
-                await self._transport.publish_frame(session_id, channel, raw)
-                self.sent_bytes += len(raw)
+                await self._transport.publish_frame(session_id, channel, parts)
+                self.sent_bytes += sum(map(len, parts))
 
         session.carrier = Carrier(endpoint, publish)
         streams = (CONTROL_UP, CONTROL_DOWN, *session.work.streams)
@@ -258,7 +258,7 @@ class SessionRegistry:
             return
         if self._transport is not None:
             try:
-                await self._transport.publish_frame(session_id, "control", bye)
+                await self._transport.publish_frame(session_id, "control", (bye,))
             except VcnodeError as exc:
                 log.debug("A client could not be told that its session is over", exc_info=exc)
 
@@ -319,7 +319,7 @@ class SessionRegistry:
             return
         bye = frames.encode_bye(session.carrier.endpoint.epoch, "aborted", f"The session was ended. {reason}")
         try:
-            await self._transport.publish_frame(session.session_id, "control", bye)
+            await self._transport.publish_frame(session.session_id, "control", (bye,))
         except VcnodeError as exc:
             log.debug("A client could not be told that its session was ended", exc_info=exc)
 

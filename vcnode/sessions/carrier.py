@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 from vcnode.errors import VcnodeError
 from vcnode.sessions import frames
 from vcnode.sessions.endpoint import Dismissed, Ended, Endpoint, Message, Received, Writable
-from vcnode.sessions.frames import Channel, FrameError
+from vcnode.sessions.frames import Channel, FrameError, Parts
 
 MAX_WAITING_MESSAGES = 256
 """Messages of the peer that wait to be read; one that sends more breaks the rules."""
+MOST_AT_ONCE = 1 << 20
+"""Bytes that are joined for one `Carrier.read`."""
 RETRY_S = 0.5
 """Seconds until frames that the bus did not take are sent again."""
 
-Publish = Callable[[Channel, bytes], Awaitable[None]]
+Publish = Callable[[Channel, Parts], Awaitable[None]]
 
 
 class OverError(Exception):
@@ -36,6 +39,17 @@ class _Inbox:
     def __init__(self) -> None:
         self.data: deque[memoryview] = deque()
         self.ended = False
+
+    def take(self) -> bytes | memoryview:
+        """The first piece, and those that follow while that is little: each costs a turn."""
+        if len(self.data) == 1:
+            return self.data.popleft()
+        taken: list[memoryview] = []
+        size = 0
+        while self.data and (not taken or size + len(self.data[0]) <= MOST_AT_ONCE):
+            taken.append(self.data.popleft())
+            size += len(taken[-1])
+        return b"".join(taken)
 
 
 class Carrier:
@@ -59,8 +73,8 @@ class Carrier:
 
     @staticmethod
     def now() -> float:
-        """The clock of the endpoints."""
-        return asyncio.get_running_loop().time()
+        """The clock of the endpoints, which is that of the event loop."""
+        return time.monotonic()
 
     def open(self, stream: int, start: int = 0) -> None:
         """See `Endpoint.open`."""
@@ -116,11 +130,11 @@ class Carrier:
     # -- streams -----------------------------------------------------------------------------------
 
     async def read(self, stream: int) -> bytes | memoryview:
-        """The next bytes of *stream*, as they came; empty at its end, and when the session is over."""
+        """The next bytes of *stream*; empty at its end, and when the session is over."""
         inbox = self._inboxes.get(stream)
         while inbox is not None:
             if inbox.data:
-                data = inbox.data.popleft()
+                data = inbox.take()
                 self.endpoint.consumed(stream, len(data), self.now())
                 self._wake.set()
                 return data
@@ -221,8 +235,8 @@ class Carrier:
                     async with asyncio.timeout(delay if self.endpoint.attached else None):
                         await self._wake.wait()
             try:
-                for channel, raw in self.endpoint.take_outgoing(self.now()):
-                    await self._publish(channel, raw)
+                for channel, parts in self.endpoint.take_outgoing(self.now()):
+                    await self._publish(channel, parts)
             except VcnodeError:
                 # Frames may be lost; the other end, or a probe, will tell which.
                 await asyncio.sleep(RETRY_S)
@@ -231,5 +245,5 @@ class Carrier:
     async def flush(self) -> None:
         """Send at once what there is, as far as the bus takes it."""
         with contextlib.suppress(VcnodeError):
-            for channel, raw in self.endpoint.take_outgoing(self.now()):
-                await self._publish(channel, raw)
+            for channel, parts in self.endpoint.take_outgoing(self.now()):
+                await self._publish(channel, parts)

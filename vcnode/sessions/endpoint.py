@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcnode.sessions import frames
-from vcnode.sessions.frames import ALL, CONTROL_DOWN, CONTROL_UP, Channel, Data, State
+from vcnode.sessions.frames import ALL, CONTROL_DOWN, CONTROL_UP, Channel, Data, Parts, State
 
 MIN_WINDOW = 64 * 1024
 """Smallest window: the messages need one too."""
@@ -394,14 +394,14 @@ class Endpoint:
             bool(self._gaps) or any(sender.sent < sender.last for sender in self._senders.values())
         )
 
-    def take_outgoing(self, now: float, limit_bytes: int = 1 << 20) -> list[tuple[Channel, bytes]]:
+    def take_outgoing(self, now: float, limit_bytes: int = 1 << 20) -> list[tuple[Channel, Parts]]:
         """Frames to send, at most about *limit_bytes*; call again while `has_outgoing`."""
         if not self._attached:
             return []
-        made: list[tuple[Channel, bytes]] = []
+        made: list[tuple[Channel, Parts]] = []
         if self._gaps:
             gaps = [self._position(stream) for stream in self._gaps if stream in self._receivers]
-            made.append(("control", self._state(gaps, gap=True)))
+            made.append(("control", (self._state(gaps, gap=True),)))
             self._gaps.clear()
         self._add_state(made, now)
         for stream, sender in self._senders.items():
@@ -411,27 +411,31 @@ class Endpoint:
         return made
 
     def _add_data(
-        self, made: list[tuple[Channel, bytes]], stream: int, sender: _Sender, limit_bytes: int
+        self, made: list[tuple[Channel, Parts]], stream: int, sender: _Sender, limit_bytes: int
     ) -> int:
         """Add what was not sent yet of one stream; returns how many bytes that was."""
         if sender.sent >= sender.last:
             return 0
         added = 0
         channel = frames.channel_of(stream)
-        for offset, piece in _from(sender.pieces, sender.sent):
+        for offset, size, pieces in _grouped(_from(sender.pieces, sender.sent), self._most(stream)):
             if added >= limit_bytes:
                 return added
-            end = offset + len(piece)
+            end = offset + size
             last = sender.ended and end == sender.end
-            made.append((channel, frames.encode_data(self.epoch, stream, offset, piece, ends=last)))
+            made.append((channel, frames.encode_data(self.epoch, stream, offset, *pieces, ends=last)))
             sender.sent = end + 1 if last else end
-            added += len(piece)
+            added += size
         if sender.ended and sender.sent == sender.end:
-            made.append((channel, frames.encode_data(self.epoch, stream, sender.end, b"", ends=True)))
+            made.append((channel, frames.encode_data(self.epoch, stream, sender.end, ends=True)))
             sender.sent += 1
         return added
 
-    def _add_state(self, made: list[tuple[Channel, bytes]], now: float) -> None:
+    def _most(self, stream: int) -> int:
+        """Bytes up to which pieces go in one frame; a message is a frame of its own."""
+        return 0 if stream == self.own_control else self._chunk
+
+    def _add_state(self, made: list[tuple[Channel, Parts]], now: float) -> None:
         heartbeat = now >= self._state_at + HEARTBEAT_S
         probing = self._probe_at is not None and now >= self._probe_at
         acking = self._ack_at is not None and now >= self._ack_at
@@ -458,7 +462,7 @@ class Endpoint:
         probe = self._probe if heartbeat or probing else 0
         for at in range(0, len(positions) or 1, frames.MAX_ENTRIES):
             part = positions[at : at + frames.MAX_ENTRIES]
-            made.append(("control", self._state(part, probe=probe, echo=self._echo_due)))
+            made.append(("control", (self._state(part, probe=probe, echo=self._echo_due),)))
             probe = 0
         self._echo_due = 0
         self._ack_at = None
@@ -491,3 +495,21 @@ def _from(
         skip += 1
     for index in range(len(pieces) - skip, len(pieces)):
         yield pieces[index]
+
+
+def _grouped(
+    pieces: Iterator[tuple[int, memoryview | bytes]], most: int
+) -> Iterator[tuple[int, int, list[memoryview | bytes]]]:
+    """Offset, size and pieces of each frame: as many as fit into *most* bytes, at least one."""
+    start, size = 0, 0
+    group: list[memoryview | bytes] = []
+    for offset, piece in pieces:
+        if group and size + len(piece) > most:
+            yield start, size, group
+            group, size = [], 0
+        if not group:
+            start = offset
+        group.append(piece)
+        size += len(piece)
+    if group:
+        yield start, size, group

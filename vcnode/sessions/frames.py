@@ -24,6 +24,8 @@ CONTROL_UP, CONTROL_DOWN, STDIN, STDOUT, STDERR = 0, 1, 2, 3, 5
 """Streams by their numbers: even ones go to the node, odd ones come from it."""
 
 Channel = Literal["stdin", "stdout", "stderr", "control"]
+Parts = tuple[bytes | memoryview, ...]
+"""A frame to send, in pieces, for what is long is not to be copied more often than it must."""
 
 _HEADER = struct.Struct(">BBHIQ")
 _ENTRY = struct.Struct(">IQQ")
@@ -81,9 +83,9 @@ def channel_of(stream: int) -> Channel:
     return "stdout" if stream & 1 else "stdin"
 
 
-def encode_data(epoch: int, stream: int, offset: int, payload: bytes | memoryview, *, ends: bool) -> bytes:
+def encode_data(epoch: int, stream: int, offset: int, *pieces: bytes | memoryview, ends: bool) -> Parts:
     """A DATA frame."""
-    return b"".join((_HEADER.pack(DATA, END if ends else 0, epoch, stream, offset), payload))
+    return _HEADER.pack(DATA, END if ends else 0, epoch, stream, offset), *pieces
 
 
 def encode_state(

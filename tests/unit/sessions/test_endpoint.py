@@ -13,6 +13,10 @@ from vcnode.sessions.frames import STDIN, STDOUT, FrameError
 WINDOW = 64 * 1024
 
 
+def data(epoch: int, stream: int, offset: int, payload: bytes) -> bytes:
+    return b"".join(frames.encode_data(epoch, stream, offset, payload, ends=False))
+
+
 class Pair:
     """A client and a node, and the bus between them."""
 
@@ -39,7 +43,8 @@ class Pair:
     def step(self, seconds: float = 0.05, *, read: bool = True) -> None:
         self.now += seconds
         for name, end, _ in self.ends():
-            for _, raw in end.take_outgoing(self.now):
+            for _, parts in end.take_outgoing(self.now):
+                raw = b"".join(parts)
                 for _ in range(2 if self.random.random() < self.doubling else 1):
                     if self.random.random() >= self.loss:
                         late = self.random.random() * self.delay
@@ -143,7 +148,8 @@ def test_another_client_goes_on_where_the_first_had_consumed() -> None:
     pair.step(3.0)
     pair.step()
     assert pair.got["client", STDOUT] == b"unseen"
-    for _, raw in stale.take_outgoing(pair.now + 10):
+    for _, parts in stale.take_outgoing(pair.now + 10):
+        raw = b"".join(parts)
         assert list(pair.node.receive(raw, pair.now)) == []
 
 
@@ -166,9 +172,9 @@ def test_a_refused_stream_ends_its_sender() -> None:
         b"\x01" * 10,
         bytes(16),
         b"\x09" + bytes(15),
-        frames.encode_data(1, STDOUT, 0, b"", ends=False),
-        frames.encode_data(1, STDOUT, 0, b"x", ends=False)[:1] + b"\xff" + bytes(20),
-        frames.encode_data(1, STDOUT, frames.ALL - 1, b"xy", ends=False),
+        data(1, STDOUT, 0, b""),
+        data(1, STDOUT, 0, b"x")[:1] + b"\xff" + bytes(20),
+        data(1, STDOUT, frames.ALL - 1, b"xy"),
         frames.encode_state(1, [(STDIN, 1, 2)], from_client=True),
         frames.encode_state(1, [], from_client=True) + b"x",
         frames.encode_bye(0, "x", "y")[:-3],
@@ -188,6 +194,6 @@ def test_a_peer_cannot_claim_to_have_received_what_was_not_sent() -> None:
 
 def test_a_peer_cannot_send_more_than_the_window() -> None:
     pair = Pair()
-    flood = frames.encode_data(1, STDIN, 0, bytes(3 * WINDOW), ends=False)
+    flood = data(1, STDIN, 0, bytes(3 * WINDOW))
     with pytest.raises(FrameError):
         list(pair.node.receive(flood, 0.0))
