@@ -132,13 +132,13 @@ async def test_fifty_sessions_at_once_do_not_mix(nats_server: NatsServer, short_
 async def test_one_that_does_not_read_holds_up_nobody_else(nats_server: NatsServer, short_dir: Path) -> None:
     async with a_node(nats_server.url, short_dir) as node:
         async with node.exec_stream("pod", "main", ["cat"]) as slow:
-            writing = asyncio.ensure_future(slow.stdin.write(bytes(4 << 20)))
+            writing = asyncio.ensure_future(slow.stdin.write(bytes(16 << 20)))
             assert await echo(node, EVERY_BYTE) == EVERY_BYTE
             assert not writing.done()
             total = 0
             async for _, chunk in slow.output():
                 total += len(chunk)
-                if total == 4 << 20:
+                if total == 16 << 20:
                     await slow.stdin.close()
             assert await slow.wait() == 0
             await writing
@@ -290,7 +290,7 @@ async def test_many_connections_share_one_session(nats_server: NatsServer, short
             return bytes(got)
 
         stalled = await session.connect(7)  # nobody reads what comes back
-        writing = asyncio.ensure_future(stalled.write(bytes(4 << 20)))
+        writing = asyncio.ensure_future(stalled.write(bytes(16 << 20)))
         got = await asyncio.gather(*(talk(number) for number in range(40)))
         assert got == [bytes([number]) * 30_000 for number in range(40)]
         assert not writing.done()
