@@ -1,7 +1,8 @@
 """Runs one CNI plugin to its end: bounded in time and output, and nothing that it started is left.
 
 What it reads and writes are files in memory and no pipes: nobody has to feed it, a flood ends at the size of
-the file, and a process that it leaves behind with the other end open holds nobody up.
+the file, and a process that it leaves behind with the other end open holds nobody up. It ends with the node
+agent: one that went on making a network would do so after the next node agent has removed it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,10 @@ MAX_OUTPUT_BYTES = 1024 * 1024
 """Of standard output and of standard error."""
 _ROOM_BYTES = MAX_OUTPUT_BYTES + 128 * 1024
 """At which the kernel refuses a write as a whole; so a flood in usual portions comes past the limit."""
+_SETPRIV = "/usr/bin/setpriv"
+_NOT_EXECUTED = (126, 127)
+_REFUSED = re.compile(rb"setpriv: failed to execute [^\n]*: ([^:\n]+)\n?")
+"""What setpriv says then. Source: util-linux, include/exec_shell.h and sys-utils/setpriv.c."""
 START_LIMIT_S = 10.0
 KILL_WAIT_S = 5.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -60,7 +66,7 @@ async def run(program: Path, env: Mapping[str, str], conf: bytes, *, timeout_s: 
         async def start() -> None:
             started.append(
                 await asyncio.create_subprocess_exec(
-                    program,
+                    *(_SETPRIV, "--pdeathsig", "KILL", "--", program),
                     stdin=stdin,
                     stdout=stdout,
                     stderr=stderr,
@@ -76,7 +82,7 @@ async def run(program: Path, env: Mapping[str, str], conf: bytes, *, timeout_s: 
                 await aio.finish(start(), timeout_s=START_LIMIT_S)
                 code = await started[0].wait()
         except OSError as exc:
-            refused = NetworkError(f"CNI plugin {program} cannot be executed: {exc.strerror}.")
+            refused = NetworkError(f"{_SETPRIV} (package util-linux) cannot be executed: {exc.strerror}.")
             raise exhausted(exc) or refused from exc
         finally:
             for process in started:
@@ -84,6 +90,8 @@ async def run(program: Path, env: Mapping[str, str], conf: bytes, *, timeout_s: 
                     os.killpg(process.pid, signal.SIGKILL)
                 await aio.finish(process.wait(), timeout_s=KILL_WAIT_S)
         output, errors = _content(stdout), _content(stderr)
+    if code in _NOT_EXECUTED and (words := _REFUSED.fullmatch(errors)) is not None:
+        raise NetworkError(f"CNI plugin {program} cannot be executed: {words[1].decode(errors='replace')}.")
     if len(output) > MAX_OUTPUT_BYTES or len(errors) > MAX_OUTPUT_BYTES:
         raise NetworkError(f"CNI plugin {program.name} wrote more than {MAX_OUTPUT_BYTES} bytes.")
     return Ended(code, output, errors)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from vcnode.drivers.network.cni import config
 from vcnode.drivers.network.cni.runtime import Attachment, Runtime
 from vcnode.errors import NetworkError
 
+LIMIT_S = 20.0
 RUNTIME = {"portMappings": [{"hostPort": 8080}], "bandwidth": {"ingressRate": 1}}
 
 
@@ -235,3 +238,28 @@ async def gone(pid: int) -> None:
         finally:
             asyncio.get_running_loop().remove_reader(fd)
             os.close(fd)
+
+
+RUNS_A_PLUGIN = """
+import asyncio, sys
+from pathlib import Path
+from vcnode.drivers.network.cni import plugins
+asyncio.run(plugins.run(Path(sys.argv[1]), {"CNI_COMMAND": "ADD"}, b"", timeout_s=60))
+"""
+
+
+async def test_a_plugin_ends_with_the_node_agent(plugins: Plugins, tmp_path: Path) -> None:
+    """Or it would go on making a network after the next node agent has removed it."""
+    os.mkfifo(begun := tmp_path / "begun")
+    plugins.write("slow", add=f"echo $$ >{begun}; exec sleep 60")
+    program = (sys.executable, "-c", RUNS_A_PLUGIN, str(plugins.directory / "slow"))
+    process = await asyncio.create_subprocess_exec(*program)
+    pid = int(await asyncio.wait_for(asyncio.to_thread(begun.read_text), LIMIT_S))
+    pidfd = os.pidfd_open(pid)
+    try:
+        process.kill()
+        await process.wait()
+        ended = await asyncio.to_thread(select.select, [pidfd], [], [], LIMIT_S)
+    finally:
+        os.close(pidfd)
+    assert ended[0], "the plugin goes on"
