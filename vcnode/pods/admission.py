@@ -10,6 +10,7 @@ from vcnode.drivers.base import ImageFile
 from vcnode.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnsupportedError
 from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.image import ImageConfig
+from vcnode.models.network import NetworkModel
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import AgentType, ContainerSpec, HypervisorType, PodSpec, PodState
 from vcnode.models.records import ContainerRecord, PodRecord
@@ -74,8 +75,10 @@ class Admission:
                 "pod.agent_type", f"{agent_type} does not go with hypervisor_type {hypervisor_type}"
             )
         _check_boots(spec, agent_type, hypervisor.info)
+        _check_reachable(spec, agent_type, network_model)
         features.check_pod(spec, agent.info)
-        await check_sockets(spec, hypervisor.info, parts.storage)
+        taken = [channel.name for channel in agent.channels(spec.agent_config)]
+        await check_sockets(spec, hypervisor.info, taken, parts.storage)
         for number, volume in enumerate(spec.volumes):
             await check_volume(
                 volume,
@@ -203,6 +206,26 @@ def _check_boots(spec: PodSpec, agent_type: AgentType, hypervisor: DriverInfo) -
         raise InvalidArgumentError.field(
             "pod.hypervisor_config",
             f"needs initrd_path or image_path: the node's own guest has no agent of type {agent_type}",
+        )
+
+    if spec.template == "require" and not config.is_default:
+        raise InvalidArgumentError.field(
+            "pod.template",
+            "cannot be 'require' for a pod with a hypervisor_config, which boots; leave it out",
+        )
+
+
+def _check_reachable(spec: PodSpec, agent_type: AgentType, network_model: NetworkModel) -> None:
+    """See that an agent over the network has one."""
+    if (
+        agent_type is AgentType.SSHD
+        and network_model is NetworkModel.NOOP
+        and spec.agent_config.sshd.server is None
+    ):
+        raise InvalidArgumentError.field(
+            "pod.network_model",
+            "gives the guest no address at which the agent sshd could reach it; take another, or set "
+            "agent_config.sshd.server",
         )
 
 

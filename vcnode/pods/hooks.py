@@ -110,14 +110,18 @@ async def run(storage: Storage, hook: Hook, state: bytes) -> None:
         raise HookFailedError(f"Hook {hook.path!r} cannot be run: {exc.strerror}.", path=hook.path) from exc
     finally:
         os.close(fd)
+    talking = asyncio.ensure_future(_talk(process, state))
     try:
         async with asyncio.timeout(hook.timeout_s):
-            output, code = await _talk(process, state), await process.wait()
+            await _ended(process.pid)
+            _kill_session(process.pid)  # what it has left behind may hold its output open
+            output, code = await talking, await process.wait()
     except TimeoutError as exc:
         raise HookFailedError(
             f"Hook {hook.path!r} did not end within {hook.timeout_s:g} s.", path=hook.path
         ) from exc
     finally:
+        talking.cancel()
         await aio.finish(_end(process), timeout_s=KILL_LIMIT_S)
     if code != 0:
         words = output.decode(errors="replace").strip()
@@ -142,8 +146,27 @@ async def _talk(process: asyncio.subprocess.Process, state: bytes) -> bytes:
     return bytes(kept)
 
 
+async def _ended(pid: int) -> None:
+    """Wait until a child has ended; `Process.wait` waits for the other ends of its pipes as well."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    try:
+        loop.add_reader(pidfd, ended.set)
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill what is left of a hook and its children in its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_session(process.pid)
     await process.wait()
+
+
+def _kill_session(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

@@ -88,7 +88,7 @@ class LogPump:
         try:
             await self._pump(pod_id, session)
         except UnsupportedError:
-            log.info("Pod %s: its guest agent is too old to give logs", pod_id)
+            log.info("Pod %s: its guest agent gives no logs", pod_id)
         except (AgentError, NotFoundError):
             pass  # whoever watches the session says more
         except VcnodeError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Collection
 
 from vcnode.drivers.base import Storage
 from vcnode.errors import InvalidArgumentError, NotFoundError, UnsupportedError
@@ -14,20 +15,40 @@ from vcnode.models.vm import Port
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import REQUEST_LIMIT_S, Parts
 
+MAX_PATH_BYTES = 107
+"""Of a socket at which programs connect by its path. Source: unix(7), sun_path."""
 
-async def check_sockets(spec: PodSpec, hypervisor: DriverInfo, storage: Storage) -> None:
+
+async def check_sockets(
+    spec: PodSpec, hypervisor: DriverInfo, taken: Collection[str], storage: Storage
+) -> None:
     """See that a pod can have its sockets. What is there at their paths is seen by the start alone.
+
+    Args:
+        spec: The pod.
+        hypervisor: What its hypervisor can do.
+        taken: Names of ports that its agent has.
+        storage: Knows the allowed roots.
 
     Raises:
         UnsupportedError: The pod's hypervisor has no ports.
-        InvalidArgumentError, NotFoundError: A socket's directory cannot be used; names the field.
+        InvalidArgumentError, NotFoundError: A name is taken, or a socket's path or directory cannot be used;
+            names the field.
     """
     if spec.sockets and "ports" not in hypervisor.capabilities:
         raise UnsupportedError(
             f"pod.sockets: hypervisor_type {hypervisor.type} has no ports.", field="pod.sockets"
         )
     for number, socket in enumerate(spec.sockets):
+        if socket.name in taken:
+            raise InvalidArgumentError.field(
+                f"pod.sockets[{number}].name", f"{socket.name} is the port of the pod's agent; take another"
+            )
         field = f"pod.sockets[{number}].host_path"
+        if socket.mode == "listen" and len(os.fsencode(socket.host_path)) > MAX_PATH_BYTES:
+            raise InvalidArgumentError.field(
+                field, f"has more than the {MAX_PATH_BYTES} bytes of a UNIX socket's path"
+            )
         try:
             await storage.check_rootfs(posixpath.dirname(socket.host_path.rstrip("/")) or "/")
         except NotFoundError as exc:

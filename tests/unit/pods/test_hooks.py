@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -64,6 +65,20 @@ async def test_a_hook_that_fails_says_why(storage: LocalStorage, hooks: Path) ->
     with pytest.raises(HookFailedError, match="code 3: no such thing") as caught:
         await run(storage, hook, b"{}")
     assert caught.value.details["exit_code"] == 3
+
+
+async def test_a_hook_has_ended_when_its_program_has(
+    storage: LocalStorage, hooks: Path, tmp_path: Path
+) -> None:
+    """What it leaves behind with its output open is ended, and holds nobody up."""
+    text = f"sleep 1000 & echo $! > {tmp_path}/child; echo done"
+    await run(storage, Hook(path=script(hooks / "forks", text), timeout_s=20), b"{}")
+    with contextlib.suppress(ProcessLookupError):  # init has reaped it
+        pidfd = os.pidfd_open(int((tmp_path / "child").read_text()))
+        try:
+            assert select.select([pidfd], [], [], 10)[0], "it goes on"
+        finally:
+            os.close(pidfd)
 
 
 async def test_a_hook_and_its_children_end_with_its_time(

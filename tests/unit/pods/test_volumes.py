@@ -17,7 +17,7 @@ from vcnode.errors import (
     VcnodeError,
 )
 from vcnode.models.node import DriverInfo
-from vcnode.models.pod import ContainerSpec, PodState
+from vcnode.models.pod import AgentConfig, ContainerSpec, PodState
 from vcnode.models.volumes import MAX_TAG_BYTES, Mount, Socket, Volume, VolumeDriver
 from vcnode.pods.volumes import device_tag, disk_id, is_device
 
@@ -166,6 +166,23 @@ async def test_a_socket_lies_below_an_allowed_root(
     sockets = (Socket(name="one", host_path=path, mode=mode),)
     with pytest.raises(error, match=r"^pod\.sockets\[0\]\.host_path: "):
         await world.pods.create(pod(sockets=sockets), world.call())
+
+
+async def test_a_port_of_the_agent_is_no_name_for_a_socket(world: World) -> None:
+    (channel,) = world.agent.channels(AgentConfig())
+    with pytest.raises(InvalidArgumentError, match=r"^pod\.sockets\[0\]\.name: .* port of the pod's agent"):
+        await world.pods.create(pod(sockets=(Socket(name=channel.name, host_path="/roots/a"),)), world.call())
+
+
+async def test_the_path_of_a_socket_to_connect_to_is_not_too_long(world: World) -> None:
+    long = "/roots/" + "a" * 100
+    for path in (long, long + "b"):
+        sockets = (Socket(name="one", host_path=path),)
+        if path == long:
+            await world.pods.create(pod(sockets=sockets), world.call())
+            continue
+        with pytest.raises(InvalidArgumentError, match=r"^pod\.sockets\[0\]\.host_path: .*107 bytes"):
+            await world.pods.create(pod("p2", sockets=sockets), world.call())
 
 
 def test_an_id_that_another_socket_has_by_default_is_refused() -> None:
