@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable
 
 from vcnode.drivers.base import GuestAgent, Hypervisor, Storage
-from vcnode.errors import InvalidArgumentError, NotFoundError, UnsupportedError
+from vcnode.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnsupportedError
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import ContainerSpec, PodSpec
 from vcnode.models.records import ContainerRecord, PodRecord
@@ -174,6 +174,8 @@ async def provide(parts: Parts, live: LivePod, record: PodRecord, container: Con
         try:
             disk = Disk(disk_id=disk_id(volume), path=volume.device, fd=fd, read_only=volume.read_only)
             await live.vm.attach_disk(disk, timeout_s=REQUEST_LIMIT_S)
+        except FailedPreconditionError as exc:
+            raise FailedPreconditionError(f"Volume {volume.mount_tag}: {exc.message}", **exc.details) from exc
         finally:
             os.close(fd)
 

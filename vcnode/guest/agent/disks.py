@@ -11,7 +11,7 @@ import os
 from functools import partial
 
 from vcnode.guest.agent import modules, syscalls, uevents
-from vcnode.guest.agent.failures import NOT_FOUND, Failure
+from vcnode.guest.agent.failures import FAILED_PRECONDITION, NOT_FOUND, Failure
 from vcnode.guest.agent.loop import IN
 from vcnode.guest.agent.syscalls import MS_NODEV, MS_RDONLY
 
@@ -165,7 +165,11 @@ class Disks:
         """Mount disk *name* unless it is mounted already. Whoever acquires releases, also after a failure.
 
         Unless *fs* says so, an image is erofs; a *writable* disk is ext4, as the host has formatted it.
+
+        Raises:
+            Failure: ``failed_precondition``; somebody else has made it, and it holds no such file system.
         """
+        is_of_host = fs is None
         fs = fs or ("ext4" if writable else "erofs")
         count = self._users.get(disk_id, 0)
         self._users[disk_id] = count + 1
@@ -174,7 +178,13 @@ class Disks:
             if fs == "ext4":
                 modules.load(modules.EXT4)
             flags, data = (MS_NODEV, EXT4_OPTIONS) if writable else (MS_NODEV | MS_RDONLY, None)
-            syscalls.mount(f"/dev/{name}", self.path(disk_id), fs, flags, data)
+            try:
+                syscalls.mount(f"/dev/{name}", self.path(disk_id), fs, flags, data)
+            except OSError as exc:
+                if not is_of_host:
+                    text = f"Disk {disk_id} cannot be mounted: {exc.strerror}; its file must hold an {fs}."
+                    raise Failure(FAILED_PRECONDITION, text) from exc
+                raise
 
     def release(self, disk_id: str) -> None:
         """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it.

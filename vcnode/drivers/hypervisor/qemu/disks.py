@@ -15,9 +15,10 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from vcnode.aio import finish
+from vcnode.drivers.hypervisor.qemu import words
 from vcnode.drivers.hypervisor.qemu.argv import SCSI_BUS
 from vcnode.drivers.hypervisor.qemu.qmp import CommandRefusedError, QmpSession
-from vcnode.errors import HypervisorError, InvalidArgumentError
+from vcnode.errors import FailedPreconditionError, HypervisorError, InvalidArgumentError
 from vcnode.models.vm import VOLUME_DISK, Disk
 
 DISK_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
@@ -90,6 +91,7 @@ class Disks:
 
         Raises:
             InvalidArgumentError: Not an id that fits a serial.
+            FailedPreconditionError: Another VM has the file.
             HypervisorError: QEMU refused (an attached id among the reasons), or is gone; nothing stays,
                 unless QEMU does not answer the undo either, which is logged.
         """
@@ -107,6 +109,12 @@ class Disks:
                     await self._undo(self._remove_node(disk.disk_id), disk)
                 elif exc.command == "blockdev-add" and self._has_descriptor(disk.disk_id):
                     await self._undo(self._take_back(disk.disk_id), disk)
+                if words.is_locked(exc.words):
+                    raise FailedPreconditionError(
+                        f"Disk {disk.disk_id} of VM {self._vm_id} is in use by another VM or program; stop "
+                        "that first, or use a copy.",
+                        disk_id=disk.disk_id,
+                    ) from exc
                 raise
             except BaseException:
                 # Not refused, but unanswered: either step may have been carried out.

@@ -18,7 +18,7 @@ from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, tsc, vhost, virtiofsd
+from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, tsc, vhost, virtiofsd, words
 from vcnode.drivers.hypervisor.qemu.argv import Launch, build, inherited_fds, own_guest
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups, Limits, disk_of
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
@@ -29,7 +29,7 @@ from vcnode.drivers.hypervisor.qemu.sources import Source, Sources
 from vcnode.drivers.hypervisor.qemu.spawner import SPAWNERS
 from vcnode.drivers.hypervisor.qemu.templates import BrokenTemplateError
 from vcnode.drivers.hypervisor.qemu.vm import KILL_WAIT_S, QemuVm
-from vcnode.errors import HypervisorError, InvalidArgumentError, ResourceExhaustedError, UnsupportedError
+from vcnode.errors import HypervisorError, InvalidArgumentError, UnsupportedError
 from vcnode.models.hypervisor import HypervisorConfig
 from vcnode.models.node import DriverInfo
 from vcnode.models.pod import HypervisorType, Resources
@@ -42,9 +42,6 @@ UNDO_LIMIT_S = KILL_WAIT_S + 5.0
 TERM_WAIT_S = 2.0
 LAST_WORDS_WAIT_S = 1.0
 """Between QEMU's hanging up and its end."""
-NO_MEMORY = "Cannot allocate memory"
-"""In QEMU's last words when the host refused it memory (strerror of ENOMEM; its LC_ALL is C). It ends with
-the same code for any reason, so there is nothing else to tell this by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +269,9 @@ class QemuHypervisor:
             return vm
         except BaseException as exc:
             if vm is not None:
-                words = f"{shlex.join(argv)}\n{vm.stderr_text}"
+                said = f"{shlex.join(argv)}\n{vm.stderr_text}"
                 level = logging.ERROR if isinstance(exc, Exception) else logging.WARNING  # or cancelled
-                log.log(level, "QEMU of VM %s did not start (%r): %s", spec.vm_id, exc, words)
+                log.log(level, "QEMU of VM %s did not start (%r): %s", spec.vm_id, exc, said)
                 await finish(vm.kill(), timeout_s=UNDO_LIMIT_S)
             files.remove()
             self._sources.forget(spec.vm_id)
@@ -482,15 +479,7 @@ class QemuHypervisor:
             exit_code = await vm.exit_code_within(LAST_WORDS_WAIT_S)
             if exit_code is None:
                 raise
-            if NO_MEMORY in vm.stderr_text:
-                raise ResourceExhaustedError(
-                    f"The host has no memory left for VM {vm.record.vm_id}.", resource="memory"
-                ) from exc
-            raise HypervisorError(
-                f"QEMU of VM {vm.record.vm_id} ended with code {exit_code} before it answered;"
-                " the node's log has its last words.",
-                exit_code=exit_code,
-            ) from exc
+            raise words.ended(vm.record.vm_id, vm.stderr_text, exit_code) from exc
 
     # -- recover -------------------------------------------------------------------------------------------
 

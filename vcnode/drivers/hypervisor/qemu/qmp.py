@@ -32,10 +32,12 @@ Event = tuple[str, Mapping[str, Any]]
 class CommandRefusedError(HypervisorError):
     """QEMU understood the command and said no."""
 
-    def __init__(self, vm_id: str, command: str, error_class: str) -> None:
+    def __init__(self, vm_id: str, command: str, error_class: str, words: str = "") -> None:
         super().__init__(f"QEMU refused {command} for VM {vm_id}.", command=command, error_class=error_class)
         self.command = command
         self.error_class = error_class
+        self.words = words
+        """QEMU's own; not for callers, they may name files of the host."""
 
 
 class QmpSession:
@@ -154,7 +156,9 @@ class QmpSession:
                 yield
         except ExecuteError as exc:
             log.debug("QEMU refused %s for VM %s: %s", command, self._vm_id, exc)
-            raise CommandRefusedError(self._vm_id, command, exc.error.error.class_) from exc
+            raise CommandRefusedError(
+                self._vm_id, command, exc.error.error.class_, exc.error.error.desc
+            ) from exc
         except TimeoutError as exc:
             raise HypervisorError(
                 f"QEMU did not answer {command} for VM {self._vm_id} within {timeout_s:g} s.", command=command
