@@ -71,6 +71,10 @@ class _Value:
     content: Any
 
 
+_JUDGED_MODELS = (PodSpec, HypervisorConfig, ContainerSpec)
+"""Those of which `_model` judges the whole."""
+
+
 def judge(request: BaseModel, policy: PolicySettings, known: Known) -> tuple[Denial, ...]:
     """Everything in *request* that the policy denies, in the order of its fields."""
     found = [*_whole(request, policy, known)]
@@ -100,8 +104,8 @@ def require(denials: Sequence[Denial]) -> None:
 
 
 def _values(model: BaseModel, where: str) -> Iterator[_Value]:
-    """Every field of *model* and of the models in it, item by item where it holds several."""
-    for name in type(model).model_fields:
+    """Every field of *model* and of the models in it that can tell something, item by item."""
+    for name in _telling(type(model)):
         path = f"{where}.{name}" if where else name
         content = getattr(model, name)
         several = isinstance(content, tuple)
@@ -145,23 +149,71 @@ def _model(model: BaseModel, path: str, policy: PolicySettings, known: Known) ->
 
 def _value(value: _Value, policy: PolicySettings) -> Iterator[Denial]:
     """What one value tells by itself."""
-    name, content = value.name, value.content
+    content = value.content
     if content is None:
         return
-    if name in _marked_fields(type(value.owner), OnHost):
-        yield from _below(content, "host_paths", value.path, policy.host_paths)
-    elif name in _marked_fields(type(value.owner), HostSecret):
-        yield from _below(content, "secret_dirs", value.path, policy.secret_dirs)
-    elif name in _marked_fields(type(value.owner), HostHook):
-        yield from _below(content, "hook_dirs", value.path, policy.hook_dirs)
-    elif name == "env" and isinstance(value.owner, Hook):
-        yield from _listed(str(content).partition("=")[0], "policy.hook_env", value.path, policy.hook_env)
-    elif name == "capabilities" and isinstance(value.owner, Cmd):
-        yield from _capabilities((content,), value.path, policy)
-    elif name in ("devices", "kernel_params", "hypervisor_params"):
-        yield from _listed(_spelled(content), f"policy.{name}", value.path, getattr(policy, name))
-    elif name in ("vcpu_count", "mem_size_mib") and isinstance(content, int):
-        yield from _at_most(content, f"max_{name}", value.path, policy)
+    match rule := _rule(type(value.owner), value.name):
+        case "host_paths" | "secret_dirs" | "hook_dirs":
+            yield from _below(content, rule, value.path, getattr(policy, rule))
+        case "hook_env":
+            yield from _listed(str(content).partition("=")[0], "policy.hook_env", value.path, policy.hook_env)
+        case "capabilities":
+            yield from _capabilities((content,), value.path, policy)
+        case "devices" | "kernel_params" | "hypervisor_params":
+            yield from _listed(_spelled(content), f"policy.{rule}", value.path, getattr(policy, rule))
+        case "max_vcpu_count" | "max_mem_size_mib" if isinstance(content, int):
+            yield from _at_most(content, rule, value.path, policy)
+
+
+@functools.cache
+def _rule(owner: type[BaseModel], name: str) -> str | None:
+    """Name of the setting by which a field is judged by itself; None: it never is."""
+    for mark, rule in ((OnHost, "host_paths"), (HostSecret, "secret_dirs"), (HostHook, "hook_dirs")):
+        if name in _marked_fields(owner, mark):
+            return rule
+    if name == "env" and issubclass(owner, Hook):
+        return "hook_env"
+    if name == "capabilities" and issubclass(owner, Cmd):
+        return "capabilities"
+    if name in ("devices", "kernel_params", "hypervisor_params"):
+        return name
+    return f"max_{name}" if name in ("vcpu_count", "mem_size_mib") else None
+
+
+@functools.cache
+def _telling(model: type[BaseModel]) -> tuple[str, ...]:
+    """Fields of *model* in which there can be anything to judge: most of a request needs no look.
+
+    Every node of a fleet is asked for a bid for each pod, and judges it first.
+    """
+    return tuple(name for name in model.model_fields if _can_tell(model, name, frozenset()))
+
+
+def _can_tell(model: type[BaseModel], name: str, above: frozenset[type[BaseModel]]) -> bool:
+    """Whether the field is judged, or anything in the models that it can hold; *above* are those it is in."""
+    if _rule(model, name) is not None:
+        return True
+    above |= {model}
+    return any(
+        inner is BaseModel
+        or inner in above  # it holds its own kind: look
+        or issubclass(inner, _JUDGED_MODELS)
+        or any(_can_tell(inner, field, above) for field in inner.model_fields)
+        for inner in _models_in(model.model_fields[name].annotation)
+    )
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models that a value of that type can hold; `BaseModel` itself where the type does not say."""
+    if annotation in (Any, object) or isinstance(annotation, typing.TypeVar):
+        yield BaseModel
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        for kind in annotation.__subclasses__():
+            yield from _models_in(kind)
+    for inner in typing.get_args(annotation):
+        if inner is not None and not isinstance(inner, str | int):
+            yield from _models_in(inner)
 
 
 def _below(path: str, setting: str, field: str, allowed: Sequence[Path] | None) -> Iterator[Denial]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ from tests.support.cli import vcnode
 from tests.unit.handlers.fakes import World as Handlers
 from tests.unit.pods.test_fleet import ask, fleet_of
 from tests.unit.pods.world import World, container, pod
+from vcnode.contracts.payloads import PAYLOADS
 from vcnode.errors import InvalidArgumentError, PermissionDeniedError
 from vcnode.models import wire
 from vcnode.models.base import HostPath, Request
@@ -29,10 +31,12 @@ from vcnode.models.commands import (
     PodExec,
 )
 from vcnode.models.hooks import Hook, Hooks
+from vcnode.models.network import DnsConfig
 from vcnode.models.node import ImageStatus
 from vcnode.models.pod import Cmd, ContainerSpec, HypervisorConfig, Resources
 from vcnode.models.sessions import SessionExec
 from vcnode.models.volumes import Socket, Volume
+from vcnode.pods import policy
 from vcnode.pods.policy import Known, judge, judge_digest, require, split_reference
 from vcnode.settings import ImageRule, PolicySettings, Settings
 
@@ -353,3 +357,55 @@ async def test_people_can_ask_beforehand(tmp_path: Path) -> None:
         ],
     )
     assert (await vcnode("policy", "check", "-", stdin=spec)).out == "allowed\n"
+
+
+STRICT = PolicySettings(
+    image_import=False,
+    guest_exec=False,
+    own_guests=False,
+    images=(),
+    capabilities=(),
+    host_paths=(),
+    hook_dirs=(),
+    hook_env=(),
+    kernel_params=(),
+    hypervisor_params=(),
+    secret_dirs=(),
+    max_vcpu_count=1,
+    max_mem_size_mib=128,
+    max_containers=1,
+    max_disk_size_mib=1,
+)
+
+
+def test_nothing_is_missed_for_not_being_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all examples of requests, the fields that can tell nothing have told nothing."""
+    requests = [
+        PAYLOADS[path.parent.name].model.model_validate_json(path.read_text())
+        for path in sorted(Path("contracts/examples/good").glob("*.request/*.json"))
+    ]
+    judged = [judge(request, STRICT, IMAGES) for request in requests]
+    assert len({denial.rule for found in judged for denial in found}) > 8
+    monkeypatch.setattr(policy, "_telling", lambda model: tuple(model.model_fields))
+    assert judged == [judge(request, STRICT, IMAGES) for request in requests]
+
+
+class Inner(Request):
+    path: HostPath = "/a"
+
+
+class Outer(Request):
+    """What a type can hide a model in."""
+
+    plain: str = ""
+    one: Inner | None = None
+    several: tuple[Annotated[Inner | str, "x"], ...] = ()
+    by_name: Mapping[str, str] = MappingProxyType({})
+    anything: Any = None
+    more: Outer | None = None
+    none_here: Resources | None = None
+    nothing: DnsConfig | None = None
+
+
+def test_what_can_hold_something_is_looked_at() -> None:
+    assert policy._telling(Outer) == ("one", "several", "anything", "more", "none_here")
