@@ -365,7 +365,7 @@ async def test_close_kills_the_process_and_can_be_repeated(rig: Rig, session: Gu
 async def test_unread_output_stops_its_process_only(rig: Rig, session: GuestSession) -> None:
     container_id = await rig.running(session)
     stuck = await execute(session, container_id, "cat")
-    writing = asyncio.ensure_future(stuck.write_stdin(bytes(4 << 20)))
+    writing = asyncio.ensure_future(stuck.write_stdin(bytes(32 << 20)))
     assert await run(session, container_id, "echo", "fine") == (0, b"fine\n", b"")
     done, _ = await asyncio.wait({writing}, timeout=0.3)  # as much as shall be waited in vain
     assert not done

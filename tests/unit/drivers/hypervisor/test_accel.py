@@ -151,3 +151,38 @@ def test_the_probes_guest_is_an_elf_file_with_a_pvh_entry():
     assert elf[:7] == b"\x7fELF\x01\x01\x01"
     assert struct.unpack_from("<I", elf, 24)[0] == probe.LOAD_ADDRESS
     assert struct.pack("<III4sI", 4, 4, 18, b"Xen\0", probe.LOAD_ADDRESS) in elf
+
+
+@pytest.mark.parametrize(
+    ("boots", "accelerator", "reason"),
+    [
+        ('echo vcnode-probe >"${console#file:}"', "kvm", "ran a test guest"),
+        (
+            "echo KVM internal error. Suberror: 1; exec sleep 100",
+            "tcg",
+            "did not come up within 1 s. It says: KVM int",
+        ),
+        ('echo panic >"${console#file:}"', "tcg", "The guest image under kvm ended too early"),
+    ],
+    ids=["boots", "hangs", "panics"],
+)
+async def test_kvm_must_boot_the_guest_image_too(
+    tmp_path: Path, kvm: Path, monkeypatch: pytest.MonkeyPatch, boots: str, accelerator: str, reason: str
+) -> None:
+    """There are hosts where a few instructions run under KVM, and no kernel boots."""
+    monkeypatch.setattr(accel, "GUEST_LIMIT_S", 1.0)
+    find = 'for word; do [ "$before" = -serial ] && console=$word; before=$word; done'
+    path = fake_qemu(tmp_path, f"{find}\n[ -z $console ] && exit {probe.EXIT_CODE}\n{boots}")
+    files = tmp_path / "vmlinux", tmp_path / "initrd"
+    build = await accel.find_build(str(path))
+    for attempt in ("without an image", "with one", "again"):
+        if attempt == "with one":
+            for file in files:
+                file.touch()
+        choice = await accel.choose("auto", build, state_dir=tmp_path / "state", timeout_s=10, guest=files)
+        if attempt == "without an image":
+            assert choice.accelerator == "kvm"
+        else:
+            assert choice.accelerator == accelerator
+            assert reason in choice.reason
+    assert probes(tmp_path) == 3  # twice the few instructions, once the image

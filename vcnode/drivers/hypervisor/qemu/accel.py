@@ -1,9 +1,10 @@
 """Which accelerator really runs guests on this host.
 
 ``/dev/kvm`` that opens proves nothing: there are hosts where it opens, tells its API version and creates a
-VM, and then QEMU aborts with one CPU model and spins for ever with the others. So ``auto`` boots a guest
-(`probe`) under KVM with a deadline, and remembers the answer for this boot of the host, this QEMU and this
-``/dev/kvm``.
+VM, and then QEMU aborts with one CPU model and spins for ever with the others; and there are hosts where a
+few instructions run, and a kernel does not get to the end of its boot. So ``auto`` runs a few instructions
+(`probe`) under KVM with a deadline, and then boots the guest image; it remembers the answer for this boot of
+the host, this QEMU, this ``/dev/kvm`` and this guest image.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ MEMORY_FILE = "accelerator.json"
 """In the state directory."""
 VERSION_LIMIT_S = 10.0
 KILL_WAIT_S = 5.0
+GUEST_LIMIT_S = 8.0
+"""For a boot of the guest image under KVM, which takes a second."""
+GUEST_WORD = "vcnode-probe"
+GUEST_PARAMS = (
+    "console=ttyS0 quiet panic=-1 reboot=t rdinit=/usr/bin/busybox -- "
+    f'sh -c "echo {GUEST_WORD}; busybox reboot -f"'
+)
+"""The guest says a word, and ends."""
 
 Accelerator = Literal["kvm", "tcg"]
 
@@ -102,8 +111,17 @@ async def choose(
     state_dir: Path,
     timeout_s: float,
     arch: Architecture = X86_64,
+    guest: tuple[Path, Path] | None = None,
 ) -> Choice:
     """Choose the accelerator; with ``auto`` and ``kvm`` KVM is tried, unless the answer is remembered.
+
+    Args:
+        wanted: What the settings say.
+        build: QEMU.
+        state_dir: Where the answer is kept.
+        timeout_s: For the test guest of a few instructions.
+        arch: Of the host.
+        guest: Kernel and initramfs of the guest image, which KVM must boot as well, if they are there.
 
     Raises:
         HypervisorError: ``kvm`` was asked for and does not work; says why.
@@ -112,7 +130,9 @@ async def choose(
         return Choice("tcg", "TCG is used because the settings say so.")
     problem = kvm_unreachable()
     if problem is None:
-        problem = await _remembered_problem(build, state_dir, timeout_s, arch, ask_again=wanted == "kvm")
+        problem = await _remembered_problem(
+            build, state_dir, timeout_s, arch, guest, ask_again=wanted == "kvm"
+        )
     if problem is None:
         return Choice("kvm", "KVM ran a test guest.")
     if wanted == "kvm":
@@ -170,6 +190,42 @@ async def try_accelerator(
             return f"The test guest under {accelerator} failed: {_how(exit_code)}{_quote(words)}"
 
 
+async def try_guest_image(binary: str, kernel: Path, initrd: Path, *, timeout_s: float) -> str | None:
+    """Boot the guest image under KVM until a program of it runs.
+
+    Returns:
+        None when one did, otherwise what happened, as a sentence. Nothing is left behind in any case.
+
+    Raises:
+        HypervisorError: QEMU could not be executed, or not be killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="vcnode-probe-") as name:
+        directory = Path(name)
+        console = directory / "console"
+        argv = [
+            *(binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+            *("-machine", f"{X86_64.machines[0]},accel=kvm", "-cpu", "host", "-m", "256M"),
+            *("-serial", f"file:{console}", "-kernel", str(kernel), "-initrd", str(initrd)),
+            *("-append", GUEST_PARAMS),
+        ]
+        with (directory / "stderr").open("wb+") as stderr:
+            process = spawn(argv, stderr_fd=stderr.fileno(), fds=(), directory=directory)
+            try:
+                in_time = await process.ended_within(timeout_s)
+            finally:
+                process.signal(signal.SIGKILL)
+                ended = await process.ended_within(KILL_WAIT_S)
+                process.release()
+            if not ended:
+                raise HypervisorError(f"The test guest's process {process.pid} survived SIGKILL.")
+            if console.exists() and GUEST_WORD in console.read_text(errors="replace").splitlines():
+                return None
+            stderr.seek(0)
+            words = stderr.read(4096).decode("utf-8", "replace").strip()
+        how = "ended too early." if in_time else f"did not come up within {timeout_s:g} s."
+        return f"The guest image under kvm {how}{_quote(words)}"
+
+
 def probe_argv(accelerator: Accelerator, binary: str, guest: Path, arch: Architecture = X86_64) -> list[str]:
     """The probe's command line: machine and CPU as in `argv`, and the device on which the guest ends."""
     return [
@@ -193,11 +249,18 @@ def _quote(words: str) -> str:
 
 
 async def _remembered_problem(
-    build: Build, state_dir: Path, timeout_s: float, arch: Architecture, *, ask_again: bool
+    build: Build,
+    state_dir: Path,
+    timeout_s: float,
+    arch: Architecture,
+    guest: tuple[Path, Path] | None,
+    *,
+    ask_again: bool,
 ) -> str | None:
     """Why KVM does not work, from the memory or by trying; *ask_again*: trust no bad news of the memory."""
     memory = state_dir / MEMORY_FILE
-    key = _key(build)
+    bootable = guest if guest and arch is X86_64 and all(path.is_file() for path in guest) else None
+    key = _key(build, bootable)
     with contextlib.suppress(OSError, ValueError):
         kept = json.loads(memory.read_text())
         if isinstance(kept, dict) and kept.get("key") == key:
@@ -207,6 +270,8 @@ async def _remembered_problem(
             if isinstance(problem, str) and not ask_again:
                 return f"{problem} (Remembered; remove {memory} to try again.)"
     problem = await try_accelerator("kvm", build.path, timeout_s=timeout_s, arch=arch)
+    if problem is None and bootable is not None:
+        problem = await try_guest_image(build.path, *bootable, timeout_s=GUEST_LIMIT_S)
     try:
         write_memory(memory, key, problem)
     except OSError as exc:
@@ -222,7 +287,8 @@ def write_memory(memory: Path, key: str, problem: str | None) -> None:
     fresh.replace(memory)
 
 
-def _key(build: Build) -> str:
-    """Whatever changes this may change the answer: boot of the host, QEMU, and a reload of the kvm module."""
+def _key(build: Build, guest: tuple[Path, Path] | None) -> str:
+    """Whatever changes this may change the answer: boot of the host, QEMU, kvm module, guest image."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot_id} {build.key} {KVM_DEVICE.stat().st_ctime_ns}"
+    files = " ".join(f"{path} {path.stat().st_mtime_ns}" for path in guest or ())
+    return f"{boot_id} {build.key} {KVM_DEVICE.stat().st_ctime_ns} {files}"

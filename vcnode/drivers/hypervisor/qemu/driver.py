@@ -134,6 +134,7 @@ class QemuHypervisor:
             state_dir=self._state_dir,
             timeout_s=self._settings.probe_timeout_s,
             arch=arch,
+            guest=(self._guest.kernel, self._guest.initrd),
         )
         self._notes = (self._choice.reason, *((self._cgroups.note,) if self._cgroups.note else ()))
         if self._choice.accelerator == "tcg" and arch.name == "x86_64":
