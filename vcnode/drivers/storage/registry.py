@@ -150,7 +150,8 @@ class Registry:
         ended = await self._skopeo(
             source.reference,
             job,
-            ["copy", "--quiet", *self._options("--src-", job)],
+            # The policy has judged the signatures by then; a layout cannot hold them, and skopeo would fail.
+            ["copy", "--remove-signatures", "--quiet", *self._options("--src-", job)],
             [f"docker://{by_digest(source.reference, resolved.digest)}", f"oci:{layout}"],
             file_bytes=file_bytes,
             tick_s=self._settings.progress_interval_s,
