@@ -101,7 +101,7 @@ async def test_a_node_killed_in_the_life_of_a_real_pod_loses_and_leaves_nothing(
         except Died:
             assert host.ended is not None
             assert host.ended.result() == signal.SIGKILL, host.tail()
-        assert (done == 4) == (not deaths), f"{where}: {done} commands were answered"
+        assert (done == 4) == (not deaths), f"{where}: {host.answers.keys()}\n{host.tail()}"
         if not deaths:
             await template_of(host)
         if deaths[1:]:

@@ -101,6 +101,24 @@ def test_the_smallest_memory_limit_still_starts_a_container(guest: GuestClient) 
     assert (ended["exit_code"], ended["oom_killed"]) == (4, False)
 
 
+def test_memory_that_runs_out_costs_who_takes_it_and_never_the_agent(own_vm: GuestVm) -> None:
+    with GuestClient.connect(own_vm.agent_socket) as guest:
+        of_all = (
+            'cd /proc; for p in [0-9]*; do [ -n "$(cat $p/cmdline)" ] && cat $p/comm $p/oom_score_adj; done'
+        )
+        scores = guest.run("/bin/sh", "-c", of_all).text.split()
+        assert scores.count("-1000") == 2, scores  # the agent and its forker
+        assert scores[scores.index("sh") + 1] == "0", scores
+        guest.create("hog", "sh", "-c", "while true; do tail /dev/zero; done")
+        guest.call("start_container", container_id="hog")
+        kills = 0
+        while kills < 2:
+            with contextlib.suppress(GuestError):  # there is no memory for it, or it is what was killed
+                said = guest.run("/bin/grep", "oom_kill ", "/proc/vmstat").text.split()
+                kills = int(said[1]) if said else kills
+        assert guest.states()["hog"]["state"] == "running"
+
+
 def test_a_fork_bomb_is_bounded_and_others_go_on(guest: GuestClient) -> None:
     guest.create(
         "bomb", "sh", "-c", "bomb() { bomb | bomb & }; bomb; sleep 1000", resources={"pids_limit": 40}

@@ -50,15 +50,18 @@ _ENTER = {
 }
 
 
-def run(order: Order, fds: list[int]) -> NoReturn:
+def run(order: Order, fds: list[int], *, guard_oom: bool) -> NoReturn:
     """Become the program of *order*. Never returns, whatever happens: the parent's loop is below.
 
     Args:
         order: See `spawn.Order`.
         fds: stdin, stdout, stderr, the status pipe, and those of the entry.
+        guard_oom: Whether this process is exempt from the OOM killer, as the agent is, and has to give it up.
     """
     status_fd = fds[3]
     try:
+        if guard_oom:
+            _face_oom_killer()
         _become(order, fds)
     except Failure as exc:
         _tell(status_fd, exc)
@@ -68,6 +71,12 @@ def run(order: Order, fds: list[int]) -> NoReturn:
         _tell(status_fd, Failure(INTERNAL, f"The process could not be set up: {type(exc).__name__}: {exc}"))
     finally:
         os._exit(_SETUP_FAILED)
+
+
+def _face_oom_killer() -> None:
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    os.write(fd, b"0")
+    os.close(fd)
 
 
 def _tell(status_fd: int, failure: Failure) -> None:

@@ -38,19 +38,19 @@ def serve(sock: socket.socket, *, guard_oom: bool) -> NoReturn:
 
     Args:
         sock: A stream socket to the agent; all other descriptors but the standard ones are closed.
-        guard_oom: Whether this process is exempt from the OOM killer, which its children must not be.
+        guard_oom: Whether this process is exempt from the OOM killer, which its children must not be: each
+            gives that up itself. A fork takes memory, so it is when the killer comes.
     """
     os.closerange(3, sock.fileno())
     os.closerange(sock.fileno() + 1, 1 << 20)
     own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    oom_score = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC) if guard_oom else -1
     gc.collect()
     gc.freeze()
     # Nothing here makes cycles, and a collection would touch what has been frozen.
     gc.disable()
     while received := _receive(sock):
         order, fds = received
-        answer = _answer(order, fds, own_pidns, oom_score)
+        answer = _answer(order, fds, own_pidns, guard_oom=guard_oom)
         for fd in fds:
             os.close(fd)
         sock.sendall(answer)
@@ -73,32 +73,27 @@ def _receive(sock: socket.socket) -> tuple[Order, list[int]] | None:
     return marshal.loads(content), list(fds)  # noqa: S302 (from the agent, whose fork this is)
 
 
-def _answer(order: Order, fds: list[int], own_pidns: int, oom_score: int) -> bytes:
+def _answer(order: Order, fds: list[int], own_pidns: int, *, guard_oom: bool) -> bytes:
     try:
-        pid = _fork(order, fds, own_pidns, oom_score)
+        pid = _fork(order, fds, own_pidns)
     except OSError as exc:
         return ANSWER.pack(0, exc.errno or 0)
     if pid == 0:
-        child.run(order, fds)
+        child.run(order, fds, guard_oom=guard_oom)
     return ANSWER.pack(pid, 0)
 
 
-def _fork(order: Order, fds: list[int], own_pidns: int, oom_score: int) -> int:
+def _fork(order: Order, fds: list[int], own_pidns: int) -> int:
     """Fork with the pid namespace that the order asks for; a process never changes its own."""
     kind = order[-2]
     if kind == JOIN:
         syscalls.setns(fds[-1], syscalls.CLONE_NEWPID)
     elif kind not in (GUEST, LAUNCH):
         syscalls.unshare(syscalls.CLONE_NEWPID)
-    if oom_score >= 0:
-        os.pwrite(oom_score, b"0", 0)
     pid = -1
     try:
         pid = syscalls.fork_sibling()
     finally:
-        if pid != 0:
-            if oom_score >= 0:
-                os.pwrite(oom_score, b"-1000", 0)
-            if kind != GUEST:
-                syscalls.setns(own_pidns, syscalls.CLONE_NEWPID)
+        if pid != 0 and kind != GUEST:
+            syscalls.setns(own_pidns, syscalls.CLONE_NEWPID)
     return pid

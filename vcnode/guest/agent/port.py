@@ -8,6 +8,7 @@ handle_control_message.
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import time
@@ -137,7 +138,8 @@ class Port:
         self._hang_up: Timer | None = None
         self._relay = Relay()
         # One readv(2) takes as many of the queue's buffers as there are, as long as each fills its vector.
-        self._space = memoryview(bytearray(_SPACE_BYTES))
+        # Mapped and not a bytearray, which is written to when it is made: most guests never use most of it.
+        self._space = memoryview(mmap.mmap(-1, _SPACE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._vectors = [self._space[at : at + _BUFFER_BYTES] for at in range(0, _SPACE_BYTES, _BUFFER_BYTES)]
         self._next_vector = 0
         self.listener: Listener

@@ -15,6 +15,7 @@ from vcnode.errors import InvalidArgumentError, UnsupportedError
 from vcnode.models.hypervisor import DiskFormat, MachineType
 from vcnode.models.vm import Channel, DiskFile, NetDev, Share, VmConfig, VmSpec
 
+QUIET = "quiet initcall_blacklist=tracer_init_tracefs"
 SPEC = VmSpec(
     vm_id="vm-0123456789ab",
     uuid="11111111-2222-3333-4444-555555555555",
@@ -76,7 +77,7 @@ def test_the_whole_command_line():
         *("-object", "memory-backend-ram,id=ram,size=256M"),
         *("-kernel", "/g/vmlinux"),
         *("-initrd", "/g/initrd"),
-        *("-append", "console=ttyS0 quiet panic=-1 reboot=t"),
+        *("-append", f"console=ttyS0 {QUIET} panic=-1 reboot=t"),
         *("-chardev", "socket,id=qmp0,fd=7,server=on,wait=off"),
         *("-mon", "chardev=qmp0,mode=control"),
         *("-chardev", "pipe,id=console0,path=/run/vcnode/vms/vm-0123456789ab/console"),
@@ -133,7 +134,7 @@ def test_memory_in_a_file_for_templates_and_their_clones(share: bool, text: str)
 
 def test_kernel_parameters_are_given_whole():
     launch = replace(LAUNCH, kernel_params=("a=b,c",))
-    assert values(launch, "-append") == ["console=ttyS0 quiet panic=-1 reboot=t a=b,c"]
+    assert values(launch, "-append") == [f"console=ttyS0 {QUIET} panic=-1 reboot=t a=b,c"]
 
 
 def test_a_balloon_is_for_memory_of_its_own_only():
@@ -222,7 +223,7 @@ def test_what_boots(config: VmConfig, kernel: list[str], initrd: list[str], para
     launch = configured(config)
     assert values(launch, "-kernel") == kernel
     assert values(launch, "-initrd") == initrd
-    assert values(launch, "-append") == [f"console=ttyS0 quiet panic=-1 reboot=t{params}"]
+    assert values(launch, "-append") == [f"console=ttyS0 {QUIET} panic=-1 reboot=t{params}"]
     assert values(launch, "-machine")[0].startswith("type=microvm,")
 
 
@@ -253,7 +254,7 @@ def test_aarch64_has_a_machine_a_console_and_a_cpu_of_its_own():
     launch = replace(LAUNCH, architecture=ARCHITECTURES["aarch64"], binary="qemu-system-aarch64")
     assert values(launch, "-machine") == ["type=virt,memory-backend=ram,gic-version=max"]
     assert values(launch, "-cpu") == ["max,pauth-impdef=on"]
-    assert values(launch, "-append") == ["console=ttyAMA0 quiet panic=-1"]
+    assert values(launch, "-append") == [f"console=ttyAMA0 {QUIET} panic=-1"]
     assert values(launch, "-device")[0] == "virtio-serial-pci,id=serial0,max_ports=9"
     assert values(replace(launch, accelerator="kvm"), "-cpu") == ["host"]
     with pytest.raises(InvalidArgumentError, match="firmware_path"):
