@@ -94,6 +94,21 @@ class Share(Data):
     """Whether by virtio-fs, not 9p; the VM's memory is then shared with the process that serves it."""
 
 
+SLOT_DISK = "slot-image"
+"""Serial of the disk that a template and its clones have from the start: see `VmSpec.slot`."""
+SLOT_BYTES = 1 << 40
+"""Size that a template's guest takes that disk to have, and so most that an image in it can have."""
+
+
+class SlotImage(Data):
+    """An image for the disk `SLOT_DISK`."""
+
+    digest: str
+    """Of the image."""
+    path: str
+    """Its file."""
+
+
 def channel_socket(directory: str, channel_id: str) -> Path:
     """Where the socket of a channel is."""
     return Path(directory, f"{channel_id}.sock")
@@ -135,6 +150,9 @@ class VmSpec(Data):
     """How it is built and what it boots. Only with the default there are templates."""
     template_key: str | None = None
     """Set when the VM is booted to become the template of this key (see `Templating.save_template`)."""
+    slot: SlotImage | None = None
+    """What is in the disk that a template's guest has met and its clones find again, without a search of the
+    bus. None: nothing that can be used. A VM that boots for itself has no such disk."""
 
     @property
     def shape(self) -> VmShape:
@@ -187,6 +205,8 @@ class VmRecord(Data):
     """User id that its process has to itself; None: the node agent's."""
     balloon: bool = False
     """Whether it was launched with a balloon."""
+    slot_digest: str | None = None
+    """The image in its disk `SLOT_DISK`, as long as it lives; None: there is none that can be used."""
 
 
 class VmExit(Data):

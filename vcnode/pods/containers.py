@@ -7,7 +7,15 @@ import asyncio
 from vcnode.errors import AgentError, AlreadyExistsError, NotFoundError
 from vcnode.models.pod import ContainerState
 from vcnode.models.records import ContainerRecord, PodRecord
-from vcnode.models.vm import ContainerRoot, Disk, GuestContainer
+from vcnode.models.vm import (
+    SLOT_BYTES,
+    SLOT_DISK,
+    ContainerRoot,
+    Disk,
+    GuestContainer,
+    SlotImage,
+    VmRecord,
+)
 from vcnode.pods.lifecycle import CONTAINER_ALIVE
 from vcnode.pods.live import LivePod
 from vcnode.pods.parts import KILL_LIMIT_S, REQUEST_LIMIT_S, Parts
@@ -68,6 +76,18 @@ class Containers:
             live.container_did_not_start(cid)
             await undo.unwind()
             raise
+
+    async def slot_image(self, record: PodRecord) -> SlotImage | None:
+        """What a clone for the pod has in its slot: the image of its first container that has one.
+
+        Raises:
+            NotFoundError: The image is gone.
+        """
+        digest = next((c.image_digest for c in record.containers if c.image_digest is not None), None)
+        if digest is None:
+            return None
+        file = await self._parts.storage.image_file(digest)
+        return SlotImage(digest=digest, path=str(file.path)) if file.size_bytes <= SLOT_BYTES else None
 
     async def attach_images(self, live: LivePod, record: PodRecord) -> None:
         """Plug in what the pod's containers will need, so that the guest finds it while it does other things.
@@ -146,7 +166,7 @@ class Containers:
         """Make the container in the guest; *undo* gets what takes it away again."""
         cid = container_id(container)
         session = live.require_session()
-        root = root_of(container)
+        root = root_of(container, live.vm.record)
         undo.push(f"root of container {cid}", lambda: self._withdraw(live, cid, root))
         check_can_share(live.vm.record, container, record)
         if container.spec.mounts:
@@ -188,8 +208,8 @@ class Containers:
 
     async def _attach_image(self, live: LivePod, container: ContainerRecord) -> None:
         """Plug the image's disk in, unless the container has none or it is there already."""
-        disk_id = root_of(container).disk_id
-        if disk_id is None or disk_id in live.plugged:
+        disk_id = root_of(container, live.vm.record).disk_id
+        if disk_id in (None, SLOT_DISK) or disk_id in live.plugged:
             return
         if live.disk_in_use(disk_id, besides=container_id(container)):
             return
@@ -209,7 +229,7 @@ class Containers:
             await live.vm.detach_disk(root.layer_disk_id, timeout_s=REQUEST_LIMIT_S)
         if root.shared_name is not None:
             await self._parts.storage.unshare(live.vm.record.vm_id, root.shared_name)
-        elif root.disk_id is not None and not live.disk_in_use(root.disk_id, besides=cid):
+        elif root.disk_id not in (None, SLOT_DISK) and not live.disk_in_use(root.disk_id, besides=cid):
             live.plugged.discard(root.disk_id)
             await live.vm.detach_disk(root.disk_id, timeout_s=REQUEST_LIMIT_S)
 
@@ -219,10 +239,11 @@ def stop_signal(container: ContainerRecord) -> int:
     return container.spec.stop_signal or container.image_config.stop_signal or SIGTERM
 
 
-def root_of(container: ContainerRecord) -> ContainerRoot:
+def root_of(container: ContainerRecord, vm: VmRecord) -> ContainerRoot:
     """Where the guest finds the container's root, once it is provided."""
-    if container.image_digest is not None:
-        return ContainerRoot(disk_id=disk_id_of(container.image_digest), layer_disk_id=container.layer_id)
+    if (digest := container.image_digest) is not None:
+        disk_id = SLOT_DISK if digest == vm.slot_digest else disk_id_of(digest)
+        return ContainerRoot(disk_id=disk_id, layer_disk_id=container.layer_id)
     return ContainerRoot(shared_name=container_id(container))
 
 

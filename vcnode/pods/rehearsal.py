@@ -18,7 +18,15 @@ from vcnode.aio import deadline_as
 from vcnode.drivers.base import ContainerExited, GuestSession, ImageFile, Storage, Vm
 from vcnode.errors import DeadlineExceededError, UnavailableError, VcnodeError
 from vcnode.models.capabilities import DEFAULT_CAPABILITIES
-from vcnode.models.vm import ContainerRoot, Disk, GuestConfig, GuestContainer, GuestProcess
+from vcnode.models.vm import (
+    SLOT_DISK,
+    ContainerRoot,
+    Disk,
+    GuestConfig,
+    GuestContainer,
+    GuestProcess,
+    SlotImage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +57,7 @@ class Rehearsal:
         """Rehearse in a fresh guest; nothing of it is left there but what is warm now.
 
         Args:
-            vm: It has no disk yet.
+            vm: It has no disk yet, but for its slot.
             session: With its guest.
             configure: Whether to give it an identity, which what becomes a template must not have.
 
@@ -69,6 +77,20 @@ class Rehearsal:
             log.warning("A rehearsal went wrong; there will be no more", exc_info=exc)
             raise UnavailableError(f"The rehearsal in VM {vm.record.vm_id} went wrong.") from exc
 
+    async def slot(self) -> SlotImage | None:
+        """What guests that are to rehearse have in their slots; None: there are no rehearsals."""
+        try:
+            image = await self._blank()
+        except VcnodeError as exc:
+            log.warning("There is no image to rehearse with", exc_info=exc)
+            return None
+        return SlotImage(digest=image.digest, path=str(image.path))
+
+    async def _blank(self) -> ImageFile:
+        if self._image is None:
+            self._image = await self._storage.blank_image(timeout_s=LIMIT_S)
+        return self._image
+
     async def _configure(self, vm: Vm, session: GuestSession) -> None:
         config = GuestConfig(
             hostname=HOSTNAME,
@@ -79,15 +101,16 @@ class Rehearsal:
         await session.configure(config, timeout_s=LIMIT_S)
 
     async def _run(self, vm: Vm, session: GuestSession) -> None:
-        if self._image is None:
-            self._image = await self._storage.blank_image(timeout_s=LIMIT_S)
+        image = await self._blank()
+        in_slot = vm.record.slot_digest == image.digest
         container = GuestContainer(
             container_id=CONTAINER_ID,
-            root=ContainerRoot(disk_id=DISK_ID),
+            root=ContainerRoot(disk_id=SLOT_DISK if in_slot else DISK_ID),
             hostname=HOSTNAME,
             process=GuestProcess(args=(PROGRAM,), capabilities=DEFAULT_CAPABILITIES),
         )
-        await vm.attach_disk(Disk(disk_id=DISK_ID, path=str(self._image.path)), timeout_s=LIMIT_S)
+        if not in_slot:
+            await vm.attach_disk(Disk(disk_id=DISK_ID, path=str(image.path)), timeout_s=LIMIT_S)
         await session.create_container(container, timeout_s=LIMIT_S)
         await session.start_container(CONTAINER_ID, timeout_s=LIMIT_S)
         async with contextlib.aclosing(session.events()) as events:  # type: ignore[type-var]
@@ -95,4 +118,5 @@ class Rehearsal:
                 if isinstance(event, ContainerExited) and event.container_id == CONTAINER_ID:
                     break
         await session.delete_container(CONTAINER_ID, timeout_s=LIMIT_S)
-        await vm.detach_disk(DISK_ID, timeout_s=LIMIT_S)
+        if not in_slot:
+            await vm.detach_disk(DISK_ID, timeout_s=LIMIT_S)

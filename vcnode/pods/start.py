@@ -306,8 +306,9 @@ class Starter:
     ) -> tuple[Vm, GuestSession | None]:
         """Launch the VM; a clone's agent must answer as well, or the template is dropped and the VM boots."""
         if template is not None:
+            update = {"clone_of": template, "slot": await self._containers.slot_image(record)}
             try:
-                return await self._clone(record, spec.model_copy(update={"clone_of": template}), phases)
+                return await self._clone(record, spec.model_copy(update=update), phases)
             except (HypervisorError, AgentError, NotFoundError) as exc:
                 log.warning("Pod %s: template %s is broken; booting", record.pod_id, template, exc_info=exc)
                 await self._templates.broke(record, template)

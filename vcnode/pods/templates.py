@@ -279,7 +279,8 @@ class Templates:
             directory = await self._storage.make_vm_dir(vm_id)
             spec, network = await prepare(kind, vm_id, directory, undo)
             async with netdevs(kind.network, network) as devices:
-                update = {"netdevs": devices, "template_key": kind.key}
+                slot = await self._rehearsal.slot()
+                update = {"netdevs": devices, "template_key": kind.key, "slot": slot}
                 vm = await kind.hypervisor.launch(spec.model_copy(update=update), timeout_s=limit_s)
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
             session = await kind.agent.connect(vm, timeout_s=limit_s)

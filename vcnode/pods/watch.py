@@ -118,7 +118,7 @@ class Watcher:
             cid = container_id(container)
             state = there.get(cid)
             if state is not None:
-                live.provided.setdefault(cid, root_of(container))
+                live.provided.setdefault(cid, root_of(container, live.vm.record))
                 note_mounts(live, record, container)
             if container.state in CONTAINER_ALIVE:
                 if state is None or state.state not in ("running", "paused"):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SYS_BLOCK = "/sys/block"
 DEV = "/dev"
+STAYS = "slot-"
+"""What the serial of a disk begins with that the host does not unplug when nobody uses it any more."""
 EXT4_OPTIONS = "discard,noinit_itable"
 """What is deleted gives its room on the host back; nothing is written that nobody has asked for (ext4(5))."""
 APPEARS_WITHIN_S = 10.0
@@ -187,7 +189,8 @@ class Disks:
                 raise
 
     def release(self, disk_id: str) -> None:
-        """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it.
+        """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it,
+        unless it is one that stays.
 
         Can be repeated when it raised OSError.
         """
@@ -200,7 +203,8 @@ class Disks:
             # just being cleared away: nothing must be on its way to the disk when that is pulled out.
             _sync(self.path(disk_id))
             unmount_directory(self.path(disk_id))
-            if (name := find(disk_id, self._sys_block)) is not None:
+            stays = disk_id.startswith(STAYS)
+            if not stays and (name := find(disk_id, self._sys_block)) is not None:
                 _delete_device(f"{self._sys_block}/{name}/device/delete")
             del self._users[disk_id]
 

@@ -35,6 +35,7 @@ from vcnode.drivers.hypervisor.qemu.switches import (
     NoUserConfig,
     PipeChardev,
     Sandbox,
+    ScsiDisk,
     Serial,
     Smp,
     SocketChardev,
@@ -52,7 +53,7 @@ from vcnode.drivers.hypervisor.qemu.switches import (
     VirtSerialPort,
 )
 from vcnode.models.hypervisor import DiskFormat
-from vcnode.models.vm import DiskFile, Share, VmConfig, VmSpec
+from vcnode.models.vm import SLOT_BYTES, SLOT_DISK, DiskFile, Share, VmConfig, VmSpec
 
 SCSI_BUS = "scsi0.0"
 """Where disks are plugged in."""
@@ -60,7 +61,9 @@ SERIAL_BUS = "serial0.0"
 """Where serial ports are."""
 SERIAL_PORTS = 9
 """Ports of the bus: that which the kernel keeps for a console, two for an agent, the rest for sockets."""
-
+SLOT_SET = 999
+"""Number of the set of descriptors with the image in the slot; see `_set_of`."""
+_READ_ONLY = {"read-only": True, "discard": "ignore"}
 NO_TRACING = "initcall_blacklist=tracer_init_tracefs"
 """Keeps the kernel from making tracefs, some 10,000 files that nobody opens: 10 of the 82 MiB that Debian's
 6.1 leaves of 128, and part of each boot (kernel/trace/trace.c; admin-guide/kernel-parameters)."""
@@ -108,6 +111,8 @@ class Launch:
     """The directory behind the 9p share, as QEMU is to open it; None: as the VM has it."""
     virtio_fs_fds: Sequence[int] = ()
     """Connections with the processes that serve directories by virtio-fs, in their order; inherited."""
+    slot_fd: int | None = None
+    """Descriptor of the image in the slot; inherited."""
     file_fds: Sequence[int] = ()
     """Descriptors of files that paths above name as ``/proc/self/fd/N``; inherited."""
 
@@ -169,6 +174,8 @@ def switches(launch: Launch) -> Iterator[Switch]:
         yield SocketChardev(id=f"{channel.channel_id}0", fd=fd)
         yield VirtSerialPort(bus=SERIAL_BUS, chardev=f"{channel.channel_id}0", name=channel.name)
     yield VirtioScsiDevice(transport, id="scsi0")
+    if spec.clone_of is not None or spec.template_key is not None:
+        yield from _slot(launch)
     yield LocalFsdev(id="share0", path=launch.share or Path(spec.shared_dir))
     yield Virtio9pDevice(transport, fsdev="share0", mount_tag=spec.share_tag)
     for index, share in enumerate(spec.shares):
@@ -248,6 +255,19 @@ def _disk(index: int, disk: DiskFile, machine: Machine) -> Iterator[Switch]:
     yield VirtioBlkDevice(machine.transport, drive=node, serial=f"vcnode-{index}", bootindex=bootindex)
 
 
+def _slot(launch: Launch) -> Iterator[Switch]:
+    """The disk that a template and its clones have from the start; a clone may have another file in it."""
+    node: dict[str, object] = {"driver": "null-co", "size": SLOT_BYTES, "read-zeroes": True}
+    if launch.slot_fd is not None:
+        yield AddFd(fd=launch.slot_fd, set=SLOT_SET)
+        node = {
+            "driver": "raw",
+            "file": {"driver": "file", "filename": f"/dev/fdset/{SLOT_SET}", **_READ_ONLY},
+        }
+    yield Blockdev(node | {"node-name": SLOT_DISK, **_READ_ONLY})
+    yield ScsiDisk(bus=SCSI_BUS, drive=SLOT_DISK, serial=SLOT_DISK)
+
+
 def _set_of(index: int, *, base: bool) -> int:
     """The number of a set of descriptors; those that QMP adds later get the smallest that are free."""
     return 1000 + 2 * index + base
@@ -277,5 +297,5 @@ def inherited_fds(launch: Launch) -> tuple[int, ...]:
         *launch.virtio_fs_fds,
         *launch.file_fds,
         *config.file_fds,
-        *(fd for fd in (launch.ram_fd, launch.state_fd, *disks) if fd is not None),
+        *(fd for fd in (launch.ram_fd, launch.state_fd, launch.slot_fd, *disks) if fd is not None),
     )

@@ -18,7 +18,7 @@ from vcnode.aio import Spawner, deadline_as, finish
 from vcnode.drivers.audit import Held
 from vcnode.drivers.base import TemplateInfo, Vm
 from vcnode.drivers.exhaustion import exhausted
-from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, tsc, vhost, virtiofsd, words
+from vcnode.drivers.hypervisor.qemu import accel, hugepages, privileges, slot, tsc, vhost, virtiofsd, words
 from vcnode.drivers.hypervisor.qemu.argv import Launch, build, inherited_fds, own_guest
 from vcnode.drivers.hypervisor.qemu.cgroup import Cgroup, Cgroups, Limits, disk_of
 from vcnode.drivers.hypervisor.qemu.fifolog import FifoLog
@@ -359,7 +359,11 @@ class QemuHypervisor:
             launch = self._describe(spec, files, source, qmp.fileno(), channel_fds)
             if launch.accelerator == "kvm":  # TCG has no use for it: no interrupts without QEMU
                 launch = replace(launch, vhost_fds=vhost.open_for(len(spec.netdevs), ours))
-            launch = replace(launch, virtio_fs_fds=tuple(connection.fileno() for _, connection in helpers))
+            launch = replace(
+                launch,
+                virtio_fs_fds=tuple(connection.fileno() for _, connection in helpers),
+                slot_fd=slot.open_for(spec, ours),
+            )
             if uid is not None:
                 launch = self._confine(launch, uid, ours)
             argv = build(launch)
@@ -461,6 +465,7 @@ class QemuHypervisor:
             helpers=tuple((helper.pid, helper.start_ticks) for helper in helpers),
             uid=uid,
             balloon=spec.balloon and spec.clone_of is None and spec.template_key is None,
+            slot_digest=spec.slot.digest if spec.slot is not None and slot.has(spec) else None,
         )
 
     def _open_logs(self, files: VmFiles, undo: contextlib.ExitStack) -> tuple[FifoLog, FifoLog]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 3
+LAYOUT = 4
 """Counts changes that make old templates useless: of devices, of machine, of what a guest rehearses."""
 DISCARD_LIMIT_S = 60.0
 

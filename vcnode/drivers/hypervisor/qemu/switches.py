@@ -362,6 +362,17 @@ class VirtioScsiDevice(VirtioDevice):
 
 
 @dataclass(frozen=True, slots=True)
+class ScsiDisk(Switch):
+    """A disk on that controller from the start."""
+
+    flag = "-device"
+    first = "scsi-hd"
+    bus: str
+    drive: str
+    serial: str
+
+
+@dataclass(frozen=True, slots=True)
 class LocalFsdev(Switch):
     """A host directory to share.
 
