@@ -79,10 +79,13 @@ class Rehearsal:
 
     async def slot(self) -> SlotImage | None:
         """What guests that are to rehearse have in their slots; None: there are no rehearsals."""
+        if self._off:
+            return None
         try:
             image = await self._blank()
         except VcnodeError as exc:
-            log.warning("There is no image to rehearse with", exc_info=exc)
+            self._off = True
+            log.warning("There is no image to rehearse with; there will be no rehearsals", exc_info=exc)
             return None
         return SlotImage(digest=image.digest, path=str(image.path))
 

@@ -2,9 +2,9 @@
 
 To find a plugged disk, a guest's kernel searches the SCSI bus, asks the disk for what it can, and makes its
 files: some 80 ms of a clone's start without KVM. In a template all that is done. What a clone's QEMU has
-behind the disk is another file, of which the guest has read nothing yet: the one of the pod's image. The guest
-goes on to believe in the size that the template's had, so that is larger than any image; nobody reads beyond
-the end of a file system.
+behind the disk is another file, of which the guest has read nothing yet: the one of the pod's image. The
+guest goes on to believe in the size that the template's had, so that is larger than any image; nobody reads
+beyond the end of a file system.
 """
 
 from __future__ import annotations
