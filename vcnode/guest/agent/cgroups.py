@@ -187,13 +187,10 @@ class Cgroup:
         """Let them go on."""
         _write(f"{self.path}/cgroup.freeze", "0")
 
-    def mark_oom(self) -> None:
-        """Count OOM kills from here on."""
-        self._oom_kills = self._count_oom()
-
     def oom_killed(self) -> bool:
-        """Whether the kernel has killed a process of the group for memory since `mark_oom`."""
-        return self._count_oom() > self._oom_kills
+        """Whether the kernel has killed a process of the group for memory since this was asked last."""
+        before, self._oom_kills = self._oom_kills, self._count_oom()
+        return self._oom_kills > before
 
     def _count_oom(self) -> int:
         path = f"{self.path}/memory.events"

@@ -352,7 +352,6 @@ class Containers:
             state = container.state if not container.on_deleted else "being deleted"
             raise Failure(FAILED_PRECONDITION, f"Container {container_id!r} is {state}.")
         container.executed = False
-        container.cgroup.mark_oom()
         container.main = self._spawn_main(container)
         container.state = STARTING
         container.on_started, container.start_failure = started, None
@@ -466,12 +465,13 @@ class Containers:
         self._thaw(container, "The container has ended.")
         if container.io is not None:
             container.io.drain()
+        oom_killed = container.cgroup.oom_killed()  # asked here, where no start waits for the answer
         if container.state == RUNNING:
             container.log.add(END, b"")
             container.exit_code = process.exit_code(status)
             if container.ended_by and container.exit_code == 128 + signal.SIGKILL:
                 container.exit_code = 128 + container.ended_by
-            container.oom_killed = container.cgroup.oom_killed() and container.exit_code != 0
+            container.oom_killed = oom_killed and container.exit_code != 0
             container.finished_at_ns = time.time_ns()
             container.state = STOPPED
             if container.io is not None:

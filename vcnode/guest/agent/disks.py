@@ -25,6 +25,8 @@ SYS_BLOCK = "/sys/block"
 DEV = "/dev"
 STAYS = "slot-"
 """What the serial of a disk begins with that the host does not unplug when nobody uses it any more."""
+AHEAD_BYTES = 128 * 1024
+"""How much of an image is read when it is mounted: what a disk reads ahead of a file anyway."""
 EXT4_OPTIONS = "discard,noinit_itable"
 """What is deleted gives its room on the host back; nothing is written that nobody has asked for (ext4(5))."""
 APPEARS_WITHIN_S = 10.0
@@ -81,6 +83,8 @@ class Disks:
         self._directory = directory
         self._sys_block = sys_block
         self._users: dict[str, int] = {}
+        self._staying: dict[str, str] = {}
+        """Names of the disks that stay, once they were used."""
         self._waiting: list[_Waiting] = []
         self._uevents = -1
 
@@ -92,6 +96,9 @@ class Disks:
         Returns:
             None when one of the two was called already, else a function that gives up now (calls *missing*).
         """
+        if disk_id in self._staying:
+            found(self._staying[disk_id])
+            return None
         look = partial(find_usable, disk_id, self._sys_block, self._dev)
         return self.when(look, f"disk {disk_id!r}", found, missing)
 
@@ -176,17 +183,31 @@ class Disks:
         count = self._users.get(disk_id, 0)
         self._users[disk_id] = count + 1
         if count == 0:
+            if disk_id.startswith(STAYS):
+                self._staying[disk_id] = name
             make_directory(self.path(disk_id))
             if fs == "ext4":
                 modules.load(modules.EXT4)
             flags, data = (MS_NODEV, EXT4_OPTIONS) if writable else (MS_NODEV | MS_RDONLY, None)
             try:
-                syscalls.mount(f"/dev/{name}", self.path(disk_id), fs, flags, data)
+                self._mount(f"/dev/{name}", disk_id, fs, flags, data)
             except OSError as exc:
                 if not is_of_host:
                     text = f"Disk {disk_id} cannot be mounted: {exc.strerror}; its file must hold an {fs}."
                     raise Failure(FAILED_PRECONDITION, text) from exc
                 raise
+
+    def _mount(self, device: str, disk_id: str, fs: str, flags: int, data: str | None) -> None:
+        if fs != "erofs":
+            syscalls.mount(device, self.path(disk_id), fs, flags, data)
+            return
+        # One read of the beginning instead of one for each directory and inode there that a start looks up.
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            syscalls.mount(device, self.path(disk_id), fs, flags, data)
+        finally:
+            os.close(fd)
 
     def release(self, disk_id: str) -> None:
         """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it,
