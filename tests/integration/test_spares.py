@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -92,6 +94,68 @@ async def test_spares_become_pods_that_share_nothing_but_the_template(guest_imag
                 await node.pods.delete(pod_id, True, Call(f"delete-{pod_id}", "pod.delete"))
     assert list((settings.run_dir / "vms").iterdir()) == []
     assert phases_told(settings) == phases
+
+
+async def test_each_clone_finds_its_own_image_in_the_disk_that_its_template_knew(
+    guest_image: Path, short_dir: Path
+) -> None:
+    """What the template's guest has read of that disk, and how large that was, plays no part any more."""
+    settings = Settings(
+        node_name="slots",
+        state_dir=short_dir / "s",
+        run_dir=short_dir / "r",
+        guest_dir=guest_image,
+        allowed_roots=(short_dir,),
+        metrics_address="",
+        nats=NatsSettings(url="nats://127.0.0.1:1"),
+        qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
+    )
+    sums = {}
+    for name, mib in (("one", 2), ("two", 9)):
+        make_busybox(short_dir / name)
+        content = os.urandom(mib << 20)
+        (short_dir / name / "big").write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+
+    def container(container_id: str, image: str) -> ContainerSpec:
+        return ContainerSpec(id=container_id, image=image, cmd=Cmd(args=("sleep", "1000")))
+
+    def call(verb: str) -> Call:
+        return Call(f"{verb}-{time.monotonic_ns()}", verb)
+
+    async def sum_in(node: Node, pod_id: str, container_id: str) -> str:
+        options = ExecOptions(cmd=Cmd(args=("sha256sum", "/big")), timeout_s=60)
+        result = await node.pods.exec(pod_id, container_id, options, call("container.exec"))
+        assert result.exit_code == 0, result
+        return result.stdout.raw.decode().split()[0]
+
+    pods = {
+        "p1": (container("a", "one"), container("b", "two"), container("c", "one")),
+        "p2": (container("a", "two"), container("b", "one")),
+    }
+    images = {(pod_id, c.id): str(c.image) for pod_id, containers in pods.items() for c in containers}
+    async with running(settings) as node:
+        for name in sums:
+            await node.images.import_(name, str(short_dir / name), call("image.import"))
+        for pod_id, containers in pods.items():
+            spec = PodSpec(id=pod_id, containers=containers, template="require")
+            status = await node.pods.run(spec, call("pod.run"))
+            assert "boot" not in status.phases_ms, status.phases_ms
+        for (pod_id, container_id), image in images.items():
+            assert await sum_in(node, pod_id, container_id) == sums[image], (pod_id, container_id)
+        slots = {pod_id: node.pods._parts.live[pod_id].vm.record.slot_digest for pod_id in pods}
+        assert None not in slots.values()
+        assert len(set(slots.values())) == 2
+    async with running(settings) as node:  # which takes over what runs
+        for (pod_id, container_id), image in images.items():
+            assert await sum_in(node, pod_id, container_id) == sums[image], (pod_id, container_id)
+        for container_id in "ac":
+            await node.pods.delete_container("p1", container_id, True, call("container.delete"))
+        await node.pods.create_container("p1", container("d", "one"), call("container.create"))
+        await node.pods.start_container("p1", "d", call("container.start"))
+        assert await sum_in(node, "p1", "d") == sums["one"]
+        for pod_id in pods:
+            await node.pods.delete(pod_id, True, call("pod.delete"))
 
 
 def phases_told(settings: Settings) -> dict[str, dict[str, float]]:

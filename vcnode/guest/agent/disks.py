@@ -25,8 +25,6 @@ SYS_BLOCK = "/sys/block"
 DEV = "/dev"
 STAYS = "slot-"
 """What the serial of a disk begins with that the host does not unplug when nobody uses it any more."""
-AHEAD_BYTES = 128 * 1024
-"""How much of an image is read when it is mounted: what a disk reads ahead of a file anyway."""
 EXT4_OPTIONS = "discard,noinit_itable"
 """What is deleted gives its room on the host back; nothing is written that nobody has asked for (ext4(5))."""
 APPEARS_WITHIN_S = 10.0
@@ -190,24 +188,12 @@ class Disks:
                 modules.load(modules.EXT4)
             flags, data = (MS_NODEV, EXT4_OPTIONS) if writable else (MS_NODEV | MS_RDONLY, None)
             try:
-                self._mount(f"/dev/{name}", disk_id, fs, flags, data)
+                syscalls.mount(f"/dev/{name}", self.path(disk_id), fs, flags, data)
             except OSError as exc:
                 if not is_of_host:
                     text = f"Disk {disk_id} cannot be mounted: {exc.strerror}; its file must hold an {fs}."
                     raise Failure(FAILED_PRECONDITION, text) from exc
                 raise
-
-    def _mount(self, device: str, disk_id: str, fs: str, flags: int, data: str | None) -> None:
-        if fs != "erofs":
-            syscalls.mount(device, self.path(disk_id), fs, flags, data)
-            return
-        # One read of the beginning instead of one for each directory and inode there that a start looks up.
-        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.posix_fadvise(fd, 0, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-            syscalls.mount(device, self.path(disk_id), fs, flags, data)
-        finally:
-            os.close(fd)
 
     def release(self, disk_id: str) -> None:
         """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it,

@@ -305,3 +305,20 @@ def test_volumes_are_devices_with_tags_and_virtio_fs_shares_the_memory():
     assert "memory-backend-memfd,id=ram,size=256M,hugetlb=off,share=on" in values(launch, "-object")
     assert values(launch, "-global") == ["virtio-mmio.force-legacy=false"]
     assert 21 in argv.inherited_fds(launch)
+
+
+def test_templates_and_clones_have_a_slot_and_what_boots_for_itself_has_none() -> None:
+    clone = replace(LAUNCH, spec=SPEC.model_copy(update={"clone_of": "k"}))
+    making = replace(LAUNCH, spec=SPEC.model_copy(update={"template_key": "k"}))
+    device = "scsi-hd,bus=scsi0.0,drive=slot-image,serial=slot-image"
+    for launch in (clone, making):
+        (node,) = map(json.loads, values(launch, "-blockdev"))
+        assert (node["driver"], node["size"], node["read-only"]) == ("null-co", 1 << 40, True)
+        assert device in values(launch, "-device")
+    held = replace(clone, slot_fd=31)
+    assert values(held, "-add-fd") == ["fd=31,set=999"]
+    (node,) = map(json.loads, values(held, "-blockdev"))
+    assert (node["driver"], node["file"]["filename"]) == ("raw", "/dev/fdset/999")
+    assert node["read-only"] is node["file"]["read-only"] is True
+    assert 31 in argv.inherited_fds(held)
+    assert device not in values(LAUNCH, "-device")

@@ -77,3 +77,23 @@ def test_giving_up_says_so_once(tmp_path: Path, loop: Loop) -> None:
     loop.call_later(0, loop.stop)
     loop.run()
     assert failures == ["not_found"]
+
+
+def test_a_disk_that_stays_is_neither_looked_for_again_nor_taken_out(
+    tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted: list[tuple[object, ...]] = []
+    monkeypatch.setattr(disks.syscalls, "mount", lambda *args: mounted.append(args))
+    monkeypatch.setattr(disks, "unmount_directory", lambda path: mounted.remove(mounted[0]))
+    monkeypatch.setattr(disks, "_delete_device", pytest.fail)
+    plug(tmp_path, "sdb", page("slot-image"))
+    found: list[str] = []
+    there = disks.Disks(loop, str(tmp_path / "mounts"), str(tmp_path), str(tmp_path))
+    for _ in range(2):
+        assert there.when_there("slot-image", found.append, pytest.fail) is None
+        there.acquire("slot-image", found[-1])
+        assert [args[0] for args in mounted] == ["/dev/sdb"]
+        there.release("slot-image")
+        assert mounted == []
+        (tmp_path / "sdb" / "device" / "vpd_pg80").unlink(missing_ok=True)
+    assert found == ["sdb", "sdb"]
