@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import select
 import signal
 import socket
 import struct
@@ -91,6 +93,80 @@ def refused(code: str, call: Any) -> str:
         call()
     assert caught.value.code == code
     return caught.value.message
+
+
+# -- processes that stand ready --------------------------------------------------------------------
+
+
+def ready_pids(shared_guest: Guest) -> set[int]:
+    """Have a process stand ready; where that can be seen, the agent's children are given."""
+    guest = shared_guest.client
+    guest.create("before", "true")
+    guest.call("delete_container", container_id="before")
+    if shared_guest.kind == "vm":
+        return set()
+    return set(
+        map(
+            int,
+            Path(f"/proc/{shared_guest.agent_pid}/task/{shared_guest.agent_pid}/children")
+            .read_text()
+            .split(),
+        )
+    )
+
+
+def surroundings(guest: GuestClient, container_id: str) -> list[str]:
+    """What a container sees, with its own name and what the kernel counts taken out."""
+    script = """
+        sed -E 's/^[0-9]+ [0-9]+ [0-9:]+ //' /proc/self/mountinfo | sort
+        cat /proc/self/cgroup; hostname; ls -lR /dev | grep -v ' [0-9]*:'; ls /proc /sys; ulimit -a
+        for space in cgroup ipc mnt net pid uts; do
+            [ /proc/1/ns/$space -ef /proc/self/ns/$space ] || echo $space
+        done
+        echo > /proc/sys/kernel/hostname || mkdir /sys/fs/cgroup/x || cat /proc/kcore
+    """
+    said = guest.run("/bin/sh", "-c", script, container_id=container_id)
+    numbers = re.sub(r"\b[0-9]{2,}\b", "N", said.stdout.decode() + said.stderr.decode())
+    return numbers.replace(container_id, "X").splitlines()
+
+
+def test_a_container_of_a_process_that_stood_ready_is_as_any_other(
+    shared_guest: Guest, guest: GuestClient
+) -> None:
+    ready = ready_pids(shared_guest)
+    pids = {}
+    begun = time.time_ns() - 1_000_000_000  # the guest's clock may be a little behind
+    for name in ("first", "other"):
+        guest.create(name, "sleep", "1000", hostname="box")
+        pids[name] = guest.call("start_container", container_id=name)["pid"]
+    if ready:
+        assert [pid in ready for pid in pids.values()] == [True, False]
+    first, other = (surroundings(guest, name) for name in pids)
+    assert len(first) > 50
+    assert first == other
+    (main,) = guest.call("list_processes", container_id="first", limit=9)["processes"]
+    assert main["container_pid"] == 1
+    if shared_guest.kind == "here":
+        assert main["started_at_ns"] > begun
+
+
+@pytest.mark.parametrize("shared_guest", [HERE], indirect=True)
+def test_a_container_starts_though_the_process_that_stood_ready_is_gone(
+    shared_guest: Guest, guest: GuestClient
+) -> None:
+    ready = ready_pids(shared_guest)
+    guest.create("probe", "sleep", "1000")
+    pid = guest.call("start_container", container_id="probe")["pid"]
+    assert pid in ready
+    guest.call("delete_container", container_id="probe")
+    (victim,) = ready_pids(shared_guest) - ready
+    pidfd = os.pidfd_open(victim)
+    os.kill(victim, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 10)[0]
+    os.close(pidfd)
+    guest.create("box", "echo", "here")
+    assert guest.call("start_container", container_id="box")["pid"] != victim
+    assert guest.event("container_exited", container_id="box")["exit_code"] == 0
 
 
 # -- execute ---------------------------------------------------------------------------------------

@@ -19,14 +19,16 @@ import json
 import os
 import socket
 import stat
+import sys
 
-from vcnode.guest.agent import launcher, limits, rootfs, syscalls, ttys
+from vcnode.guest.agent import launcher, limits, orders, rootfs, syscalls, ttys
 from vcnode.guest.agent.entries import FILES, GUEST, JOIN, LAUNCH, MAIN
 from vcnode.guest.agent.failures import INTERNAL, Failure, printable
 from vcnode.guest.agent.params import invalid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, NoReturn
 
     from vcnode.guest.agent.spawn import Order
@@ -41,7 +43,7 @@ def enter_guest(_fields: tuple[Any, ...], _fds: list[int]) -> None:
     os.chdir("/")
 
 
-_ENTER = {
+_ENTER: dict[str, Callable[[tuple[Any, ...], list[int]], None]] = {
     GUEST: enter_guest,
     MAIN: rootfs.enter_main,
     JOIN: rootfs.enter_join,
@@ -50,19 +52,43 @@ _ENTER = {
 }
 
 
-def run(order: Order, fds: list[int], *, guard_oom: bool) -> NoReturn:
+def stand_ready(sock_fd: int, *, guard_oom: bool) -> NoReturn:
+    """Make all of a container that can be made before one is known, and wait for its `run`. Never returns.
+
+    In a guest that becomes a template this spares each of its clones the fork and most of the mounts.
+
+    Args:
+        sock_fd: Where the order comes from; ended when nobody is there any more.
+        guard_oom: See `run`.
+    """
+    try:
+        _close_all_but([sock_fd])
+        trees = rootfs.prepare()
+        sock = socket.socket(fileno=sock_fd)
+        sock.send(b"!")
+        received = orders.receive(sock)
+        if received is not None:
+            run(*received, guard_oom=guard_oom, trees=trees)
+    except BaseException as exc:
+        print(f"vcnode-agent: no process stands ready: {exc!r}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(_SETUP_FAILED)
+
+
+def run(order: Order, fds: list[int], *, guard_oom: bool, trees: rootfs.Trees | None = None) -> NoReturn:
     """Become the program of *order*. Never returns, whatever happens: the parent's loop is below.
 
     Args:
         order: See `spawn.Order`.
         fds: stdin, stdout, stderr, the status pipe, and those of the entry.
         guard_oom: Whether this process is exempt from the OOM killer, as the agent is, and has to give it up.
+        trees: What this process has prepared; see `stand_ready`.
     """
     status_fd = fds[3]
     try:
         if guard_oom:
             _face_oom_killer()
-        _become(order, fds)
+        _become(order, fds, trees)
     except Failure as exc:
         _tell(status_fd, exc)
     except OSError as exc:
@@ -83,16 +109,19 @@ def _tell(status_fd: int, failure: Failure) -> None:
     os.write(status_fd, json.dumps([failure.code, failure.message[:1000]]).encode())
 
 
-def _become(order: Order, fds: list[int]) -> NoReturn:
+def _become(order: Order, fds: list[int], trees: rootfs.Trees | None) -> NoReturn:
     args, env, files, workdir, rlimits, dropped, no_new_privileges, ids, terminal, copy, kind, fields = order
     for number in range(3):
         os.dup2(fds[number], number)
     # Nothing of the guest's may be within reach of the container's files (CVE-2024-21626).
-    _close_all_but(sorted(fds[3:]))
+    _close_all_but(sorted([*fds[3:], *(fd for _, fd in trees or ())]))
     os.setsid()
     if copy is not None:
         from vcnode.guest.agent import copying  # while its files are within reach
-    _ENTER[kind](fields, fds[4:])
+    if trees is None:
+        _ENTER[kind](fields, fds[4:])
+    else:
+        rootfs.enter_main(fields, fds[4:], trees)
     if copy is not None:
         os.close(fds[3])  # as execve would: it runs
         os._exit(copying.run(*copy))

@@ -145,6 +145,7 @@ class Container:
         """The signal whose effect was brought about by SIGKILL; 0: none."""
         self.exit_code: int | None = None
         self.oom_killed = False
+        self.started_at_ns = 0
         self.finished_at_ns: int | None = None
         self.log = log
         """What its main process writes."""
@@ -353,6 +354,7 @@ class Containers:
             raise Failure(FAILED_PRECONDITION, f"Container {container_id!r} is {state}.")
         container.executed = False
         container.main = self._spawn_main(container)
+        container.started_at_ns = time.time_ns()
         container.state = STARTING
         container.on_started, container.start_failure = started, None
         self._loop.watch(container.main.status_fd, IN, lambda _: self._on_status(container))
@@ -624,7 +626,14 @@ class Containers:
             Failure: ``not_found``.
         """
         container = self.get(container_id)
-        Listing(self._loop, _own_pids(container), self._mounts.root(container_id), limit, done)
+        Listing(
+            self._loop,
+            _own_pids(container),
+            self._mounts.root(container_id),
+            limit,
+            done,
+            not_before_ns=container.started_at_ns,
+        )
 
     # -- delete ------------------------------------------------------------------------------------
 
@@ -652,6 +661,8 @@ class Containers:
         problems = self._remove(container)
         name = container.spec.container_id
         failure = Failure(INTERNAL, f"Container {name!r}: {'; '.join(problems)}.") if problems else None
+        if not self._all:
+            self._spawner.fork_ahead()  # before the answer: after it, this guest may become a template
         for done in waiting:
             done(failure)
 

@@ -8,6 +8,8 @@ import os
 from vcnode.guest.agent.failures import FAILED_PRECONDITION, Failure
 
 GUEST, MAIN, JOIN, LAUNCH, FILES = "guest", "main", "join", "launch", "files"
+AHEAD = "ahead"
+"""Of no entry: a process that may become the one of MAIN. See `child.stand_ready`."""
 
 
 class Entry:
@@ -81,6 +83,11 @@ class Entry:
     def files(cls, root: str) -> Entry:
         """The files of a container that does not run: *root*, a mount point, and nothing else."""
         return cls(FILES, hostname="", root=root, fields=(root,))
+
+    @property
+    def fits_ahead(self) -> bool:
+        """Whether a process that was forked ahead can go there: it sees nothing that was mounted since."""
+        return self.kind == MAIN and not self.fields[3] and not self.fields[4]
 
     def close(self) -> None:
         """Close the descriptor that was opened for it, if any."""

@@ -5,32 +5,27 @@ costs a fault: some 400 for the agent, most of an exec's time in an emulated gue
 pages, and holds no descriptor that a container should not come near. Its children are made with CLONE_PARENT,
 so they are the agent's, which waits for them.
 
-It is a child of the agent and ends when the agent does. An order comes as a length with the descriptors,
-followed by the marshalled `spawn.Order`; the answer is a pid and an error number.
+It is a child of the agent and ends when the agent does. It gets `spawn.Order`; the answer is a pid and an
+error number.
 """
 
 from __future__ import annotations
 
-import array
 import gc
-import marshal
 import os
-import socket
 import struct
 
-from vcnode.guest.agent import child, syscalls
-from vcnode.guest.agent.entries import GUEST, JOIN, LAUNCH
+from vcnode.guest.agent import child, orders, syscalls
+from vcnode.guest.agent.entries import AHEAD, GUEST, JOIN, LAUNCH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import NoReturn
 
     from vcnode.guest.agent.spawn import Order
 
-HEADER = struct.Struct("<I")
 ANSWER = struct.Struct("<ii")
-MAX_FDS = 7
-"""stdin, stdout, stderr, status, and three of an entry."""
 
 
 def serve(sock: socket.socket, *, guard_oom: bool) -> NoReturn:
@@ -48,7 +43,7 @@ def serve(sock: socket.socket, *, guard_oom: bool) -> NoReturn:
     gc.freeze()
     # Nothing here makes cycles, and a collection would touch what has been frozen.
     gc.disable()
-    while received := _receive(sock):
+    while received := orders.receive(sock):
         order, fds = received
         answer = _answer(order, fds, own_pidns, guard_oom=guard_oom)
         for fd in fds:
@@ -57,27 +52,13 @@ def serve(sock: socket.socket, *, guard_oom: bool) -> NoReturn:
     os._exit(0)
 
 
-def _receive(sock: socket.socket) -> tuple[Order, list[int]] | None:
-    """The next order and its descriptors; None when the agent has gone."""
-    space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-    header, control, _, _ = sock.recvmsg(HEADER.size, space, socket.MSG_CMSG_CLOEXEC | socket.MSG_WAITALL)
-    if len(header) < HEADER.size:
-        return None
-    fds = array.array("i")
-    for _level, _kind, data in control:
-        fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    (length,) = HEADER.unpack(header)
-    content = sock.recv(length, socket.MSG_WAITALL)
-    if len(content) < length:
-        return None
-    return marshal.loads(content), list(fds)  # noqa: S302 (from the agent, whose fork this is)
-
-
 def _answer(order: Order, fds: list[int], own_pidns: int, *, guard_oom: bool) -> bytes:
     try:
         pid = _fork(order, fds, own_pidns)
     except OSError as exc:
         return ANSWER.pack(0, exc.errno or 0)
+    if pid == 0 and order[-2] == AHEAD:
+        child.stand_ready(fds[0], guard_oom=guard_oom)
     if pid == 0:
         child.run(order, fds, guard_oom=guard_oom)
     return ANSWER.pack(pid, 0)

@@ -30,16 +30,25 @@ class Listing:
         root: The container's root, for the names of users.
         limit: Most to describe.
         done: Called once.
+        not_before_ns: When the container started. Its first process may have stood ready long before.
     """
 
     def __init__(
-        self, loop: Loop, pids: list[int], root: str, limit: int, done: Callable[[dict[str, Any]], None]
+        self,
+        loop: Loop,
+        pids: list[int],
+        root: str,
+        limit: int,
+        done: Callable[[dict[str, Any]], None],
+        *,
+        not_before_ns: int = 0,
     ) -> None:
         self._loop = loop
         self._left = sorted(pids)[:limit]
         self._total = len(pids)
         self._users = _user_names(root)
         self._done = done
+        self._not_before_ns = not_before_ns
         self._found: list[dict[str, Any]] = []
         self._boot_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._go_on()
@@ -75,7 +84,9 @@ class Listing:
             "state": words[0].decode("ascii", "replace"),
             "cpu_ms": (int(words[11]) + int(words[12])) * 1000 // _TICKS,
             "rss_bytes": int(status.get(b"VmRSS", b"0").split()[0]) * 1024,
-            "started_at_ns": self._boot_ns + int(words[19]) * 1_000_000_000 // _TICKS,
+            "started_at_ns": max(
+                self._not_before_ns, self._boot_ns + int(words[19]) * 1_000_000_000 // _TICKS
+            ),
             "name": text(stat[stat.find(b"(") + 1 : name_end]),
             "args": args(cmdline[:MAX_ARGS_BYTES]),
             "args_truncated": len(cmdline) > MAX_ARGS_BYTES,

@@ -32,8 +32,11 @@ _MOUNTS = (
     ("/dev/shm", "tmpfs", MS_NOSUID | MS_NOEXEC | MS_NODEV, "mode=1777,size=64m"),  # noqa: S108
     ("/dev/mqueue", "mqueue", MS_NOSUID | MS_NOEXEC | MS_NODEV, None),
     ("/sys", "sysfs", MS_NOSUID | MS_NOEXEC | MS_NODEV | MS_RDONLY, None),
-    ("/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NOEXEC | MS_NODEV | MS_RDONLY, None),
 )
+_CGROUPS = ("/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NOEXEC | MS_NODEV | MS_RDONLY, None)
+"""Of the container's own group."""
+_WORKPLACE = "/mnt"
+"""A directory of the guest in which a process mounts what nobody else sees."""
 _OPTIONAL_TYPES = frozenset({"mqueue"})
 """File systems that a kernel may lack without a container being the worse for it."""
 
@@ -79,31 +82,62 @@ ETC_FILES = ("hostname", "hosts", "resolv.conf")
 """Files of the guest that every container sees in its own /etc."""
 
 
-def enter_main(fields: tuple[Any, ...], fds: list[int]) -> None:
-    """Make the namespaces of a container around its root, and move into them. See `entries.Entry.main`."""
+Trees = list[tuple[str, int]]
+"""Where in a container to mount what `prepare` has made, and its descriptor."""
+
+
+def prepare() -> Trees:
+    """Move into most of the namespaces of a container, and make what the kernel provides in each.
+
+    There are no files of a container yet, and no group, so the rest is left to `enter_main`.
+    """
+    syscalls.unshare(_NAMESPACES & ~syscalls.CLONE_NEWCGROUP)
+    syscalls.mount(None, "/", None, MS_REC | syscalls.MS_PRIVATE)
+    guest_fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    syscalls.mount("tmpfs", _WORKPLACE, "tmpfs", MS_NOSUID, "mode=755")
+    os.chroot(_WORKPLACE)
+    os.chdir("/")
+    _mount_kernel_files()
+    _protect()
+    trees = [(path, syscalls.open_tree(path, recursive=True)) for path in ("/proc", "/dev", "/sys")]
+    os.fchdir(guest_fd)
+    os.chroot(".")
+    os.close(guest_fd)
+    syscalls.umount(_WORKPLACE, syscalls.MNT_DETACH)
+    return trees
+
+
+def enter_main(fields: tuple[Any, ...], fds: list[int], trees: Trees | None = None) -> None:
+    """Make the namespaces of a container around its root, and move into them. See `entries.Entry.main`.
+
+    With *trees* the caller is one that has called `prepare`; *fds* has the mount of the root then, too.
+    """
     root, readonly, hostname, secrets, mounts = fields
     # First the group, then its namespace: what a cgroup namespace shows starts at the group of its maker.
     os.write(fds[0], b"0")
-    syscalls.unshare(_NAMESPACES)
+    syscalls.unshare(_NAMESPACES if trees is None else syscalls.CLONE_NEWCGROUP)
     syscalls.sethostname(hostname)
     files = _own_files()
     secrets_fd = syscalls.open_tree(secrets) if secrets else -1
     taken = [volumes.take(source, path) if source else None for source, path, *_ in mounts]
-    _exchange_root(root)
-    for target, fstype, flags, options in _MOUNTS:
-        _mount(target, fstype, flags, options)
-        if target == "/dev":
-            _fill_dev()
+    if trees is None:
+        _exchange_root(root)
+        _mount_kernel_files()
+    else:
+        syscalls.move_mount(fds[1], _WORKPLACE)
+        _exchange_root(_WORKPLACE)
+        for path, fd in trees:
+            make_directory(path)
+            syscalls.move_mount(fd, path)
+    _mount(*_CGROUPS)
     for name, fd in files:
         _put_over(fd, f"/etc/{name}")
     for each, (_, _, destination, flags, data) in zip(taken, mounts, strict=True):
         volumes.put(each, destination, flags, data)
     if secrets_fd >= 0:
         _put_secrets(secrets_fd)
-    for path in MASKED_PATHS:
-        _mask(path)
-    for path in READONLY_PATHS:
-        _make_readonly(path)
+    if trees is None:
+        _protect()
     if readonly:
         syscalls.mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
 
@@ -155,6 +189,20 @@ def _exchange_root(root: str) -> None:
     syscalls.pivot_root(".", ".")
     syscalls.umount(".", syscalls.MNT_DETACH)
     os.chdir("/")
+
+
+def _mount_kernel_files() -> None:
+    for target, fstype, flags, options in _MOUNTS:
+        _mount(target, fstype, flags, options)
+        if target == "/dev":
+            _fill_dev()
+
+
+def _protect() -> None:
+    for path in MASKED_PATHS:
+        _mask(path)
+    for path in READONLY_PATHS:
+        _make_readonly(path)
 
 
 def _mount(target: str, fstype: str, flags: int, options: str | None) -> None:

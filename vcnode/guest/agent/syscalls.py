@@ -22,6 +22,7 @@ MNT_DETACH = 0x2
 # open_tree(2), move_mount(2); include/uapi/linux/mount.h, fcntl.h
 _AT_FDCWD = -100
 _OPEN_TREE_CLONE = 0x1
+_AT_RECURSIVE = 0x8000
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _MOVE_MOUNT_T_SYMLINKS = 0x10
 
@@ -118,9 +119,10 @@ def mount(
     _check(result, target)
 
 
-def open_tree(path: str) -> int:
-    """A copy of the mount at *path*, not mounted anywhere; open_tree(2) with OPEN_TREE_CLONE."""
-    return _numbered("open_tree", _AT_FDCWD, _encoded(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+def open_tree(path: str, *, recursive: bool = False) -> int:
+    """A copy of the mount at *path*, if wanted with those in it, mounted nowhere; open_tree(2)."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    return _numbered("open_tree", _AT_FDCWD, _encoded(path), flags)
 
 
 def move_mount(fd: int, target: str) -> None:
