@@ -90,7 +90,10 @@ async def test_a_program_that_is_missing_says_so(output: int, tmp_path: Path):
 
 
 async def test_it_can_be_adopted_again_after_it_was_let_go(output: int, tmp_path: Path):
-    process = start(WAITING, output, tmp_path)
+    process = start(f"echo up; {WAITING}", output, tmp_path)
+    # A descriptor that execve closes, by which its end is known, is closed before /proc has the command line.
+    while not (tmp_path / "output").read_bytes():  # noqa: ASYNC110 -- it is a file
+        await asyncio.sleep(0.01)
     process.release()
     process.release()
     again = adopt(process.pid, process.start_ticks, UUID)
