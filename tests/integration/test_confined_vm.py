@@ -10,7 +10,6 @@ import pytest
 
 from tests.integration.guest_here import make_busybox
 from vcnode.drivers.hypervisor.qemu.cgroup import CONTROLLERS, Cgroups, Limits
-from vcnode.drivers.storage.images import BLANK
 from vcnode.errors import FailedPreconditionError
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
@@ -130,8 +129,7 @@ async def test_a_vm_of_images_has_no_right_on_its_host(guest_image: Path, short_
             boot = {str(guest_image.resolve() / name) for name in ("vmlinux", "initrd")}
             assert [n for n in files - boot if not n.startswith(expected)] == []
             await node.pods.delete_container("p1", "c", True, call("container.delete"))
-            held = {Path(n).name for n in open_files(pid) if "/layers/" in n or "/images/" in n}
-            assert held == {BLANK}  # what is in the slot stays there
+            assert not any("/layers/" in n or "/images/" in n for n in open_files(pid))
             # With a directory of the host the pod needs root, and has it from its next start on.
             await node.pods.stop("p2", 0, call("pod.stop"))
             rooted = await node.pods.start("p2", call("pod.start"))

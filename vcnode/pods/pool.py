@@ -294,8 +294,8 @@ class Pool:
             directory = await self._storage.make_vm_dir(vm_id)
             spec, network = await prepare(kind, vm_id, directory, undo)
             async with netdevs(kind.network, network) as devices:
-                slot = await self._rehearsal.slot()
-                update = {"netdevs": devices, "clone_of": kind.key, "host_dirs": False, "slot": slot}
+                # Nothing in its slot: its pod's image will be plugged in, and that is what it rehearses.
+                update = {"netdevs": devices, "clone_of": kind.key, "host_dirs": False}
                 vm = await kind.hypervisor.launch(spec.model_copy(update=update), timeout_s=MAKE_LIMIT_S)
             undo.push(f"handle of {vm_id}", vm.close)
             undo.push(f"VM {vm_id}", lambda: vm.stop(grace_s=0))
