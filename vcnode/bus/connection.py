@@ -120,9 +120,7 @@ class Connection:
         """Set when the connection comes up or goes down the next time (a new event afterwards)."""
         return self._changed
 
-    async def publish(
-        self, subject: str, body: bytes, headers: dict[str, str] | None, *, reply: str = ""
-    ) -> None:
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str], *, reply: str = "") -> None:
         """Publish; during an outage the message is kept for a while and sent afterwards.
 
         Raises:

@@ -165,29 +165,14 @@ async def try_accelerator(
         guest = directory / "guest"
         found = probe.of(arch.name)
         guest.write_bytes(found.guest)
-        with (directory / "stderr").open("wb+") as stderr:
-            process = spawn(
-                probe_argv(accelerator, binary, guest, arch),
-                stderr_fd=stderr.fileno(),
-                fds=(),
-                directory=directory,
-            )
-            try:
-                if not await process.ended_within(timeout_s):
-                    return f"The test guest under {accelerator} did not end within {timeout_s:g} s."
-                exit_code = await process.wait()
-            finally:
-                process.signal(signal.SIGKILL)
-                ended = await process.ended_within(KILL_WAIT_S)
-                process.release()
-            if not ended:
-                raise HypervisorError(f"The test guest's process {process.pid} survived SIGKILL.")
-            if exit_code == found.exit_code:
-                return None
-            stderr.seek(0)
-            words = stderr.read(4096).decode("utf-8", "replace").strip()
-            log.info("The test guest under %s ended with %s: %s", accelerator, exit_code, words)
-            return f"The test guest under {accelerator} failed: {_how(exit_code)}{_quote(words)}"
+        argv = probe_argv(accelerator, binary, guest, arch)
+        in_time, exit_code, words = await _run(argv, directory, timeout_s)
+    if not in_time:
+        return f"The test guest under {accelerator} did not end within {timeout_s:g} s."
+    if exit_code == found.exit_code:
+        return None
+    log.info("The test guest under %s ended with %s: %s", accelerator, exit_code, words)
+    return f"The test guest under {accelerator} failed: {_how(exit_code)}{_quote(words)}"
 
 
 async def try_guest_image(binary: str, kernel: Path, initrd: Path, *, timeout_s: float) -> str | None:
@@ -208,22 +193,35 @@ async def try_guest_image(binary: str, kernel: Path, initrd: Path, *, timeout_s:
             *("-serial", f"file:{console}", "-kernel", str(kernel), "-initrd", str(initrd)),
             *("-append", GUEST_PARAMS),
         ]
-        with (directory / "stderr").open("wb+") as stderr:
-            process = spawn(argv, stderr_fd=stderr.fileno(), fds=(), directory=directory)
-            try:
-                in_time = await process.ended_within(timeout_s)
-            finally:
-                process.signal(signal.SIGKILL)
-                ended = await process.ended_within(KILL_WAIT_S)
-                process.release()
-            if not ended:
-                raise HypervisorError(f"The test guest's process {process.pid} survived SIGKILL.")
-            if console.exists() and GUEST_WORD in console.read_text(errors="replace").splitlines():
-                return None
-            stderr.seek(0)
-            words = stderr.read(4096).decode("utf-8", "replace").strip()
-        how = "ended too early." if in_time else f"did not come up within {timeout_s:g} s."
-        return f"The guest image under kvm {how}{_quote(words)}"
+        in_time, _, words = await _run(argv, directory, timeout_s)
+        if console.exists() and GUEST_WORD in console.read_text(errors="replace").splitlines():
+            return None
+    how = "ended too early." if in_time else f"did not come up within {timeout_s:g} s."
+    return f"The guest image under kvm {how}{_quote(words)}"
+
+
+async def _run(argv: list[str], directory: Path, timeout_s: float) -> tuple[bool, int | None, str]:
+    """Run QEMU for *timeout_s* at most; it is gone afterwards.
+
+    Returns:
+        Whether it ended in time, its exit code then, and what it wrote to its standard error.
+
+    Raises:
+        HypervisorError: It could not be executed, or not be killed.
+    """
+    with (directory / "stderr").open("wb+") as stderr:
+        process = spawn(argv, stderr_fd=stderr.fileno(), fds=(), directory=directory)
+        try:
+            in_time = await process.ended_within(timeout_s)
+            exit_code = await process.wait() if in_time else None
+        finally:
+            process.signal(signal.SIGKILL)
+            ended = await process.ended_within(KILL_WAIT_S)
+            process.release()
+        if not ended:
+            raise HypervisorError(f"The test guest's process {process.pid} survived SIGKILL.")
+        stderr.seek(0)
+        return in_time, exit_code, stderr.read(4096).decode("utf-8", "replace").strip()
 
 
 def probe_argv(accelerator: Accelerator, binary: str, guest: Path, arch: Architecture = X86_64) -> list[str]:
