@@ -29,10 +29,12 @@ import nats.aio.client
 import nats.errors
 from nats.aio.client import PING_PROTO, Client
 
+from vcnode.bus import transport
 from vcnode.bus.parser import FrugalParser
 
 log = logging.getLogger(__name__)
 
+transport.install()
 nats.aio.client.DEFAULT_BUFFER_SIZE = 1 << 20
 """Bytes of one read, and half of those that wait to be read: with its own 32 KiB, a MiB takes 32 turns."""
 
