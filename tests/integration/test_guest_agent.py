@@ -119,6 +119,7 @@ def surroundings(guest: GuestClient, container_id: str) -> list[str]:
     """What a container sees, with its own name and what the kernel counts taken out."""
     script = """
         sed -E 's/^[0-9]+ [0-9]+ [0-9:]+ //' /proc/self/mountinfo | sort
+        busybox df /dev
         cat /proc/self/cgroup; hostname; ls -lR /dev | grep -v ' [0-9]*:'; ls /proc /sys; ulimit -a
         for space in cgroup ipc mnt net pid uts; do
             [ /proc/1/ns/$space -ef /proc/self/ns/$space ] || echo $space
@@ -148,6 +149,14 @@ def test_a_container_of_a_process_that_stood_ready_is_as_any_other(
     assert main["container_pid"] == 1
     if shared_guest.kind == "here":
         assert main["started_at_ns"] > begun
+
+
+def test_a_process_that_stood_ready_has_no_directory_open(shared_guest: Guest, guest: GuestClient) -> None:
+    for number in range(3, 13):
+        ready_pids(shared_guest)
+        guest.create("box", "true", workdir=f"/proc/self/fd/{number}")
+        refused("invalid_argument", lambda: guest.call("start_container", container_id="box"))
+        guest.call("delete_container", container_id="box")
 
 
 @pytest.mark.parametrize("shared_guest", [HERE], indirect=True)

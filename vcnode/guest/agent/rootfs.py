@@ -99,7 +99,8 @@ def prepare() -> Trees:
     os.chdir("/")
     _mount_kernel_files()
     _protect()
-    trees = [(path, syscalls.open_tree(path, recursive=True)) for path in ("/proc", "/dev", "/sys")]
+    # /dev first, as what is masked in /proc is of its file system: df(1) takes the first that it finds.
+    trees = [(path, syscalls.open_tree(path, recursive=True)) for path in ("/dev", "/proc", "/sys")]
     os.fchdir(guest_fd)
     os.chroot(".")
     os.close(guest_fd)
@@ -124,11 +125,11 @@ def enter_main(fields: tuple[Any, ...], fds: list[int], trees: Trees | None = No
         _exchange_root(root)
         _mount_kernel_files()
     else:
-        syscalls.move_mount(fds[1], _WORKPLACE)
+        _put_tree(fds[1], _WORKPLACE)
         _exchange_root(_WORKPLACE)
         for path, fd in trees:
             make_directory(path)
-            syscalls.move_mount(fd, path)
+            _put_tree(fd, path)
     _mount(*_CGROUPS)
     for name, fd in files:
         _put_over(fd, f"/etc/{name}")
@@ -189,6 +190,12 @@ def _exchange_root(root: str) -> None:
     syscalls.pivot_root(".", ".")
     syscalls.umount(".", syscalls.MNT_DETACH)
     os.chdir("/")
+
+
+def _put_tree(fd: int, path: str) -> None:
+    """Mount what `prepare` has made, and let go of it: a working directory may name a descriptor."""
+    syscalls.move_mount(fd, path)
+    os.close(fd)
 
 
 def _mount_kernel_files() -> None:
