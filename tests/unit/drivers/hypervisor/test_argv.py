@@ -223,7 +223,8 @@ def test_what_boots(config: VmConfig, kernel: list[str], initrd: list[str], para
     launch = configured(config)
     assert values(launch, "-kernel") == kernel
     assert values(launch, "-initrd") == initrd
-    assert values(launch, "-append") == [f"console=ttyS0 {QUIET} panic=-1 reboot=t{params}"]
+    quiet = QUIET if config.kernel is None else "quiet"
+    assert values(launch, "-append") == [f"console=ttyS0 {quiet} panic=-1 reboot=t{params}"]
     assert values(launch, "-machine")[0].startswith("type=microvm,")
 
 

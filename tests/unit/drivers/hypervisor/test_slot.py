@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.unit.drivers.hypervisor.test_argv import SPEC
 from vcnode.drivers.hypervisor.qemu import slot
-from vcnode.errors import HypervisorError
+from vcnode.errors import HypervisorError, ResourceExhaustedError
 from vcnode.models.vm import SLOT_BYTES, SlotImage, VmSpec
 
 
@@ -47,3 +48,14 @@ def test_there_is_none_where_it_cannot_be_used(image: Path) -> None:
         assert slot.open_for(spec(None, clone_of="k"), ours) is None
         with pytest.raises(HypervisorError, match="cannot be opened: No such file"):
             slot.open_for(spec(image.with_name("no"), clone_of="k"), ours)
+
+
+def test_want_of_descriptors_is_not_taken_for_a_broken_template(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(slot.os, "open", refuse)
+    with ExitStack() as ours, pytest.raises(ResourceExhaustedError, match="descriptors"):
+        slot.open_for(spec(image, clone_of="k"), ours)

@@ -65,8 +65,8 @@ SLOT_SET = 999
 """Number of the set of descriptors with the image in the slot; see `_set_of`."""
 _READ_ONLY = {"read-only": True, "discard": "ignore"}
 NO_TRACING = "initcall_blacklist=tracer_init_tracefs"
-"""Keeps the kernel from making tracefs, some 10,000 files that nobody opens: 10 of the 82 MiB that Debian's
-6.1 leaves of 128, and part of each boot (kernel/trace/trace.c; admin-guide/kernel-parameters)."""
+"""Keeps the node's kernel from making tracefs, some 10,000 files that nobody opens: 10 of the 82 MiB that
+Debian's 6.1 leaves of 128, and part of each boot (kernel/trace/trace.c; admin-guide/kernel-parameters)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,9 @@ def kernel_params(machine: Machine, config: VmConfig, of_host: Sequence[str] = (
     ``panic=-1`` and ``reboot=t``: a panic or reboot resets the machine, and ``-no-reboot`` ends QEMU then.
     """
     own = config.kernel_params
-    loud = ("debug", "ignore_loglevel") if config.debug else ("quiet", NO_TRACING)
+    # Whoever brings a kernel may want to trace what it does.
+    quiet = ("quiet", NO_TRACING) if config.kernel is None else ("quiet",)
+    loud = ("debug", "ignore_loglevel") if config.debug else quiet
     reboot = () if machine.reboot is None else (f"reboot={machine.reboot}",)
     mounts_disk = config.disks and config.kernel is not None and config.initrd is None
     root = ("root=/dev/vda", "rw") if mounts_disk and not any(p.startswith("root=") for p in own) else ()

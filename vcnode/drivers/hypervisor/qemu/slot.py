@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
+from vcnode.drivers.exhaustion import exhausted
 from vcnode.errors import HypervisorError
 from vcnode.models.vm import SLOT_BYTES, SlotImage, VmSpec
 
@@ -26,6 +27,7 @@ def open_for(spec: VmSpec, ours: ExitStack) -> int | None:
 
     Raises:
         HypervisorError: The image cannot be opened.
+        ResourceExhaustedError: The host is short of something, which is no fault of a template's.
     """
     if spec.slot is None or not has(spec):
         return None
@@ -34,7 +36,8 @@ def open_for(spec: VmSpec, ours: ExitStack) -> int | None:
         ours.callback(os.close, fd)
         return fd if spec.template_key is None else _grown(fd, spec.slot, ours)
     except OSError as exc:
-        raise HypervisorError(f"The image of VM {spec.vm_id} cannot be opened: {exc.strerror}.") from exc
+        late = HypervisorError(f"The image of VM {spec.vm_id} cannot be opened: {exc.strerror}.")
+        raise exhausted(exc) or late from exc
 
 
 def _grown(fd: int, image: SlotImage, ours: ExitStack) -> int:
