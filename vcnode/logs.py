@@ -1,9 +1,15 @@
-"""Logging: JSON lines for machines, coloured text on a terminal; every line carries what it is about."""
+"""Logging: JSON lines for machines, coloured text on a terminal; every line carries what it is about.
+
+A command's lines carry ``verb``, ``command_id``, ``trace_id`` if its sender or this node traces it, and
+``pod_id`` and ``container_id`` if it names them; those of the node's own work on a pod the last two.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Literal, TextIO
 
 import structlog
@@ -23,7 +29,7 @@ def configure(
         stream: Usually standard error.
 
     Both structlog's and the standard library's loggers end here; values bound with
-    ``structlog.contextvars`` (command id, pod id) are on every line. May be called again.
+    ``structlog.contextvars`` (see `about` and `own_work`) are on every line. May be called again.
     """
     text = form == "text" or (form == "auto" and stream.isatty())
     shared: list[structlog.typing.Processor] = [
@@ -56,6 +62,32 @@ def configure(
     root.setLevel(level.upper())
     for noisy in ("asyncio", "nats", "qemu"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+about = structlog.contextvars.bound_contextvars
+"""Within ``with about(container_id="c1"):`` lines carry this beside what they carried before."""
+
+
+def names(pod_id: str, container_id: str | None = None) -> dict[str, str]:
+    """The marks of lines about a pod, or one of its containers."""
+    return {"pod_id": pod_id} if container_id is None else {"pod_id": pod_id, "container_id": container_id}
+
+
+@contextlib.contextmanager
+def own_work(**marks: str) -> Iterator[None]:
+    """Within this, lines are of the node's own work: they carry *marks*, and nothing of a command.
+
+    A task keeps what was bound where it was spawned. What outlives the command that began it, such as the
+    watch of a VM, is therefore spawned within this, or its lines would be taken for that command's for ever.
+    """
+    before = structlog.contextvars.get_contextvars()
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**marks)
+    try:
+        yield
+    finally:
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(**before)
 
 
 def stderr(

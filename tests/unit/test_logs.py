@@ -44,3 +44,22 @@ def test_less_severe_lines_than_asked_for_are_left_out(level: str, shown: bool) 
     logs.configure(form="json", level=level, stream=stream)  # type: ignore[arg-type]
     logging.getLogger("vcnode.test").info("up")
     assert bool(stream.getvalue()) is shown
+
+
+def test_own_work_is_about_no_command_and_gives_back_what_was_bound() -> None:
+    stream = io.StringIO()
+    logs.configure(form="json", level="info", stream=stream)
+    log = logging.getLogger("vcnode.test")
+    with logs.about(command_id="c-1", pod_id="p1"):
+        with logs.own_work(**logs.names("p2", "c2")):
+            log.info("own")
+        log.info("command")
+    log.info("neither")
+    marks = ("command_id", "pod_id", "container_id")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [{k: line[k] for k in marks if k in line} for line in lines] == [
+        {"pod_id": "p2", "container_id": "c2"},
+        {"command_id": "c-1", "pod_id": "p1"},
+        {},
+    ]
+    assert logs.names("p1") == {"pod_id": "p1"}

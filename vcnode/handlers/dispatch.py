@@ -22,9 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol, cast
 
-import structlog
-
-from vcnode import aio
+from vcnode import aio, logs
 from vcnode.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -35,6 +33,7 @@ from vcnode.errors import (
 )
 from vcnode.handlers import auditing
 from vcnode.handlers import headers as meta_headers
+from vcnode.handlers.about import about
 from vcnode.handlers.auditing import Way
 from vcnode.handlers.decode import decode, decode_again
 from vcnode.handlers.lanes import Lanes, Slot
@@ -48,7 +47,7 @@ from vcnode.models.base import Reply, Request
 from vcnode.models.call import Call
 from vcnode.models.commands import COMMANDS, Command
 from vcnode.pods.stored import Stored
-from vcnode.tracing import TRACE_ID, Tracing
+from vcnode.tracing import Tracing, trace_id_of
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +174,13 @@ class Dispatcher:
     def refuse(self, verb: str, headers: Mapping[str, str], error: VcnodeError) -> Outcome:
         """The reply to a command that is not even begun."""
         try:
-            command_id = meta_headers.parse(headers).command_id
+            meta = meta_headers.parse(headers)
+            given, traceparent = meta.command_id, meta.traceparent
         except InvalidArgumentError:
-            command_id = None
-        outcome = with_id(error_outcome(error, verb), command_id or new_command_id())
+            given, traceparent = None, None
+        command_id = given or new_command_id()
+        with logs.about(**_marks(verb, command_id, traceparent)):
+            outcome = with_id(error_outcome(error, verb), command_id)
         self._observer.command_done(verb, outcome.code, 0.0)
         return outcome
 
@@ -209,10 +211,7 @@ class Dispatcher:
             command_id = meta.command_id or command_id
             with self._tracing.command(verb, command_id, meta.traceparent, way=way) as span:
                 traceparent = span.traceparent
-                bound = {"verb": verb, "command_id": command_id}
-                if traceparent is not None:
-                    bound["trace_id"] = traceparent[TRACE_ID]
-                with structlog.contextvars.bound_contextvars(**bound):
+                with logs.about(**_marks(verb, command_id, traceparent)):
                     traced = replace(meta, traceparent=traceparent)
                     outcome = await _settled(verb, self._checked(verb, traced, command_id, body, way))
                 span.ended(outcome.code)
@@ -225,7 +224,9 @@ class Dispatcher:
     async def _checked(
         self, verb: str, meta: meta_headers.Meta, command_id: str, body: bytes, way: Way
     ) -> Outcome:
-        return await self._run(self._prepare(verb, meta, command_id, body, way))
+        prepared = self._prepare(verb, meta, command_id, body, way)
+        with logs.about(**about(prepared.request)):
+            return await _settled(verb, self._run(prepared))
 
     def answer(self, verb: str, headers: Mapping[str, str], body: bytes) -> Outcome:
         """Carry out one command of `AT_ONCE`; as `dispatch`, but without waiting for anything.
@@ -235,6 +236,7 @@ class Dispatcher:
         started = time.monotonic()
         command_id = new_command_id()
         traceparent: str | None = None
+        request: Request | None = None
         try:
             meta = meta_headers.parse(headers)
             command_id, traceparent = meta.command_id or command_id, meta.traceparent
@@ -246,7 +248,8 @@ class Dispatcher:
             reply = cast(Reply, ROUTES[verb](self._services, call, request))
             outcome = Outcome(reply.encoded, {wire.COMMAND_ID: command_id}, quiet=reply.quiet)
         except Exception as exc:
-            with structlog.contextvars.bound_contextvars(verb=verb, command_id=command_id):
+            names = about(request) if request is not None else {}
+            with logs.about(**_marks(verb, command_id, traceparent), **names):
                 outcome = with_id(error_outcome(exc, verb), command_id)
         self._observer.command_done(verb, outcome.code, time.monotonic() - started, traceparent)
         return outcome
@@ -416,6 +419,14 @@ async def _settled(verb: str, work: Coroutine[Any, Any, Outcome], *, begun: bool
         return error_outcome(_cancelled(exc), verb, begun=begun)
     except Exception as exc:
         return error_outcome(exc, verb, begun=begun)
+
+
+def _marks(verb: str, command_id: str, traceparent: str | None) -> dict[str, str]:
+    """What the log lines of a command carry, whatever it is about."""
+    marks = {"verb": verb, "command_id": command_id}
+    if (trace_id := trace_id_of(traceparent)) is not None:
+        marks["trace_id"] = trace_id
+    return marks
 
 
 def new_command_id() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from vcnode import logs
 from vcnode.aio import Spawner, finish
 from vcnode.errors import AlreadyExistsError, ResourceExhaustedError, UnavailableError
 from vcnode.handlers.outcome import Outcome, as_duplicate
@@ -84,7 +85,8 @@ class Unkept:
         self._entries[command_id] = _Unkept(verb, digest, outcome, write)
         if not self._writing:
             self._writing = True
-            self._tasks.spawn(self._write_all(), name="unkept replies")
+            with logs.own_work():  # it writes those of others, too
+                self._tasks.spawn(self._write_all(), name="unkept replies")
 
     async def _write_all(self) -> None:
         wait_s = RETRY_FIRST_S

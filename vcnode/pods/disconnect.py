@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from vcnode import logs
 from vcnode.errors import AbortedError, VcnodeError
 from vcnode.models.call import Call
 from vcnode.models.pod import WATCHDOG_LATE_S, PodState
@@ -160,7 +161,8 @@ class Disconnects:
                 self._look_again.set()
 
         busy.add(record.pod_id)
-        self._parts.tasks.spawn(do(), name=f"on-disconnect {record.pod_id}")
+        with logs.own_work(pod_id=record.pod_id):
+            self._parts.tasks.spawn(do(), name=f"on-disconnect {record.pod_id}")
 
     async def _act(self, pod_id: str, act: Act) -> bool:
         try:

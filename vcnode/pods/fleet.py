@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
+from vcnode import logs
 from vcnode.errors import FailedPreconditionError, ResourceExhaustedError, VcnodeError
 from vcnode.models.call import Call
 from vcnode.models.events import EventKind
@@ -197,7 +198,8 @@ class _Drain:
     async def _work(self, waiting: list[PodRecord]) -> None:
         while waiting:
             record = waiting.pop()
-            self._outcomes[record.pod_id] = outcome = await self._stop(record)
+            with logs.about(pod_id=record.pod_id):
+                self._outcomes[record.pod_id] = outcome = await self._stop(record)
             await self._tell(record.pod_id, outcome)
 
     async def _stop(self, record: PodRecord) -> str:

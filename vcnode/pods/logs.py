@@ -22,6 +22,7 @@ from vcnode.errors import (
     UnsupportedError,
     VcnodeError,
 )
+from vcnode.logs import about
 from vcnode.models.base import Blob
 from vcnode.models.logs import (
     MAX_LOG_BYTES,
@@ -129,7 +130,8 @@ class LogPump:
                 kept.append(found)
                 lost += kept.lost_bytes - before
             except StorageError as exc:
-                log.warning("Pod %s: %s", pod_id, exc.message)
+                with about(container_id=cid):
+                    log.warning("Pod %s: %s", pod_id, exc.message)
         return lost
 
     async def drained(self, pod_id: str, ids: Collection[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from pydantic import ValidationError
 
+from vcnode import logs
 from vcnode.drivers.base import Storage
 from vcnode.errors import VcnodeError
 from vcnode.models.records import PodNote, PodRecord
@@ -68,7 +69,8 @@ class Notes:
             return ()
         found = unknown(parse(texts, self._settings.node_name), self._ledger.records)
         for record in found:
-            log.warning("Pod %s was found by the note of its VM; the database lacked it", record.pod_id)
+            with logs.about(pod_id=record.pod_id):
+                log.warning("Pod %s was found by the note of its VM; the database lacked it", record.pod_id)
         if found:
             await self._ledger.restore(found)
         return tuple(record.pod_id for record in found)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from vcnode import logs
 from vcnode.errors import VcnodeError
 from vcnode.models.pod import PodState
 from vcnode.models.records import PodRecord
@@ -59,11 +60,12 @@ class Recovery:
         """Recover every pod; one that cannot be recovered is ``failed`` and keeps none of the others up."""
         found = Recovered(restored=await self._notes.restore())
         slots = asyncio.Semaphore(CONCURRENT)
-        tasks = [
-            self._parts.tasks.spawn(self._recover(record, found, slots), name=f"recover {record.pod_id}")
-            for record in self._parts.ledger.records.values()
-            if record.vm is not None or record.state in (PodState.STARTING, PodState.STOPPING)
-        ]
+        tasks = []
+        for record in self._parts.ledger.records.values():
+            if record.vm is not None or record.state in (PodState.STARTING, PodState.STOPPING):
+                work = self._recover(record, found, slots)
+                with logs.own_work(pod_id=record.pod_id):
+                    tasks.append(self._parts.tasks.spawn(work, name=f"recover {record.pod_id}"))
         try:
             if tasks:
                 await asyncio.wait(tasks)

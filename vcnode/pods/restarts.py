@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from vcnode import logs
 from vcnode.errors import ResourceExhaustedError, StorageError, VcnodeError
 from vcnode.models.call import Call
 from vcnode.models.pod import ContainerState, PodState
@@ -96,7 +97,8 @@ class Restarter:
                 planned.task.cancel()
         for key, at in due.items():
             if key not in self._planned:
-                task = self._parts.tasks.spawn(self._run(key, at), name=f"restart {key}")
+                with logs.own_work(**logs.names(*key)):  # what committed the record may be a command
+                    task = self._parts.tasks.spawn(self._run(key, at), name=f"restart {key}")
                 self._planned[key] = _Planned(at, task)
 
     async def _run(self, key: Key, at: datetime) -> None:

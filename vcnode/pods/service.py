@@ -19,6 +19,7 @@ from vcnode.errors import (
     NotFoundError,
     VcnodeError,
 )
+from vcnode.logs import about
 from vcnode.models.base import Request
 from vcnode.models.call import Call
 from vcnode.models.commands import (
@@ -273,8 +274,10 @@ class PodService:
             AbortedError: Another command holds the pod.
         """
         spec = _with_id(spec)
-        async with self._parts.locks.hold(_id_of(spec), call.verb):
-            return self._ledger.status(await self._create(spec, call, reservation))
+        pod_id = _id_of(spec)
+        with about(pod_id=pod_id):
+            async with self._parts.locks.hold(pod_id, call.verb):
+                return self._ledger.status(await self._create(spec, call, reservation))
 
     async def start(self, pod_id: str, call: Call) -> PodStatus:
         """Start a pod's VM and all its containers; see `Starter.start` for what a failure leaves."""
@@ -297,16 +300,8 @@ class PodService:
         began = asyncio.get_running_loop().time()
         spec = _with_id(spec)
         pod_id = _id_of(spec)
-        async with self._parts.locks.hold(pod_id, call.verb) as hold:
-            self._parts.starts.check()
-            existed = self._ledger.find(pod_id) is not None
-            await self._create(spec, call, reservation)
-            try:
-                return self._ledger.status(await self._starter.start(pod_id, call, began=began))
-            except BaseException:
-                if not existed and hold.overtaken_by != "pod.stop":
-                    await aio.finish(self._forget_unless_leftovers(pod_id, call), timeout_s=CLOSE_LIMIT_S)
-                raise
+        with about(pod_id=pod_id):
+            return await self._run(spec, pod_id, call, reservation, began=began)
 
     async def stop(self, pod_id: str, grace_s: float | None, call: Call) -> PodStopped:
         """Stop a pod; see `Stopper.stop`. *grace_s* None: the node's setting."""
@@ -632,6 +627,20 @@ class PodService:
                 log.warning("Pod %s: its VM was not let go cleanly", pod_id, exc_info=exc)
 
     # ---- helpers -------------------------------------------------------------------------------------
+
+    async def _run(
+        self, spec: PodSpec, pod_id: str, call: Call, reservation: str | None, *, began: float
+    ) -> PodStatus:
+        async with self._parts.locks.hold(pod_id, call.verb) as hold:
+            self._parts.starts.check()
+            existed = self._ledger.find(pod_id) is not None
+            await self._create(spec, call, reservation)
+            try:
+                return self._ledger.status(await self._starter.start(pod_id, call, began=began))
+            except BaseException:
+                if not existed and hold.overtaken_by != "pod.stop":
+                    await aio.finish(self._forget_unless_leftovers(pod_id, call), timeout_s=CLOSE_LIMIT_S)
+                raise
 
     async def _create(self, spec: PodSpec, call: Call, reservation: str | None) -> PodRecord:
         pod_id = _id_of(spec)

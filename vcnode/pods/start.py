@@ -8,7 +8,7 @@ import os
 import uuid
 from functools import partial
 
-from vcnode import aio
+from vcnode import aio, logs
 from vcnode.drivers.base import GuestSession, Vm
 from vcnode.errors import (
     AgentError,
@@ -359,7 +359,9 @@ class Starter:
     async def _start_containers(self, record: PodRecord, live: LivePod) -> dict[str, int]:
         pids: dict[str, int] = {}
         for container in record.containers:
-            pids[container_id(container)] = await self._containers.launch(live, record, container)
+            cid = container_id(container)
+            with logs.about(container_id=cid):
+                pids[cid] = await self._containers.launch(live, record, container)
         return pids
 
     async def _give_up(self, pod_id: str, undo: UndoStack, exc: BaseException, call: Call) -> None:

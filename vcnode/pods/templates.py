@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+from vcnode import logs
 from vcnode.aio import Spawner
 from vcnode.drivers.base import GuestAgent, Hypervisor, Network, Storage, Templating
 from vcnode.errors import FailedPreconditionError, UnsupportedError, VcnodeError
@@ -251,7 +252,8 @@ class Templates:
 
     def _make_in_background(self, kind: Kind) -> None:
         if kind.key not in self._making and not self._closed:
-            task = self._tasks.spawn(self._make(kind), name=f"template {kind.key}")
+            with logs.own_work():  # not that of the pod which is started meanwhile
+                task = self._tasks.spawn(self._make(kind), name=f"template {kind.key}")
             self._making[kind.key] = task
             task.add_done_callback(lambda _: self._making.pop(kind.key, None))
 

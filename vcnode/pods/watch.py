@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from vcnode import logs
 from vcnode.drivers.base import ContainerExited, ContainerHealth, SessionLost
 from vcnode.errors import (
     AgentError,
@@ -77,9 +78,9 @@ class Watcher:
         exits, live.early_exits = live.early_exits, {}
         healths, live.early_health = live.early_health, {}
         for health in healths.values():
-            await self._container_health(live, health)
+            await self._heard(live, health)
         for event in exits.values():
-            await self._container_exited(live, event)
+            await self._heard(live, event)
 
     async def join(self, live: LivePod, *, timeout_s: float, set_clock: bool = False) -> None:
         """Open a session with a guest that runs already, and learn what happened in it meanwhile.
@@ -120,17 +121,24 @@ class Watcher:
             if state is not None:
                 live.provided.setdefault(cid, root_of(container, live.vm.record))
                 note_mounts(live, record, container)
-            if container.state in CONTAINER_ALIVE:
-                if state is None or state.state not in ("running", "paused"):
-                    await self._ended_meanwhile(live, cid, state)
-                else:
-                    await self._put_limits_right(live, container, state)
-                    if state.state != container.state:
-                        await self._undo_pause(live, container)
-                    if state.ready is not None:
-                        await self._container_health(live, ContainerHealth(cid, state.ready))
-            elif state is not None and cid not in live.starting:
-                await self._undo_unrecorded(live, container, state)
+            with logs.about(container_id=cid):
+                await self._reconcile_one(live, container, state)
+
+    async def _reconcile_one(
+        self, live: LivePod, container: ContainerRecord, state: GuestContainerState | None
+    ) -> None:
+        cid = container_id(container)
+        if container.state in CONTAINER_ALIVE:
+            if state is None or state.state not in ("running", "paused"):
+                await self._ended_meanwhile(live, cid, state)
+            else:
+                await self._put_limits_right(live, container, state)
+                if state.state != container.state:
+                    await self._undo_pause(live, container)
+                if state.ready is not None:
+                    await self._container_health(live, ContainerHealth(cid, state.ready))
+        elif state is not None and cid not in live.starting:
+            await self._undo_unrecorded(live, container, state)
 
     async def end(self, live: LivePod, reason: str) -> None:
         """The pod cannot go on: record why, and free everything. Whatever holds the pod is interrupted."""
@@ -177,8 +185,11 @@ class Watcher:
             attempt += 1
             await asyncio.sleep(pause_s)
 
-    def _spawn(self, live: LivePod, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = self._parts.tasks.spawn(work, name=name)
+    def _spawn(
+        self, live: LivePod, work: Coroutine[Any, Any, None], name: str, cid: str | None = None
+    ) -> None:
+        with logs.own_work(**logs.names(live.pod_id, cid)):
+            task = self._parts.tasks.spawn(work, name=name)
         live.tasks.add(task)
         task.add_done_callback(live.tasks.discard)
 
@@ -234,11 +245,17 @@ class Watcher:
                         return None
                     await live.close_session()
                     return reason
-                case ContainerExited():
-                    await self._container_exited(live, event)
-                case ContainerHealth():
-                    await self._container_health(live, event)
+                case ContainerExited() | ContainerHealth():
+                    await self._heard(live, event)
         return None
+
+    async def _heard(self, live: LivePod, event: ContainerExited | ContainerHealth) -> None:
+        """Record what the guest reports of a container."""
+        with logs.about(container_id=event.container_id):
+            if isinstance(event, ContainerExited):
+                await self._container_exited(live, event)
+            else:
+                await self._container_health(live, event)
 
     async def _reconnect(self, live: LivePod) -> bool:
         """Get a session again and learn what happened meanwhile; False when that is not possible."""
@@ -320,7 +337,7 @@ class Watcher:
         except (StorageError, ResourceExhaustedError) as exc:
             log.warning("Pod %s: the end of container %s cannot be saved yet", live.pod_id, cid, exc_info=exc)
             live.unsaved_exits.add(cid)
-            self._spawn(live, self._save_exit(live, cid, edit), f"exit of {live.pod_id}/{cid}")
+            self._spawn(live, self._save_exit(live, cid, edit), f"exit of {live.pod_id}/{cid}", cid)
         live.container_ended(cid)
 
     async def _save_exit(self, live: LivePod, cid: str, edit: edits.Edit) -> None:
