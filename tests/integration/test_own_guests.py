@@ -18,7 +18,7 @@ from vcnode.drivers.agent.sshd import keys
 from vcnode.errors import AgentError, UnsupportedError
 from vcnode.models.call import Call
 from vcnode.models.commands import ExecOptions
-from vcnode.models.hypervisor import HypervisorConfig, Param
+from vcnode.models.hypervisor import HypervisorConfig, MachineType, Param
 from vcnode.models.network import NetworkModel
 from vcnode.models.pod import AgentType, Cmd, ContainerSpec, EnvVar, PodSpec, PodState, Resources
 from vcnode.node import Node, running
@@ -179,7 +179,39 @@ async def test_a_disk_image_that_starts_itself_without_any_agent(settings: Setti
             assert (await node.pods.stop("p1", 5, call("pod.stop"))).outcome == "forced"
             assert node.pods.status("p1").state is PodState.STOPPED
             await node.pods.delete("p1", True, call("pod.delete"))
-    assert disk.read_bytes() == before
+            assert disk.read_bytes() == before
+            # Without the overlay, what one pod writes is there for the next.
+            writable = spec.hypervisor_config.model_copy(update={"image_writable": True})
+            spec = spec.model_copy(update={"hypervisor_config": writable})
+            for number in (1, 2):
+                await node.pods.run(spec, call("pod.run"))
+                await until_console_says(node, f"boot {number} of own")
+                await node.pods.delete("p1", True, call("pod.delete"))
+    assert disk.read_bytes() != before
+
+
+async def test_the_nodes_own_guest_on_another_machine(settings: Settings):
+    """PCI, two vCPUs, switches of QEMU, a loud kernel; and containers as anywhere."""
+    roots = settings.allowed_roots[0]
+    make_busybox(roots / "box")
+    config = HypervisorConfig(
+        machine_type=MachineType.Q35,
+        debug=True,
+        kernel_params=(Param(key="greeting", value="hello"),),
+        hypervisor_params=(Param(key="rtc", value="base=2001-02-03T04:05:06"),),
+    )
+    main = ContainerSpec(id="main", rootfs=str(roots / "box"), cmd=Cmd(args=("sleep", "1000")))
+    spec = PodSpec(id="p1", hypervisor_config=config, resources=Resources(vcpu_count=2), containers=(main,))
+    async with nothing_left(settings), running(settings) as node:
+        status = await node.pods.run(spec, call("pod.run"))
+        assert status.state is PodState.RUNNING
+        assert "boot" in status.phases_ms
+        words = (await sh(node, "cat /proc/cmdline", "main")).split()
+        assert {"greeting=hello", "debug", "ignore_loglevel"} <= set(words)
+        assert await sh(node, "nproc; cat /etc/hostname", "main") == "2\np1"
+        text = (await node.pods.console("p1", 1 << 20, call("pod.console"))).text
+        assert "2001-02-03T04:05" in text, text[-3000:]  # of the clock, which only a loud kernel mentions
+        assert (await node.pods.stop("p1", 5, call("pod.stop"))).outcome == "graceful"
 
 
 async def until_console_says(node: Node, text: str) -> str:
