@@ -21,6 +21,7 @@ from pathlib import Path
 
 from vcnode.drivers.base import PullSource
 from vcnode.drivers.storage import oci, tools
+from vcnode.drivers.storage.signatures import rejection
 from vcnode.errors import (
     InvalidArgumentError,
     NotFoundError,
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 SKOPEO = "skopeo"
 DOCKER_HUB = "docker.io"
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-_REJECTED = re.compile(r"source image rejected", re.I)
 _DENIED = re.compile(r"unauthorized|authentication required|access .*denied|forbidden|invalid username", re.I)
 _MISSING = re.compile(r"manifest unknown|name unknown|not found|404", re.I)
 _AWAY = re.compile(
@@ -82,9 +82,9 @@ def auth_json(source: PullSource) -> str:
 
 def explain(text: str, reference: str) -> VcnodeError:
     """What skopeo's last words mean to the caller."""
-    if _REJECTED.search(text):  # first: what follows it is the signature policy's own words
-        rule, message = "images.policy_file", "no signature that the node's signature policy demands"
-        raised = f"reference: {reference!r} has {message} (rule {rule})."
+    if (why := rejection(text)) is not None:  # first: its words may hold any of the others
+        rule, message = "images.policy_file", f"{reference!r} {why}"
+        raised = f"reference: {message} (rule {rule})."
         denial = {"rule": rule, "field": "reference", "message": message}
         return PermissionDeniedError(raised, rule=rule, field="reference", denials=[denial])
     if _DENIED.search(text):

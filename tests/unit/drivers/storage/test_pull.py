@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tests.support import registry as registries
+from tests.support import signing
 from tests.support.images import Layout, entry, layer, layout
 from vcnode.drivers.base import PullSource
 from vcnode.drivers.storage import tools
@@ -106,11 +107,49 @@ async def test_an_image_without_the_signature_that_is_demanded_is_denied_by_rule
         if name.startswith("free/"):
             assert (await store.pull(source(reference), nothing, Told(), timeout_s=60)).path.exists()
             continue
-        with pytest.raises(PermissionDeniedError, match=r"images\.policy_file") as denied:
+        words = "has no signature, and" if name.startswith("team/") else "is refused by"
+        with pytest.raises(PermissionDeniedError, match=rf"{words} .*images\.policy_file") as denied:
             await store.pull(source(reference), nothing, Told(), timeout_s=60)
         assert denied.value.details["rule"] == "images.policy_file"
     assert registry.fetched_blobs() == [p for p in registry.fetched_blobs() if "/free/" in p]
     assert os.listdir(host.state / "images" / "tmp") == []
+
+
+@pytest.mark.skipif(not shutil.which("gpg"), reason="needs gpg (dev/setup --tests)")
+async def test_what_is_wrong_with_a_signature_is_told(host, registry, tmp_path, monkeypatch):
+    with signing.signer(tmp_path) as signer:
+        trusted = signer.key("trusted@example.org")
+        signer.key("other@example.org")
+        demanded = {"type": "signedBy", "keyType": "GPGKeys", "keyPath": str(trusted)}
+        policy = tmp_path / "policy.json"
+        scopes = {registry.address: [demanded]}
+        policy.write_text(json.dumps({"default": [{"type": "reject"}], "transports": {"docker": scopes}}))
+        images = {}
+        for name in ("good", "other", "moved", "alias"):
+            made = layout(tmp_path / name, layer(entry("etc/name", name.encode())), config=CONFIG)
+            index = json.loads((made / "index.json").read_text())
+            reference = registry.push(made, f"team/{name}:1")
+            images[name] = reference, index["manifests"][0]["digest"]
+        good, digest = images["good"]
+        signer.sign("trusted@example.org", good, digest)
+        signer.sign("other@example.org", *images["other"])
+        signer.sign("trusted@example.org", images["moved"][0], digest, kept_for=images["moved"][1])
+        signer.sign("trusted@example.org", good, images["alias"][1])
+        os.rename(
+            tmp_path / registry.address / f"team/good@{images['alias'][1].replace(':', '=')}",
+            tmp_path / registry.address / f"team/alias@{images['alias'][1].replace(':', '=')}",
+        )
+        monkeypatch.setenv("PATH", f"{signer.skopeo(registry.address)}:{os.environ['PATH']}")
+        settings = ImageSettings(cert_dir=registry.cert_dir, policy_file=policy)
+        store = ImageStore(host.state, host.allowed, settings, reserve_bytes=0)
+        assert (await store.pull(source(good), nothing, Told(), timeout_s=60)).path.exists()
+        for name, words in {
+            "other": r"by key [0-9A-F]{40}, which is not one of the node's signature policy",
+            "moved": rf"made for another content \({digest}\)",
+            "alias": rf"made for another name \({good}\)",
+        }.items():
+            with pytest.raises(PermissionDeniedError, match=words):
+                await store.pull(source(images[name][0]), nothing, Told(), timeout_s=60)
 
 
 async def test_what_is_here_already_is_not_fetched_again(store, registry, tmp_path):
