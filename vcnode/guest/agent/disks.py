@@ -27,6 +27,8 @@ STAYS = "slot-"
 """What the serial of a disk begins with that the host does not unplug when nobody uses it any more."""
 EXT4_OPTIONS = "discard,noinit_itable"
 """What is deleted gives its room on the host back; nothing is written that nobody has asked for (ext4(5))."""
+_NOT_THIS_FS = frozenset({errno.EINVAL, errno.EUCLEAN, errno.EBADMSG, errno.EOPNOTSUPP})
+"""What the kernel says of a disk without such a file system, or with one that is damaged or too new."""
 APPEARS_WITHIN_S = 10.0
 """How long a disk may take to appear after a request has named it."""
 
@@ -190,10 +192,10 @@ class Disks:
             try:
                 syscalls.mount(f"/dev/{name}", self.path(disk_id), fs, flags, data)
             except OSError as exc:
-                if not is_of_host:
-                    text = f"Disk {disk_id} cannot be mounted: {exc.strerror}; its file must hold an {fs}."
-                    raise Failure(FAILED_PRECONDITION, text) from exc
-                raise
+                if is_of_host or exc.errno not in _NOT_THIS_FS:
+                    raise
+                text = f"Disk {disk_id} cannot be mounted: {exc.strerror}; its file must hold an {fs}."
+                raise Failure(FAILED_PRECONDITION, text) from exc
 
     def release(self, disk_id: str) -> None:
         """Give a disk up; the last one unmounts it and removes the device, so that the host can unplug it,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from vcnode.guest.agent import disks
+from vcnode.guest.agent.failures import Failure
 from vcnode.guest.agent.loop import Loop
 
 
@@ -97,3 +99,21 @@ def test_a_disk_that_stays_is_neither_looked_for_again_nor_taken_out(
         assert mounted == []
         (tmp_path / "sdb" / "device" / "vpd_pg80").unlink(missing_ok=True)
     assert found == ["sdb", "sdb"]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(errno.EINVAL, Failure), (errno.EUCLEAN, Failure), (errno.EIO, OSError), (errno.ENODEV, OSError)],
+)
+def test_only_what_is_in_the_file_is_the_callers_fault(
+    tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[Exception]
+) -> None:
+    def mount(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disks.syscalls, "mount", mount)
+    there = disks.Disks(loop, str(tmp_path / "mounts"), str(tmp_path), str(tmp_path))
+    with pytest.raises(raised, match=os.strerror(number)):
+        there.acquire("v-data", "sdb", fs="erofs")
+    with pytest.raises(OSError, match=os.strerror(number)):
+        there.acquire("d-image", "sdc")  # which the host has made
