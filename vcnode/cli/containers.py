@@ -304,7 +304,7 @@ async def exec_(
     env: flags.Env = None,
     workdir: flags.Workdir = None,
     user: flags.User = None,
-    stdin: flags.Stdin = False,
+    stdin: flags.StdinFirst = False,
     tty: flags.Tty = False,
     timeout: flags.ExecTimeout = None,
     command_id: flags.CommandId = None,

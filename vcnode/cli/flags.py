@@ -144,7 +144,8 @@ OpenStdin = Annotated[
     bool, typer.Option("--stdin", help="Keep the main process's input open, for 'vcnode attach -i'.")
 ]
 OpenTty = Annotated[bool, typer.Option("--tty", help="Run the main process on a terminal.")]
-Stdin = Annotated[
+Stdin = Annotated[bool, typer.Option("--stdin", "-i", help="Pass standard input on.")]
+StdinFirst = Annotated[
     bool, typer.Option("--stdin", "-i", help="Pass standard input on (all of it is read first).")
 ]
 ExecTimeout = Annotated[

@@ -15,7 +15,7 @@ from vcnode.cli.exits import UsageError
 if TYPE_CHECKING:
     from vcnode.client.sessions import ProcessStream
 
-SIGHUP_EXIT, SIGTERM_EXIT = 129, 143
+SIGHUP_EXIT, SIGPIPE_EXIT, SIGTERM_EXIT = 129, 141, 143
 FORWARDED = (signal.SIGINT, signal.SIGQUIT)
 """Signals to us that go to the process, where no terminal is raw."""
 
@@ -107,13 +107,17 @@ async def _show(process: ProcessStream, detached: asyncio.Event) -> int | None:
             await printer.write(fds[name], chunk)
         return await process.wait()
 
-    async with asyncio.TaskGroup() as group:
-        shown = group.create_task(printing())
-        leaving = group.create_task(detached.wait())
+    # No task group: what goes wrong must come out as the error that it is.
+    shown, leaving = asyncio.create_task(printing()), asyncio.create_task(detached.wait())
+    try:
         await asyncio.wait({shown, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not shown.done():
-            await process.detach()
-            shown.cancel()
-            return None
+        if shown.done():
+            return shown.result()
+        await process.detach()
+        return None
+    except BrokenPipeError:
+        return SIGPIPE_EXIT  # as with `exec … | head`; the session is left, and so the process ended
+    finally:
+        shown.cancel()
         leaving.cancel()
-    return shown.result()
+        await asyncio.wait({shown, leaving})

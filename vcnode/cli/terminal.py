@@ -16,6 +16,7 @@ import termios
 import threading
 import tty
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 READ_BYTES = 64 * 1024
@@ -99,15 +100,27 @@ def read_input(take: Taker) -> None:
     loop = asyncio.get_running_loop()
     fd = sys.stdin.fileno()
 
-    async def taken(data: bytes) -> None:
-        await take(data)
+    async def taking(data: bytes, done: Future[None]) -> None:
+        try:
+            await take(data)
+        finally:
+            done.set_result(None)
+
+    def begin(data: bytes, done: Future[None]) -> None:
+        # Made in the loop, which may end before it comes to this: a coroutine would be complained of.
+        tasks.add(task := loop.create_task(taking(data, done)))
+        task.add_done_callback(tasks.discard)
+
+    tasks: set[asyncio.Task[None]] = set()
 
     def read() -> None:
         with contextlib.suppress(OSError, RuntimeError):  # the loop is closed: nobody wants it any more
             data = b"x"
             while data:
                 data = os.read(fd, READ_BYTES)
-                asyncio.run_coroutine_threadsafe(taken(data), loop).result()
+                done: Future[None] = Future()
+                loop.call_soon_threadsafe(begin, data, done)
+                done.result()
 
     def quietly() -> None:
         with contextlib.suppress(BaseException):
