@@ -1,8 +1,9 @@
 """Holds every message that a test sends or receives against the schemas in ``contracts/``.
 
-Three places see them all: the dispatcher (what a node takes and answers), the transaction that makes an
-event, and the client (what comes from nodes that are other processes). What does not fit is noted and fails
-the test.
+Four places see them all: the dispatcher (what a node takes and answers), the transaction that makes an
+event, the buckets (what a node writes into them), and the client (what comes from nodes that are other
+processes, their buckets' values as far as a client watches them). What does not fit is noted and fails the
+test.
 
 A request that the node has accepted must satisfy its schema; one that it refused may or may not. What the
 node sends must satisfy the schema and have no field that the schema does not name.
@@ -19,6 +20,8 @@ from typing import Any
 from unittest import mock
 
 from jsonschema_rs import Draft202012Validator, meta
+from nats.js.kv import KeyValue
+from pydantic import BaseModel
 
 from vcnode.client.requests import Requester
 from vcnode.contracts.payloads import PAYLOADS
@@ -26,6 +29,8 @@ from vcnode.contracts.schemas import schema, strict
 from vcnode.handlers.dispatch import Dispatcher
 from vcnode.models import wire
 from vcnode.models.events import Event
+from vcnode.models.node import NodeLease
+from vcnode.models.pod import PodStatus
 from vcnode.pods.store import Tx
 
 violations: list[str] = []
@@ -83,6 +88,32 @@ def _caller() -> str:
     return str(sys._getframe(2).f_globals.get("__name__", ""))
 
 
+def _written(method: str) -> Any:
+    """A method of buckets that checks what a node writes; tests write what they like."""
+    plain = getattr(KeyValue, method)
+
+    # No coroutine function: by the time that ran, it would not be known any more who called.
+    def checked(self: KeyValue, key: str, value: bytes, *args: Any, **kwargs: Any) -> Any:
+        if _caller() == "vcnode.bus.kv":
+            check(f"kv.{self._name.rpartition('-')[2]}", value)
+        return plain(self, key, value, *args, **kwargs)
+
+    return mock.patch.object(KeyValue, method, checked)
+
+
+def _read(model: type[BaseModel], name: str) -> Any:
+    """Checks what the client's view reads from a bucket; what is no such value at all, it says itself."""
+    plain = model.model_validate_json
+
+    def checked(body: bytes, **kwargs: Any) -> BaseModel:
+        value = plain(body, **kwargs)
+        if _caller() == "vcnode.client.view":
+            check(name, body)
+        return value
+
+    return mock.patch.object(model, "model_validate_json", staticmethod(checked))
+
+
 def _patches() -> Iterator[Any]:
     dispatch, answer = Dispatcher.dispatch, Dispatcher.answer
     emit, request, parse = Tx.emit, Requester.request, Event.model_validate_json
@@ -122,3 +153,6 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.object(Tx, "emit", checked_emit)
     yield mock.patch.object(Requester, "request", checked_request)
     yield mock.patch.object(Event, "model_validate_json", staticmethod(checked_parse))
+    yield from map(_written, ("put", "create", "update"))
+    yield _read(NodeLease, "kv.nodes")
+    yield _read(PodStatus, "kv.pods")
