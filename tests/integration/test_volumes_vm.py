@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -56,7 +57,9 @@ async def talk(sock: socket.socket, line: bytes) -> bytes:
     return answer
 
 
-async def test_volumes_and_sockets(guest_image: Path, short_dir: Path) -> None:
+async def test_volumes_and_sockets(
+    guest_image: Path, short_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     roots = short_dir / "roots"
     for name in ("box", "data", "sealed", "fast"):
         (roots / name).mkdir(parents=True)
@@ -122,6 +125,11 @@ async def test_volumes_and_sockets(guest_image: Path, short_dir: Path) -> None:
             for name in ("main", "other"):
                 await rig.node.pods.delete_container("p1", name, True, rig.call())
             await rig.node.pods.detach_volume("p1", LONG_TAG, rig.call("pod.detach_volume"))
+            [(helper, _)] = rig.node.pods._parts.live["p1"].vm.record.helpers
+            os.kill(helper, signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while f"lost its virtiofsd {helper}" not in caplog.text:  # noqa: ASYNC110 -- it is a log
+                    await asyncio.sleep(0.05)
             await rig.node.pods.stop("p1", 0, rig.call("pod.stop"))
     finally:
         here.close()

@@ -276,8 +276,24 @@ class QemuVm:
             self._let_go()  # also when the node agent goes down first: nobody may wait for ever
         await self.qmp.close()
 
+    async def _miss(self, helper: Process) -> None:
+        """Say so when a helper ends before the VM does."""
+        code = await helper.wait()
+        if await self._process.ended_within(LAST_EVENTS_WAIT_S):
+            return
+        log.warning(
+            "VM %s has lost its virtiofsd %s (exit code %s): nobody answers for the volume that it served"
+            " until the pod's next start",
+            *(self._record.vm_id, helper.pid, code),
+        )
+
     async def _see_to_the_end(self) -> None:
-        exit_code = await self._process.wait()
+        missing = [asyncio.ensure_future(self._miss(helper)) for helper in self._helpers]
+        try:
+            exit_code = await self._process.wait()
+        finally:
+            for watch in missing:
+                watch.cancel()
         await self._end_helpers()
         await self.qmp.ended(timeout_s=LAST_EVENTS_WAIT_S)
         self._console.drain()
