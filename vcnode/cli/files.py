@@ -184,9 +184,48 @@ def _unpack(reading: int, target: str) -> None:
                     entry.name = "/".join([name, *entry.name.split("/")[1:]])
                     if entry.islnk():
                         entry.linkname = "/".join([name, *entry.linkname.split("/")[1:]])
+                _make_way(root, entry)
                 archive.extract(entry, root)
         while pipe.read(BLOCK_BYTES):
             pass
+
+
+def _make_way(root: str, entry: tarfile.TarInfo) -> None:
+    """Remove what is where *entry* goes, instead of following it, and see that it goes nowhere else.
+
+    The filters of `tarfile` are not enough for a stranger's archive: the one that keeps owners lets hard
+    links lead anywhere, through which the next entry of that name is written, and lets devices be made; both
+    resolve links by a function that long paths get the better of (CVE-2025-4517).
+
+    Raises:
+        TarError: It would lead through a link, or is a device.
+    """
+    if entry.ischr() or entry.isblk():
+        raise tarfile.TarError(f"{entry.name} is a device")
+    where = _place(root, entry.name)
+    if entry.islnk():
+        target = _place(root, entry.linkname)
+        if target == where or not os.path.lexists(target):
+            raise tarfile.TarError(f"{entry.name} links to nothing that came before")
+        if os.path.islink(target):  # a link to a link would get its owner and mode set through it
+            entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(target)
+        else:
+            entry.linkname = os.path.relpath(target, root)
+    if where == root:
+        return
+    if os.path.islink(where) or (os.path.exists(where) and not entry.isdir() and not os.path.isdir(where)):
+        os.unlink(where)
+
+
+def _place(root: str, name: str) -> str:
+    """Path of a name in an archive, to which no link leads. Raises TarError."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    where = root
+    for at, part in enumerate(parts):
+        if part == ".." or (at and os.path.islink(where)):
+            raise tarfile.TarError(f"{name} leads out of the archive")
+        where = os.path.join(where, part)
+    return where
 
 
 def register(root: typer.Typer, containers: typer.Typer) -> None:
