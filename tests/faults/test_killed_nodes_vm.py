@@ -68,9 +68,9 @@ async def template_of(host: Host) -> None:
 
 def commands(host: Host, number: int) -> list[tuple[str, str, dict[str, Any]]]:
     """A pod's life, with ids of its own."""
-    root = f"{host.path.parent}/roots/app"
     mounts = [{"source": "data", "destination": "/data"}]
-    main = {"id": "main", "rootfs": root, "cmd": {"args": ["/bin/sleep", "100000"]}, "mounts": mounts}
+    main = {"id": "main", "image": "app", "cmd": {"args": ["/bin/sleep", "100000"]}, "mounts": mounts}
+    side = {"id": "side", "image": "app", "cmd": {"args": ["/bin/sleep", "100000"]}}
     script = ["/bin/sh", "-c", f"echo t{number} >> /data/log"]
     exec_body = {"pod_id": "web", "container_id": "main", "cmd": {"args": script}}
     spec = {
@@ -78,7 +78,7 @@ def commands(host: Host, number: int) -> list[tuple[str, str, dict[str, Any]]]:
         "resources": {"mem_size_mib": 128},
         "volumes": [{"mount_tag": "data", "host_path": f"{host.path.parent}/roots/data"}],
         "sockets": [{"name": "port", "host_path": f"{host.path.parent}/roots/port.sock"}],
-        "containers": [main],
+        "containers": [side, main],
     }
     return [
         (f"run-{number}", "pod.run", {"pod": spec}),
@@ -95,6 +95,9 @@ async def test_a_node_killed_in_the_life_of_a_real_pod_loses_and_leaves_nothing(
         done = 0
         try:
             await host.start(*deaths[:1])
+            if number == 0:
+                app = {"name": "app", "path": f"{host.path.parent}/roots/app"}
+                assert "digest" in await host.ask("import", "image.import", app)
             for command in commands(host, number):
                 await host.ask(*command)
                 done += 1
