@@ -15,6 +15,9 @@ from vcnode.models.living import (
     ContainerWaited,
 )
 
+POLL_S = 60.0
+"""Deadline of one request, so that a node agent that was killed meanwhile is asked again in time."""
+
 
 async def wait(cli: Cli, pod_id: str, container_id: str, condition: str) -> int:
     """Wait, again and again where no limit was given; returns the exit code to end with."""
@@ -27,7 +30,10 @@ async def wait(cli: Cli, pod_id: str, container_id: str, condition: str) -> int:
         while True:
             try:
                 reply = await node.container_wait(
-                    wanted.pod_id, wanted.container_id, wanted.condition, deadline_s=cli.options.deadline_s
+                    wanted.pod_id,
+                    wanted.container_id,
+                    wanted.condition,
+                    deadline_s=cli.options.deadline_s or POLL_S,
                 )
                 break
             except DeadlineExceededError:

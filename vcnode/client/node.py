@@ -133,8 +133,12 @@ DRAIN_MARGIN_S = 60.0
 EXEC_MARGIN_S = 30.0
 """Default deadline of an exec beyond its own ``timeout_s``."""
 
-LOG_WAIT_S = 60.0
+FOLLOW_WAIT_S = 15.0
 """Seconds that one request waits for output while a log is followed."""
+FOLLOW_MARGIN_S = 5.0
+"""Deadline of such a request beyond that, so that a node agent that was killed is asked again soon."""
+STATS_MARGIN_S = 30.0
+"""Deadline of a sample beyond the interval after which it is due."""
 LOG_PATIENCE_S = 60.0
 """Seconds that a node may be away while one of its logs is followed."""
 LOG_PAUSE_S = 1.0
@@ -485,7 +489,13 @@ class NodeClient(StreamMethods):
         after: datetime | None = None
         while True:
             try:
-                sample = await self.pod_stats(pod_id, guest=guest, after=after, interval_s=interval_s)
+                sample = await self.pod_stats(
+                    pod_id,
+                    guest=guest,
+                    after=after,
+                    interval_s=interval_s,
+                    deadline_s=interval_s + STATS_MARGIN_S,
+                )
             except (FailedPreconditionError, NotFoundError):
                 if after is None:
                     raise
@@ -547,7 +557,8 @@ class NodeClient(StreamMethods):
                     tail=tail,
                     since=since,
                     until=until,
-                    wait_s=LOG_WAIT_S if follow else 0.0,
+                    wait_s=FOLLOW_WAIT_S if follow else 0.0,
+                    deadline_s=FOLLOW_WAIT_S + FOLLOW_MARGIN_S if follow else None,
                 )
             except (UnavailableError, DeadlineExceededError):
                 now = time.monotonic()

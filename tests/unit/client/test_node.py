@@ -260,3 +260,17 @@ async def test_an_error_with_hostile_details_is_still_that_error(
 async def test_a_limit_that_is_lifted_is_sent_as_null(node: NodeClient, requester: DirectRequester) -> None:
     await node.container_update("p1", "c1", ContainerResources(pids_limit=None, cpu_shares=9))
     assert requester.sent[-1][1]["resources"] == {"pids_limit": None, "cpu_shares": 9}
+
+
+async def test_who_follows_asks_again_soon_when_the_node_agent_was_killed(
+    node: NodeClient, requester: DirectRequester
+) -> None:
+    """It cannot say so: only the end of the request tells."""
+    requester.error = TimeoutError()
+    with pytest.raises(DeadlineExceededError):
+        await anext(node.follow_logs("p1", "c1"))
+    with pytest.raises(DeadlineExceededError):
+        await anext(node.follow_stats("p1", interval_s=2.0))
+    (_, logs, _, logs_limit), (_, _, _, stats_limit) = requester.sent
+    assert logs["wait_s"] < logs_limit <= 30
+    assert 2 < stats_limit <= 60
