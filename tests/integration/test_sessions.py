@@ -298,6 +298,15 @@ async def test_many_connections_share_one_session(nats_server: NatsServer, short
         writing.cancel()
         with pytest.raises(FailedPreconditionError, match="refused"):
             await session.connect(8)
+        await node.pod_stop("pod")
+        with pytest.raises(FailedPreconditionError):
+            await session.connect(7)
+        await node.pod_start("pod")
+        await session.connect(7)
+        await node.pod_delete("pod", force=True)
+        with pytest.raises(NotFoundError):
+            await session.connect(7)
+        assert "no pod" in (await session.ended()).message
     assert writing.cancelled()
 
 

@@ -55,6 +55,8 @@ class Forward(SessionClient):
                 self._settle(number, None)
             case {"refused": int(number), "code": str(code), "message": str(text)}:
                 self._settle(number, from_code(code, text, {}))
+            case {"error": {"code": str(code), "message": str(text)}}:
+                self._error = from_code(code, text, {})
 
     def _settle(self, number: int, error: VcnodeError | None) -> None:
         waiting = self._opening_connections.pop(number, None)

@@ -63,6 +63,7 @@ class SessionClient:
         self._unwatch: Callable[[], None] = lambda: None
         self._left = False
         self._end_seen = asyncio.Event()
+        self._error: VcnodeError | None = None
         self._opening_connections: dict[int, asyncio.Future[None]] = {}
         self.info: Session
         """The session, as the node described it."""
@@ -193,6 +194,8 @@ class SessionClient:
         """No more messages will come."""
 
     def _failure(self) -> VcnodeError:
+        if self._error is not None:
+            return self._error
         over = self._carrier.over
         if over is None:
             return UnavailableError("The session ended without a word.")
@@ -221,7 +224,6 @@ class ProcessStream(SessionClient):
     def __init__(self, requester: Requester, opening: Opening) -> None:
         super().__init__(requester, opening)
         self._exit_code: int | None = None
-        self._error: VcnodeError | None = None
         self.stdin = Stdin(lambda: self._carrier)
         """Its standard input."""
 
@@ -241,7 +243,7 @@ class ProcessStream(SessionClient):
         while (found := await self._carrier.read_any((STDOUT, STDERR))) is not None:
             yield _NAMES[found[0]], bytes(found[1])
         if self._carrier.over is not None and self._exit_code is None:
-            raise self._error or self._failure()
+            raise self._failure()
 
     async def wait(self) -> int:
         """The exit code; waits for the end. Output that nobody reads keeps the process from ending.
@@ -252,7 +254,7 @@ class ProcessStream(SessionClient):
         await self._end_seen.wait()
         if self._exit_code is not None:
             return self._exit_code
-        raise self._error or self._failure()
+        raise self._failure()
 
     async def signal(self, number: int) -> None:
         """Send a signal to the process and all in its session."""

@@ -8,13 +8,14 @@ comes from the port is stream ``2c + 1``. Either direction ends by itself: conne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 from vcnode import aio
 from vcnode.aio import Spawner
 from vcnode.drivers.base import GuestConnection, GuestSession
-from vcnode.errors import ResourceExhaustedError, VcnodeError
+from vcnode.errors import FailedPreconditionError, ResourceExhaustedError, VcnodeError
 from vcnode.pods.sessions import LiveSession
 from vcnode.sessions.carrier import Carrier, OverError
 from vcnode.sessions.frames import FIRST_CONNECTION
@@ -44,11 +45,13 @@ class ForwardWork:
         self._next = FIRST_CONNECTION
 
     async def run(self, session: LiveSession) -> None:
-        """See `Work.run`."""
+        """See `Work.run`. It ends when a connection is asked for and the pod is no more."""
         while (message := await session.carrier.message()) is not None:
             match message:
                 case {"open": int(number), "port": int(port)} if number == self._next <= LAST_CONNECTION:
                     self._next += 1
+                    with contextlib.suppress(FailedPreconditionError):  # may pass: it is refused
+                        self._guest()
                     self._open(session.carrier, number, port)
                 case {"close": True}:
                     return
