@@ -123,11 +123,25 @@ def copy_plan(direction: str, path: str, max_bytes: int) -> Plan:
 
 
 def _identity(spec: ProcessSpec, root: str) -> users.Identity:
+    """Who the process is; what was found out for files that are as they were is not found out again."""
+    stamps = users.stamps(root)
+    key = None if stamps is None else (spec.user, spec.group, spec.supplementary_groups, stamps)
+    if key is not None and (known := _known.get(key)) is not None:
+        return known
     fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return users.resolve_in(fd, spec.user, spec.group, spec.supplementary_groups)
+        found = users.resolve_in(fd, spec.user, spec.group, spec.supplementary_groups)
     finally:
         os.close(fd)
+    if key is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = found
+    return found
+
+
+_known: dict[tuple[Any, ...], users.Identity] = {}
+_MOST_KNOWN = 64
 
 
 def environment(envs: dict[bytes, bytes], home: bytes, hostname: str) -> dict[bytes, bytes]:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 
 from vcnode.guest.agent import syscalls
 from vcnode.guest.agent.params import invalid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    Stamp = tuple[int, int, int, int, int] | None
 
 MAX_ID = (1 << 32) - 2
 """Largest user or group number; the one above means "no change" to setresuid(2)."""
 MAX_FILE_BYTES = 1 << 20
 """How much of a passwd or group file is read: these files belong to the container."""
 MAX_GROUPS = 1024
+_SETTLED_NS = 1_000_000_000
+"""After so long a change of a file shows in its times, whatever their granularity."""
 
 
 class Identity:
@@ -111,6 +116,31 @@ def _number(word: bytes) -> int | None:
         return None
     number = int(word)
     return number if number <= MAX_ID else None
+
+
+def stamps(root: str, now_ns: Callable[[], int] = time.time_ns) -> tuple[Stamp, Stamp] | None:
+    """What changes whenever the passwd or the group file below *root* does; None when nothing tells that.
+
+    Links could lead to a file that changes unseen, and a file that has just changed can change once more
+    before the clock of its file system moves.
+    """
+    try:
+        if not stat.S_ISDIR(os.lstat(f"{root}/etc").st_mode):
+            return None
+    except FileNotFoundError:
+        return None, None
+    latest_ns = now_ns() - _SETTLED_NS
+    found: list[Stamp] = []
+    for name in ("passwd", "group"):
+        try:
+            file = os.lstat(f"{root}/etc/{name}")
+        except FileNotFoundError:
+            found.append(None)
+            continue
+        if not stat.S_ISREG(file.st_mode) or file.st_mtime_ns > latest_ns or file.st_ctime_ns > latest_ns:
+            return None
+        found.append((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
+    return found[0], found[1]
 
 
 def read_database(root_fd: int, path: str) -> bytes:
