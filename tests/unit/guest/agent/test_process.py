@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcnode.guest.agent import capabilities, limits, process
+from vcnode.guest.agent import capabilities, limits, process, users
 from vcnode.guest.agent.failures import Failure, printable
 from vcnode.guest.agent.params import Params
 
@@ -129,3 +129,21 @@ def test_capabilities_by_name_and_number() -> None:
 )
 def test_names_are_shown_on_one_line(name: object, shown: str) -> None:
     assert printable(name) == shown
+
+
+def test_a_user_is_looked_up_again_only_when_the_files_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    passwd = tmp_path / "etc/passwd"
+    looked_up: list[str] = []
+    resolve = users.resolve_in
+    monkeypatch.setattr(users, "resolve_in", lambda *args: looked_up.append(args[1]) or resolve(*args))
+    monkeypatch.setattr(users, "_SETTLED_NS", -(10**12))
+    ann = spec(user="ann")
+    passwd.write_text("ann:x:7:7::/home/ann:\n")
+    assert [process.Plan(ann, str(tmp_path), "h").identity.uid for _ in range(3)] == [7, 7, 7]
+    assert looked_up == ["ann"]
+    passwd.write_text("ann:x:80:80::/home/ann:\n")
+    assert process.Plan(ann, str(tmp_path), "h").identity.uid == 80
+    assert looked_up == ["ann"] * 2

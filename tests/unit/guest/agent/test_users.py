@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,42 @@ def test_a_huge_file_is_read_in_part(tmp_path: Path) -> None:
     with open(tmp_path / "passwd", "wb") as file:
         file.truncate(1 << 33)
     assert len(read(tmp_path, "passwd")) == users.MAX_FILE_BYTES
+
+
+def root_with(tmp_path: Path, **files: str) -> Path:
+    """A root whose files of users have not changed for a while."""
+    (tmp_path / "etc").mkdir()
+    for name, content in files.items():
+        path = tmp_path / "etc" / name
+        path.write_text(content)
+    return tmp_path
+
+
+LATER = time.time_ns() + 10**12
+
+
+def test_stamps_change_with_what_the_files_say(tmp_path: Path) -> None:
+    root = root_with(tmp_path, passwd="root:x:0:0::/root:/bin/sh\n")
+    first = users.stamps(str(root), lambda: LATER)
+    assert first is not None
+    assert first[1] is None
+    assert users.stamps(str(root), lambda: LATER) == first
+    stat = (root / "etc/passwd").stat()
+    (root / "etc/passwd").write_text("r00t:x:0:0::/root:/bin/sh\n")
+    os.utime(root / "etc/passwd", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a restored file has it
+    assert users.stamps(str(root), lambda: LATER) != first
+    (root / "etc/group").write_text("root:x:0:\n")
+    assert None not in (users.stamps(str(root), lambda: LATER) or (None,))
+
+
+def test_what_has_just_changed_or_is_a_link_has_no_stamp(tmp_path: Path) -> None:
+    root = root_with(tmp_path, passwd="")
+    assert users.stamps(str(root)) is None
+    (root / "etc/passwd").unlink()
+    (root / "etc/passwd").symlink_to("/usr/passwd")
+    assert users.stamps(str(root), lambda: LATER) is None
+    (root / "etc/passwd").unlink()
+    (root / "etc").rmdir()
+    assert users.stamps(str(root)) == (None, None)
+    (root / "etc").symlink_to("/etc")
+    assert users.stamps(str(root), lambda: LATER) is None
