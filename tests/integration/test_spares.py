@@ -9,6 +9,7 @@ import os
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,21 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 LIMIT_S = 180.0
 FACTS = "cat /proc/sys/kernel/random/boot_id /etc/machine-id; head -c 16 /dev/urandom | base64; date +%s"
 DIRTY = "head -c 60000000 /dev/urandom > /tmp/dirty && sync && rm /tmp/dirty"
+
+
+def settings_of(name: str, guest_image: Path, place: Path, **more: Any) -> Settings:
+    """A node without NATS below *place*."""
+    return Settings(
+        node_name=name,
+        state_dir=place / "s",
+        run_dir=place / "r",
+        guest_dir=guest_image,
+        allowed_roots=(place,),
+        metrics_address="",
+        nats=NatsSettings(url="nats://127.0.0.1:1"),
+        qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
+        **more,
+    )
 
 
 async def until_ready(node: Node, count: int) -> None:
@@ -50,17 +66,7 @@ async def in_guest(node: Node, pod_id: str, script: str) -> list[str]:
 
 
 async def test_spares_become_pods_that_share_nothing_but_the_template(guest_image: Path, short_dir: Path):
-    settings = Settings(
-        node_name="spares",
-        state_dir=short_dir / "s",
-        run_dir=short_dir / "r",
-        guest_dir=guest_image,
-        allowed_roots=(short_dir,),
-        metrics_address="",
-        nats=NatsSettings(url="nats://127.0.0.1:1"),
-        qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
-        pool=(PoolSettings(spares=1),),
-    )
+    settings = settings_of("spares", guest_image, short_dir, pool=(PoolSettings(spares=1),))
     make_busybox(short_dir / "box")
     box = ContainerSpec(id="c", image="box", cmd=Cmd(args=("sleep", "1000")))
     async with running(settings) as node:
@@ -100,16 +106,7 @@ async def test_each_clone_finds_its_own_image_in_the_disk_that_its_template_knew
     guest_image: Path, short_dir: Path
 ) -> None:
     """What the template's guest has read of that disk, and how large that was, plays no part any more."""
-    settings = Settings(
-        node_name="slots",
-        state_dir=short_dir / "s",
-        run_dir=short_dir / "r",
-        guest_dir=guest_image,
-        allowed_roots=(short_dir,),
-        metrics_address="",
-        nats=NatsSettings(url="nats://127.0.0.1:1"),
-        qemu=QemuSettings(accel="tcg", boot_timeout_s=LIMIT_S),
-    )
+    settings = settings_of("slots", guest_image, short_dir)
     sums = {}
     for name, mib in (("one", 2), ("two", 9)):
         make_busybox(short_dir / name)

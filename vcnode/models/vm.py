@@ -155,6 +155,11 @@ class VmSpec(Data):
     bus. None: nothing that can be used. A VM that boots for itself has no such disk."""
 
     @property
+    def has_slot(self) -> bool:
+        """Whether it has the disk `SLOT_DISK`: a template and its clones have."""
+        return self.clone_of is not None or self.template_key is not None
+
+    @property
     def shape(self) -> VmShape:
         """What the choice of a template hangs on."""
         return VmShape(

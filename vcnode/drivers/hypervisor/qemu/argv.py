@@ -63,10 +63,9 @@ SERIAL_PORTS = 9
 """Ports of the bus: that which the kernel keeps for a console, two for an agent, the rest for sockets."""
 SLOT_SET = 999
 """Number of the set of descriptors with the image in the slot; see `_set_of`."""
-_READ_ONLY = {"read-only": True, "discard": "ignore"}
 NO_TRACING = "initcall_blacklist=tracer_init_tracefs"
-"""Keeps the node's kernel from making tracefs, some 10,000 files that nobody opens: 10 of the 82 MiB that
-Debian's 6.1 leaves of 128, and part of each boot (kernel/trace/trace.c; admin-guide/kernel-parameters)."""
+"""Keeps the node's kernel from making tracefs, some 10,000 files that nobody opens: 9 of the 82 MiB that
+Debian's 6.1 leaves of 128 (kernel/trace/trace.c; admin-guide/kernel-parameters)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +175,7 @@ def switches(launch: Launch) -> Iterator[Switch]:
         yield SocketChardev(id=f"{channel.channel_id}0", fd=fd)
         yield VirtSerialPort(bus=SERIAL_BUS, chardev=f"{channel.channel_id}0", name=channel.name)
     yield VirtioScsiDevice(transport, id="scsi0")
-    if spec.clone_of is not None or spec.template_key is not None:
+    if spec.has_slot:
         yield from _slot(launch)
     yield LocalFsdev(id="share0", path=launch.share or Path(spec.shared_dir))
     yield Virtio9pDevice(transport, fsdev="share0", mount_tag=spec.share_tag)
@@ -259,14 +258,12 @@ def _disk(index: int, disk: DiskFile, machine: Machine) -> Iterator[Switch]:
 
 def _slot(launch: Launch) -> Iterator[Switch]:
     """The disk that a template and its clones have from the start; a clone may have another file in it."""
-    node: dict[str, object] = {"driver": "null-co", "size": SLOT_BYTES, "read-zeroes": True}
     if launch.slot_fd is not None:
         yield AddFd(fd=launch.slot_fd, set=SLOT_SET)
-        node = {
-            "driver": "raw",
-            "file": {"driver": "file", "filename": f"/dev/fdset/{SLOT_SET}", **_READ_ONLY},
-        }
-    yield Blockdev(node | {"node-name": SLOT_DISK, **_READ_ONLY})
+        yield Blockdev(_node(SLOT_DISK, DiskFormat.RAW, SLOT_SET, read_only=True))
+    else:
+        nothing = {"driver": "null-co", "size": SLOT_BYTES, "read-zeroes": True, "read-only": True}
+        yield Blockdev({"node-name": SLOT_DISK, **nothing})
     yield ScsiDisk(bus=SCSI_BUS, drive=SLOT_DISK, serial=SLOT_DISK)
 
 

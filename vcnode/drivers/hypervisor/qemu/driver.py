@@ -465,7 +465,7 @@ class QemuHypervisor:
             helpers=tuple((helper.pid, helper.start_ticks) for helper in helpers),
             uid=uid,
             balloon=spec.balloon and spec.clone_of is None and spec.template_key is None,
-            slot_digest=spec.slot.digest if spec.slot is not None and slot.has(spec) else None,
+            slot_digest=spec.slot.digest if spec.slot is not None and spec.has_slot else None,
         )
 
     def _open_logs(self, files: VmFiles, undo: contextlib.ExitStack) -> tuple[FifoLog, FifoLog]:

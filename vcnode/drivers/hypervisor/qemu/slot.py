@@ -17,11 +17,6 @@ from vcnode.errors import HypervisorError
 from vcnode.models.vm import SLOT_BYTES, SlotImage, VmSpec
 
 
-def has(spec: VmSpec) -> bool:
-    """Whether the VM has a slot."""
-    return spec.clone_of is not None or spec.template_key is not None
-
-
 def open_for(spec: VmSpec, ours: ExitStack) -> int | None:
     """A descriptor of what the VM's slot holds, if anything, for QEMU to inherit; *ours* closes it.
 
@@ -29,7 +24,7 @@ def open_for(spec: VmSpec, ours: ExitStack) -> int | None:
         HypervisorError: The image cannot be opened.
         ResourceExhaustedError: The host is short of something, which is no fault of a template's.
     """
-    if spec.slot is None or not has(spec):
+    if spec.slot is None or not spec.has_slot:
         return None
     try:
         fd = os.open(spec.slot.path, os.O_RDONLY | os.O_CLOEXEC)

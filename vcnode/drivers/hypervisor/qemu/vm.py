@@ -284,7 +284,9 @@ class QemuVm:
         log.warning(
             "VM %s has lost its virtiofsd %s (exit code %s): nobody answers for the volume that it served"
             " until the pod's next start",
-            *(self._record.vm_id, helper.pid, code),
+            self._record.vm_id,
+            helper.pid,
+            code,
         )
 
     async def _see_to_the_end(self) -> None:
